@@ -1,0 +1,39 @@
+"""Every op's schema: the one list.
+
+The ops are defined here, in Python, so that they exist (and `torch.compile` knows them) where no
+compiled library does. Adding an op is one line here and one set of siblings named like it.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SCHEMAS = {
+    "int8_linear": (
+        "(Tensor x, Tensor weight, Tensor weight_scales, Tensor weight_sums, "
+        "Tensor? bias=None, str activation='none') -> Tensor"
+    ),
+    "huffman_decode": (
+        "(Tensor stream, Tensor offsets, Tensor lengths, int num_symbols, int chunk_size) -> Tensor"
+    ),
+}
+
+# `compressops` holds the public ops; the compiled libraries register their kernels in
+# `compressops_native` under the same names, for the dispatch keys that they serve.
+PUBLIC = "compressops"
+NATIVE = "compressops_native"
+
+_libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in (PUBLIC, NATIVE)]
+for _library in _libraries:
+    for _name, _schema in SCHEMAS.items():
+        _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def public_op(name: str) -> torch._ops.OpOverload:
+    """The op that users, autograd and `torch.compile` see."""
+    return getattr(torch.ops.compressops, name).default
+
+
+def native_op(name: str) -> torch._ops.OpOverload:
+    """The op whose CPU and CUDA kernels the compiled libraries register."""
+    return getattr(torch.ops.compressops_native, name).default
