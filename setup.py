@@ -77,17 +77,17 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         if ext.name.endswith("_cuda"):
             compiler, flags = find_compiler("NVCC", "nvcc"), f"{NVCC_FLAGS} {gencode_flags()}"
-            depfile, link = "-MD -MF $out.d", "-shared -cudart static -Xlinker --no-undefined"
+            link = "-shared -cudart static -Xlinker --no-undefined"
             libraries = libraries.replace("-Wl,", "-Xlinker ").replace("rpath,", "rpath -Xlinker ")
-            torch_libraries = "-ltorch -ltorch_cpu"
         else:
             compiler, flags = find_compiler("CXX", "c++", "g++", "clang++"), CXX_FLAGS
-            depfile, link = "-MD -MF $out.d", "-shared"
-            torch_libraries = "-ltorch -ltorch_cpu"
+            link = "-shared"
+        compile_command = f"{compiler} -MD -MF $out.d {flags} {include_flags} -c $in -o $out"
+        link_command = f"{compiler} {link} $in {libraries} -ltorch -ltorch_cpu -o $out"
         lines = [
-            f"rule compile\n  description = $in\n  command = {compiler} {depfile} {flags} {include_flags} -c $in -o $out"
-            "\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  description = $out\n  command = {compiler} {link} $in {libraries} {torch_libraries} -o $out",
+            "rule compile\n  description = $in\n  depfile = $out.d\n  deps = gcc",
+            f"  command = {compile_command}",
+            f"rule link\n  description = $out\n  command = {link_command}",
         ]
         objects = []
         for source in ext.sources:

@@ -29,8 +29,8 @@ def huffman_decode(
 
     Raises:
         ValueError: an argument is not of that form, the lengths are no complete prefix code, or the
-            stream is corrupt (a chunk's codes do not end exactly where the chunk does). Whatever the
-            bytes are, nothing outside the buffers is touched.
+            stream is corrupt (a chunk's codes do not end exactly where the chunk does). Whatever
+            the bytes are, nothing outside the buffers is touched.
     """
     return _call(stream, offsets, lengths, num_symbols, chunk_size)
 

@@ -113,7 +113,7 @@ def _check(x, weight, weight_scales, weight_sums, bias=None, activation="none") 
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The quantization of the activations: ``[..., K]`` to int8 ``[..., K]``, scales ``[..., 1]``."""
+    """Activations ``[..., K]`` to int8 codes ``[..., K]`` and float32 scales ``[..., 1]``."""
     x = x.float()
     if x.shape[-1] == 0:
         return x.to(torch.int8), x.new_zeros((*x.shape[:-1], 1))
