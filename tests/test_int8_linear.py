@@ -245,5 +245,3 @@ def test_bad_arguments_are_named_with_their_value(name: str, native: bool) -> No
         assert "got" in str(error.value)
     with pytest.raises(ValueError, match="int8_linear_pack: argument 'weight'"):
         co.ops.int8_linear_pack(torch.zeros(3, 4))
-
-
