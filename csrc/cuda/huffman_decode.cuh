@@ -149,8 +149,7 @@ __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args
     unsigned entry = kHuffmanInvalid | 1u << 8;
     for (int bits = 1; bits <= kHuffmanMaxLength; ++bits) {
       const int place = (reversed >> (kHuffmanMaxLength - bits)) - first_code[bits];
-      // Lengths whose Kraft sum is too large can ask for ranks that do not exist.
-      if (place >= 0 && place < counts[bits] && first_rank[bits] + place < args.symbols) {
+      if (place >= 0 && place < counts[bits]) {
         const unsigned symbol = by_rank[first_rank[bits] + place];
         entry = symbol | static_cast<unsigned>(bits) << 8;
         break;

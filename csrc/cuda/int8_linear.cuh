@@ -17,8 +17,9 @@
 
 namespace compressops {
 
-// The largest K whose sums of |q| ≤ 127 times |weight| ≤ 128 fit 31 bits.
-constexpr int64_t kInt8LinearMaxK = 0x7fffffff / (127 * 128);
+// The sums of |q| ≤ 127 times |weight| ≤ 128 must fit 31 bits.
+constexpr int64_t kInt8LinearMaxK = 131072;
+static_assert(kInt8LinearMaxK * 127 * 128 <= 0x7fffffff);
 
 enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2 };
 
