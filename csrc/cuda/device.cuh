@@ -88,6 +88,22 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
+// From the lowest bits of a word.
+template <class T>
+__device__ __forceinline__ float float_from_bits(unsigned bits);
+template <>
+__device__ __forceinline__ float float_from_bits<float>(unsigned bits) {
+  return __uint_as_float(bits);
+}
+template <>
+__device__ __forceinline__ float float_from_bits<__half>(unsigned bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+template <>
+__device__ __forceinline__ float float_from_bits<__nv_bfloat16>(unsigned bits) {
+  return __uint_as_float(bits << 16);
+}
+
 template <class T>
 __device__ __forceinline__ T from_float(float value);
 template <>

@@ -333,15 +333,13 @@ cudaError_t launch_int8_linear_rows(const Int8LinearArgs<T>& args, bool aligned,
                 dim3(static_cast<unsigned>(blocks)), dim3(kRowsWarps * kWarpSize), 0, stream, args);
 }
 
-template <class Tile, class T>
-cudaError_t launch_int8_linear_tile(const Int8LinearArgs<T>& args, bool aligned,
-                                    cudaStream_t stream) {
+template <class Tile, bool kAligned, class T>
+cudaError_t launch_int8_linear_tile(const Int8LinearArgs<T>& args, cudaStream_t stream) {
   const int64_t blocks =
       ceil_div<int64_t>(args.M, Tile::kBlockM) * ceil_div<int64_t>(args.N, Tile::kBlockN);
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch(aligned ? int8_linear_tile<T, Tile, true> : int8_linear_tile<T, Tile, false>,
-                dim3(static_cast<unsigned>(blocks)), dim3(Tile::kThreads), Tile::kSharedBytes,
-                stream, args);
+  return launch(int8_linear_tile<T, Tile, kAligned>, dim3(static_cast<unsigned>(blocks)),
+                dim3(Tile::kThreads), Tile::kSharedBytes, stream, args);
 }
 
 // Runs both kernels. `kernel` other than kAuto forces one; `max_blocks` bounds the first grid.
@@ -367,9 +365,12 @@ cudaError_t launch_int8_linear(const Int8LinearArgs<T>& args, int64_t multiproce
     case Int8LinearKernel::kRows16:
       return launch_int8_linear_rows<16>(args, aligned, stream);
     case Int8LinearKernel::kTile64:
-      return launch_int8_linear_tile<Int8LinearTile64>(args, aligned, stream);
+      return aligned ? launch_int8_linear_tile<Int8LinearTile64, true>(args, stream)
+                     : launch_int8_linear_tile<Int8LinearTile64, false>(args, stream);
     case Int8LinearKernel::kTile128:
-      return launch_int8_linear_tile<Int8LinearTile128>(args, aligned, stream);
+      // Rows that must be read byte by byte would keep the larger tile waiting all the same.
+      return aligned ? launch_int8_linear_tile<Int8LinearTile128, true>(args, stream)
+                     : launch_int8_linear_tile<Int8LinearTile64, false>(args, stream);
     default:
       return cudaErrorInvalidValue;
   }

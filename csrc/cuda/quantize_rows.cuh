@@ -25,16 +25,19 @@ template <class T>
 __device__ __forceinline__ void load_16_floats(Global<const T> row, int64_t count, bool aligned,
                                                float (&values)[16]) {
   if (aligned && count >= 16) {
-    constexpr int kPerLoad = 16 / sizeof(T);
+    constexpr int kPerWord = 4 / sizeof(T);
 #pragma unroll
-    for (int load = 0; load < 16 / kPerLoad; ++load) {
-      union {
-        int4 vector;
-        T elements[kPerLoad];
-      } loaded;
-      loaded.vector = load_nc<int4>(view_as<const int4>(row), load);
+    for (int load = 0; load < static_cast<int>(sizeof(T)); ++load) {
+      const int4 vector = load_nc<int4>(view_as<const int4>(row), load);
+      const int words[4] = {vector.x, vector.y, vector.z, vector.w};
 #pragma unroll
-      for (int i = 0; i < kPerLoad; ++i) values[load * kPerLoad + i] = to_float(loaded.elements[i]);
+      for (int word = 0; word < 4; ++word) {
+#pragma unroll
+        for (int i = 0; i < kPerWord; ++i) {
+          const unsigned bits = static_cast<unsigned>(words[word]) >> (32 / kPerWord * i);
+          values[(4 * load + word) * kPerWord + i] = float_from_bits<T>(bits);
+        }
+      }
     }
   } else {
 #pragma unroll

@@ -85,6 +85,7 @@ inline std::string where() {
   return out.str();
 }
 
+// `where` is the thread that ran last.
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream out;
@@ -117,11 +118,16 @@ inline void pass_barrier() {
     if (thread.state == Thread::State::kAtBarrier && waiting == nullptr) waiting = &thread;
   }
   if (waiting == nullptr) {
-    for (const Thread& thread : block.threads) {
-      if (thread.state == Thread::State::kExited) continue;
-      fail("deadlock: thread ", &thread - block.threads.data(), " waits in ", thread.operation,
-           " for lanes that never come");
+    std::string waits;
+    for (std::size_t warp = 0; warp < block.meetings.size(); ++warp) {
+      for (const auto& meeting : block.meetings[warp]) {
+        std::ostringstream out;
+        out << "; warp " << warp << ": lanes " << std::hex << meeting->arrived << " wait in "
+            << meeting->operation << " for lanes " << (meeting->mask & ~meeting->arrived);
+        waits += out.str();
+      }
     }
+    fail("deadlock", waits);
   }
   for (const Thread& thread : block.threads) {
     if (thread.state != Thread::State::kAtBarrier ||
@@ -247,12 +253,9 @@ Exchanged<T> exchange(unsigned mask, const T& mine, const char* operation) {
   auto& open = block.meetings[warp];
   std::shared_ptr<Meeting> meeting;
   for (const auto& candidate : open) {
-    if (!(candidate->mask & mask)) continue;
-    if (candidate->mask != mask || std::strcmp(candidate->operation, operation) != 0) {
-      fail("lanes of a warp diverge: ", operation, " with mask ", mask, " meets ",
-           candidate->operation, " with mask ", candidate->mask);
+    if (candidate->mask == mask && std::strcmp(candidate->operation, operation) == 0) {
+      meeting = candidate;
     }
-    meeting = candidate;
   }
   if (!meeting) {
     meeting = std::make_shared<Meeting>(Meeting{mask, 0, operation, {}});

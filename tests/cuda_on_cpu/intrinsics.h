@@ -42,6 +42,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   if (std::isnan(value)) return {0x7fff};
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
+inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline float __half2float(__half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
   const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 0x3ff;
@@ -58,6 +59,7 @@ inline __half __float2half_rn(float value) {
   if (std::isnan(value)) return {0x7fff};
   const float magnitude = std::fabs(value);
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (magnitude == 0.0f) return {sign};
   int exponent = 0;
   std::frexp(magnitude, &exponent);  // magnitude = fraction · 2^exponent, ½ ≤ fraction < 1
   const int step = std::max(exponent - 11, -24);  // exponent of the last place
