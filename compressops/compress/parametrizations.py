@@ -7,7 +7,6 @@ order, and ``state_dict``, ``deepcopy`` and ``pickle`` keep them.
 
 from __future__ import annotations
 
-import copyreg
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -235,14 +234,12 @@ def register(module: nn.Module, parametrization: nn.Module, name: str = "weight"
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple:
-    return (
-        copyreg.__newobj__,
-        (type(module).__mro__[1],),
-        dict(module.__dict__),
-        None,
-        None,
-        _restore,
-    )
+    plain = type(module).__mro__[1]
+    return _blank, (plain,), dict(module.__dict__), None, None, _restore
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
 
 
 def _restore(module: nn.Module, state: dict[str, Any]) -> None:
