@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -84,7 +85,7 @@ def normed_layers(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
         if not isinstance(sequence, nn.Sequential):
             continue
         children = list(sequence.named_children())
-        for (name, layer), (_, norm) in zip(children, children[1:], strict=False):
+        for (name, layer), (_, norm) in itertools.pairwise(children):
             if (
                 isinstance(layer, kinds)
                 and isinstance(norm, _BATCH_NORMS)
