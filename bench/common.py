@@ -29,9 +29,7 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=description)
     out.add_argument("--rounds", type=int, default=15, help="timings of each contestant (>= 15)")
     out.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    out.add_argument(
-        "--smoke", action="store_true", help="run everything once, tiny; report nothing"
-    )
+    out.add_argument("--smoke", action="store_true", help="run all once, tiny; write nothing")
     out.add_argument("--out", type=Path, default=RESULTS / f"{name}.json")
     return out
 
