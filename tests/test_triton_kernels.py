@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -22,12 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(op: str):
-    """The module of this source tree, whatever is installed."""
-    path = ROOT / "triton_kernels" / f"{op}.py"
-    spec = importlib.util.spec_from_file_location(f"triton_under_test_{op}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """The module of this source tree, whatever is installed, in a package of another name."""
+    package = importlib.util.spec_from_file_location(
+        "triton_under_test",
+        ROOT / "triton_kernels" / "__init__.py",
+        submodule_search_locations=[str(ROOT / "triton_kernels")],
+    )
+    sys.modules.setdefault("triton_under_test", importlib.util.module_from_spec(package))
+    return importlib.import_module(f"triton_under_test.{op}")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +38,7 @@ def int8_linear():
     module = load("int8_linear")
 
     def call(x, weight, scales, bias=None, activation="none"):
-        sums = weight.sum(1, dtype=torch.int32)
+        sums = torch.zeros(scales.shape, dtype=torch.int32)  # not used here
         return module.int8_linear(x, weight, scales, sums, bias, activation)
 
     return call
@@ -93,7 +96,7 @@ def test_int8_linear_of_strided_batches_and_special_values(int8_linear):
 @pytest.mark.parametrize(
     ("weight_shape", "activation", "message"),
     [
-        ((1, 5, 16, 4), "none", r"'weight' must be int8 \[N, K\].* got shape \[1, 5, 16, 4\]"),
+        ((2, 5, 16, 4), "none", r"'weight' must be int8 \[5, 20\].* shape \[2, 5, 16, 4\]"),
         ((5, 20), "tanh", "'activation' must be one of .* got 'tanh'"),
     ],
 )
@@ -101,6 +104,14 @@ def test_int8_linear_refuses(int8_linear, weight_shape, activation, message):
     weight = torch.zeros(weight_shape, dtype=torch.int8)
     with pytest.raises(ValueError, match=message):
         int8_linear(torch.zeros(2, 20), weight, torch.ones(5), None, activation)
+
+
+@needs_interpreter
+def test_int8_linear_on_a_packed_weight(int8_linear):
+    x, weight, scales, bias = make(Case(3, 21, 10))
+    padded = torch.nn.functional.pad(weight, (0, 2, 0, 11))
+    packed = padded.view(2, 16, 3, 4).transpose(1, 2).contiguous()
+    assert torch.equal(int8_linear(x, packed, scales, bias), int8_linear(x, weight, scales, bias))
 
 
 @needs_interpreter
@@ -142,14 +153,20 @@ def test_huffman_decode_of_corrupt_streams(huffman_decode):
 @pytest.mark.parametrize(
     ("data", "offsets", "lengths", "n", "message"),
     [
-        ([0], [0, 1], [1, 13], 4, "'lengths' must be at most 12 bits each, got 13"),
+        ([0], [0, 1], [1, 13], 4, "'lengths' must be code lengths of at most 12 bits, got 13"),
         ([0], [0, 1], [1, 2], 4, "'lengths' must be a complete prefix code .* got 3072"),
-        ([0], [0, 2], [1, 1], 4, r"'offsets' must run from 0 to 1, got \[0, 2\]"),
-        ([0, 0], [0, 9, 2], [1, 1], 17, "'offsets' must be sound, got chunk 0: offsets"),
+        ([0], [0, 2], [1, 1], 4, r"'offsets' must be from 0 to the stream's 1 bytes, got \[0, 2\]"),
+        (
+            [0, 0, 0],
+            [0, 9, 3],
+            [1, 1],
+            17,
+            "'offsets' must be non-decreasing, got chunk 0: offsets",
+        ),
         ([0, 0], [0, 2], [1, 1], 8, "chunk 0: whole bytes are left over"),
         ([0xF0], [0, 1], [1, 1], 4, "chunk 0: padding bits"),
         ([0x04], [0, 1], [1], 4, "chunk 0: a bit pattern that is no code"),
-        ([0x00], [0, 1], [1, 1], 9, "chunk 0: the codes run past"),
+        ([0xFF], [0, 1], [1, 2, 2], 5, "chunk 0: the codes run past"),
     ],
 )
 def test_huffman_decode_refuses(huffman_decode, data, offsets, lengths, n, message):

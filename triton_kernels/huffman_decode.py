@@ -10,10 +10,14 @@ import torch
 import triton
 import triton.language as tl
 
+from .checks import require
+
+OP = "huffman_decode"
 MAX_LENGTH = 12
 TABLE_SIZE: tl.constexpr = tl.constexpr(1 << MAX_LENGTH)
-# A table entry is symbol | length << 8, or this where no code begins like the window.
-NO_CODE = 0
+# A table entry is symbol | length << 8, or this, of length 1, where no code begins like the window.
+INVALID: tl.constexpr = tl.constexpr(1 << 12)
+NO_CODE = 1 << 8 | 1 << 12
 
 CHUNK_ERRORS = {
     1: "offsets do not rise within the stream",
@@ -22,15 +26,6 @@ CHUNK_ERRORS = {
     4: "whole bytes are left over after the last symbol",
     5: "padding bits are not 0",
 }
-
-
-@triton.jit
-def load_bits(stream, byte, end, mask):
-    """The 24 bits from ``byte`` on, zeros past ``end``."""
-    bits = tl.load(stream + byte, mask=mask & (byte < end), other=0).to(tl.int32)
-    bits |= tl.load(stream + byte + 1, mask=mask & (byte + 1 < end), other=0).to(tl.int32) << 8
-    bits |= tl.load(stream + byte + 2, mask=mask & (byte + 2 < end), other=0).to(tl.int32) << 16
-    return bits
 
 
 @triton.jit
@@ -52,26 +47,32 @@ def huffman_decode_kernel(
     begin = tl.load(offsets + chunk, mask=exists, other=0)
     end = tl.load(offsets + chunk + 1, mask=exists, other=0)
     good = exists & (begin >= 0) & (begin <= end) & (end <= stream_bytes)
-    error = tl.where(good, 0, 1)
-    symbols = tl.minimum(num_symbols - chunk * chunk_size, chunk_size)
+    symbols = tl.where(good, tl.minimum(num_symbols - chunk * chunk_size, chunk_size), 0)
+    target = output + chunk * chunk_size
     bit = begin * 8
-    for i in range(0, tl.minimum(chunk_size, num_symbols)):
-        wanted = good & (i < symbols)
-        window = load_bits(stream, bit >> 3, end, wanted) >> (bit & 7).to(tl.int32)
-        entry = tl.load(table + (window & (TABLE_SIZE - 1)), mask=wanted, other=0).to(tl.int32)
-        length = entry >> 8
-        error = tl.where(wanted & (length == 0), 3, error)
-        overrun = wanted & (length > 0) & (bit + length > end * 8)
-        error = tl.where(overrun, 2, error)
-        good = good & (error == 0)
-        wanted = wanted & good
-        tl.store(output + chunk * chunk_size + i, (entry & 255).to(tl.uint8), mask=wanted)
-        bit += tl.where(wanted, length, 0)
+    seen = tl.zeros([BLOCK], tl.int32)
+    eight = tl.arange(0, 8)
+    # 8 bytes hold 4 codes of 12 bits wherever in the first byte they begin.
+    for start in range(0, tl.minimum(chunk_size, num_symbols), 4):
+        byte = (bit >> 3)[:, None] + eight[None, :]
+        here = tl.load(stream + byte, mask=good[:, None] & (byte < end[:, None]), other=0)
+        window = tl.sum(here.to(tl.int64) << (8 * eight)[None, :].to(tl.int64), 1) >> (bit & 7)
+        for step in tl.static_range(4):
+            wanted = start + step < symbols
+            entry = tl.load(table + (window & (TABLE_SIZE - 1)), mask=wanted, other=0).to(tl.int32)
+            tl.store(target + start + step, (entry & 255).to(tl.uint8), mask=wanted)
+            seen |= entry
+            length = (entry >> 8) & 15
+            window = window >> length
+            bit += length
     left = end * 8 - bit
-    error = tl.where(good & (left >= 8), 4, error)
     padded = good & (left > 0) & (left < 8)
-    last = load_bits(stream, bit >> 3, end, padded) >> (bit & 7).to(tl.int32)
-    error = tl.where(padded & (last != 0), 5, error)
+    last = tl.load(stream + (bit >> 3), mask=padded, other=0).to(tl.int64) >> (bit & 7)
+    error = tl.where(padded & (last != 0), 5, 0)
+    error = tl.where(left >= 8, 4, error)
+    error = tl.where(left < 0, 2, error)
+    error = tl.where((seen & INVALID) != 0, 3, error)
+    error = tl.where(good, error, 1)
     tl.store(errors + chunk, error.to(tl.int32), mask=exists)
 
 
@@ -86,20 +87,14 @@ def build_table(lengths: torch.Tensor, num_symbols: int) -> torch.Tensor:
         ValueError: the lengths are no complete prefix code of at most 12 bits.
     """
     wide = lengths.cpu().long()
+    longest = int(wide.max()) if wide.numel() else 0
+    require(longest <= MAX_LENGTH, OP, "lengths", "code lengths of at most 12 bits", longest)
     present = wide > 0
-    kraft = int((present * (1 << (MAX_LENGTH - wide.clamp(max=MAX_LENGTH)))).sum())
-    lone = int(present.sum()) == 1 and int(wide.max()) == 1
+    kraft = int((present * (1 << (MAX_LENGTH - wide))).sum())
+    lone = int(present.sum()) == 1 and longest == 1
     nothing = num_symbols == 0 and not present.any()
-    if (wide > MAX_LENGTH).any():
-        raise ValueError(
-            "huffman_decode: argument 'lengths' must be at most 12 bits each, "
-            f"got {int(wide.max())}"
-        )
-    if kraft != 1 << MAX_LENGTH and not lone and not nothing:
-        raise ValueError(
-            "huffman_decode: argument 'lengths' must be a complete prefix code "
-            f"(Kraft sum of 4096/4096), got {kraft}"
-        )
+    complete = kraft == 1 << MAX_LENGTH or lone or nothing
+    require(complete, OP, "lengths", "a complete prefix code (Kraft sum of 4096/4096)", kraft)
     order = torch.sort(torch.where(present, wide, MAX_LENGTH + 1), stable=True).indices
     order = order[: int(present.sum())]
     entries = (order | wide[order] << 8).repeat_interleave(1 << (MAX_LENGTH - wide[order]))
@@ -119,7 +114,8 @@ def huffman_decode(
 ) -> torch.Tensor:
     """Decode the symbols of a chunked canonical Huffman stream.
 
-    Reads the lengths and the verdict on the stream back from the device: two synchronisations.
+    Reads lengths, ends of offsets and the verdict on the stream back from the device, so it
+    synchronises and cannot be captured in a CUDA graph.
 
     Args:
         stream: uint8 ``[B]``.
@@ -134,13 +130,28 @@ def huffman_decode(
     Raises:
         ValueError: the lengths are no code, the offsets do not fit, or a chunk is corrupt.
     """
-    table = build_table(lengths, num_symbols)
-    chunks = -(-num_symbols // chunk_size)
-    ends = offsets[[0, -1]].tolist()
-    if ends != [0, stream.numel()]:
-        raise ValueError(
-            f"huffman_decode: argument 'offsets' must run from 0 to {stream.numel()}, got {ends}"
+    for name, tensor, dtype in (
+        ("stream", stream, torch.uint8),
+        ("offsets", offsets, torch.int64),
+        ("lengths", lengths, torch.uint8),
+    ):
+        vector = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype == dtype
+        here = tensor.device == stream.device
+        require(
+            vector and here, OP, name, f"a contiguous {dtype} vector on {stream.device}", tensor
         )
+    require(lengths.numel() <= 256, OP, "lengths", "at most 256 long", lengths.numel())
+    require(chunk_size > 0, OP, "chunk_size", "positive", chunk_size)
+    bits = 8 * stream.numel()
+    possible = f"between 0 and the {bits} bits of stream"
+    require(0 <= num_symbols <= bits, OP, "num_symbols", possible, num_symbols)
+    chunks = -(-num_symbols // chunk_size)
+    entries = f"of {chunks + 1} entries (one a chunk, and the end)"
+    require(offsets.numel() == chunks + 1, OP, "offsets", entries, offsets.numel())
+    ends = [int(offsets[0]), int(offsets[-1])]
+    span = f"from 0 to the stream's {stream.numel()} bytes"
+    require(ends == [0, stream.numel()], OP, "offsets", span, ends)
+    table = build_table(lengths, num_symbols)
     output = torch.empty(num_symbols, dtype=torch.uint8, device=stream.device)
     if num_symbols == 0:
         return output
@@ -157,9 +168,9 @@ def huffman_decode(
     bad = errors.nonzero()
     if bad.numel():
         chunk = int(bad[0])
-        argument = "offsets" if int(errors[chunk]) == 1 else "stream"
-        raise ValueError(
-            f"huffman_decode: argument {argument!r} must be sound, "
-            f"got chunk {chunk}: {CHUNK_ERRORS[int(errors[chunk])]}"
-        )
+        error = int(errors[chunk])
+        what = f"chunk {chunk}: {CHUNK_ERRORS[error]}"
+        if error == 1:
+            require(False, OP, "offsets", "non-decreasing", what)
+        require(False, OP, "stream", "a sound Huffman stream", what)
     return output

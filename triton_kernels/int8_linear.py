@@ -9,6 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .checks import require
+
+OP = "int8_linear"
+MAX_IN_FEATURES = 131072  # |sum| ≤ 127·128·K must fit in an int32
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 
 # Adding and subtracting 1.5 · 2^23 rounds a float32 of magnitude below 2^22 to an integer, halves
@@ -136,7 +141,7 @@ def int8_linear(
 
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16, any strides.
-        weight: int8 ``[N, K]``.
+        weight: int8 ``[N, K]``, or as :func:`compressops.ops.int8_linear_pack` packs it.
         weight_scales: float32 ``[N]``.
         weight_sums: int32 ``[N]``; not needed here.
         bias: float ``[N]`` or None.
@@ -146,19 +151,30 @@ def int8_linear(
         ``[..., N]`` in the dtype of ``x``.
 
     Raises:
-        ValueError: the weight is not two-dimensional, or the activation is none of these.
+        ValueError: an argument is not of that form; the message names it and its value.
     """
-    if weight.dim() != 2:
-        raise ValueError(
-            "int8_linear: argument 'weight' must be int8 [N, K] for the Triton backend, "
-            f"got shape {list(weight.shape)}"
-        )
-    if activation not in ACTIVATIONS:
-        raise ValueError(
-            f"int8_linear: argument 'activation' must be one of {tuple(ACTIVATIONS)}, "
-            f"got {activation!r}"
-        )
-    N, K = weight.shape
+    floats = "float32, float16 or bfloat16 [..., K]"
+    require(x.dim() >= 1 and x.dtype in DTYPES, OP, "x", floats, x)
+    K = x.shape[-1]
+    require(K <= MAX_IN_FEATURES, OP, "x", f"at most {MAX_IN_FEATURES} wide (int32 sums)", x)
+    vector = weight_scales.dim() == 1 and weight_scales.dtype == torch.float32
+    require(vector, OP, "weight_scales", "float32 [N]", weight_scales)
+    N = weight_scales.shape[0]
+    if weight.dim() == 4 and weight.shape == (-(-N // 16), -(-K // 4), 16, 4):
+        weight = weight.transpose(1, 2).reshape(-1, 4 * weight.shape[1])[:N, :K]
+    fits = weight.dtype == torch.int8 and tuple(weight.shape) == (N, K)
+    require(fits, OP, "weight", f"int8 [{N}, {K}] or packed", weight)
+    fits = weight_sums.dtype == torch.int32 and tuple(weight_sums.shape) == (N,)
+    require(fits, OP, "weight_sums", f"int32 [{N}]", weight_sums)
+    if bias is not None:
+        fits = bias.dtype in DTYPES and tuple(bias.shape) == (N,)
+        require(fits, OP, "bias", f"float [{N}] or None", bias)
+    known = activation in ACTIVATIONS
+    require(known, OP, "activation", f"one of {tuple(ACTIVATIONS)}", repr(activation))
+    named = {"weight": weight, "weight_scales": weight_scales, "bias": bias}
+    for name, tensor in named.items():
+        here = tensor is None or tensor.device == x.device
+        require(here, OP, name, f"on {x.device}, as x is", tensor)
     y = x.new_empty((*x.shape[:-1], N))
     rows = x.reshape(-1, K) if K else x.new_empty((y.numel() // max(N, 1), 0))
     if rows.stride(-1) != 1 and K > 1:
@@ -168,8 +184,8 @@ def int8_linear(
         return y
     q = torch.empty((M, K), dtype=torch.int8, device=x.device)
     x_scales = torch.empty(M, dtype=torch.float32, device=x.device)
-    # Without fused multiply-adds every backend rounds alike.
-    with _device_of(x):
+    # Launches go to the current device. Without fused multiply-adds every backend rounds alike.
+    with torch.cuda.device_of(x):
         quantize_rows_kernel[(M,)](
             *(rows, q, x_scales, rows.stride(0), K),
             BLOCK_K=min(4096, triton.next_power_of_2(max(K, 16))),
@@ -188,8 +204,3 @@ def int8_linear(
             **sizes,
         )
     return y
-
-
-def _device_of(tensor: torch.Tensor):
-    """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device_of(tensor)

@@ -55,7 +55,7 @@ __device__ __forceinline__ unsigned quantize_byte(float value, float inverse) {
 
 // One block a row. The second reading of the row comes from L1 or L2.
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 8)
     quantize_rows(Global<const T> x, int64_t row_stride, bool aligned, int64_t M, int64_t K,
                   Global<int8_t> q, Global<float> x_scales) {
   constexpr int kWarps = kThreads / kWarpSize;
