@@ -161,7 +161,7 @@ def int8_linear(
     require(vector, OP, "weight_scales", "float32 [N]", weight_scales)
     N = weight_scales.shape[0]
     if weight.dim() == 4 and weight.shape == (-(-N // 16), -(-K // 4), 16, 4):
-        weight = weight.transpose(1, 2).reshape(-1, 4 * weight.shape[1])[:N, :K]
+        weight = weight.transpose(1, 2).reshape(16 * weight.shape[0], 4 * weight.shape[1])[:N, :K]
     fits = weight.dtype == torch.int8 and tuple(weight.shape) == (N, K)
     require(fits, OP, "weight", f"int8 [{N}, {K}] or packed", weight)
     fits = weight_sums.dtype == torch.int32 and tuple(weight_sums.shape) == (N,)
