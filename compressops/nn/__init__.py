@@ -1,0 +1,16 @@
+"""Drop-in modules that hold packed weights."""
+
+from compressops.nn.base import PackedModule, PackedWeight
+from compressops.nn.conv import PackedConv1d, PackedConv2d
+from compressops.nn.embedding import PackedEmbedding
+from compressops.nn.linear import Int8Linear, PackedLinear
+
+__all__ = [
+    "Int8Linear",
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PackedModule",
+    "PackedWeight",
+]
