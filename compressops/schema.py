@@ -23,10 +23,15 @@ SCHEMAS = {
 PUBLIC = "compressops"
 NATIVE = "compressops_native"
 
-_libraries = [torch.library.Library(namespace, "FRAGMENT") for namespace in (PUBLIC, NATIVE)]
-for _library in _libraries:
+_libraries = {name: torch.library.Library(name, "FRAGMENT") for name in (PUBLIC, NATIVE)}
+for _library in _libraries.values():
     for _name, _schema in SCHEMAS.items():
         _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def library(namespace: str) -> torch.library.Library:
+    """The library that defines a namespace's ops and lives as long as the process."""
+    return _libraries[namespace]
 
 
 def public_op(name: str) -> torch._ops.OpOverload:

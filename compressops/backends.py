@@ -1,0 +1,219 @@
+"""The one place that chooses a backend.
+
+Each op has up to four kernels: ``cuda`` and ``cpu`` (the compiled libraries), ``triton``, and
+``eager`` (plain PyTorch, the reference). On a device they are tried in ``ORDER``;
+``COMPRESSOPS_BACKEND=NAME`` or ``with compressops.backend(NAME):`` asks for one by name, which then
+serves or raises. Tensors are never moved between devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+import torch
+
+from . import schema
+
+ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+
+Kernel = Callable[..., torch.Tensor]
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve."""
+
+
+_eager: dict[str, Kernel] = {}
+_override: ContextVar[str | None] = ContextVar("compressops_backend", default=None)
+_chosen: dict[tuple[str, str, str | None], Kernel] = {}
+
+
+def _checked_name(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_environment: str | None = None
+if os.environ.get("COMPRESSOPS_BACKEND"):
+    _environment = _checked_name(os.environ["COMPRESSOPS_BACKEND"], "COMPRESSOPS_BACKEND")
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every op on the backend ``name`` inside the ``with`` block (of this thread or task).
+
+    Args:
+        name: ``"cuda"``, ``"triton"``, ``"cpu"`` or ``"eager"``.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendError: (at a call of an op) the backend cannot serve there.
+    """
+    token = _override.set(_checked_name(name, "backend name"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+@functools.cache
+def load_cpu_library() -> str | None:
+    """Register the compiled CPU kernels; the reason where that is not possible."""
+    try:
+        importlib.import_module("compressops._C")
+    except ImportError as error:
+        if importlib.util.find_spec("compressops._C") is None:
+            return "the C++ extension is not built (no compiler at installation)"
+        return f"the C++ extension does not load: {error}"
+    return None
+
+
+@functools.cache
+def _load_cuda_library() -> str | None:
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    spec = importlib.util.find_spec("compressops._cuda")
+    if spec is None or spec.origin is None:
+        return "the CUDA extension is not built (no nvcc at installation)"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as error:
+        return f"the CUDA extension does not load: {error}"
+    return None
+
+
+@functools.cache
+def _load_triton(op: str) -> tuple[Kernel | None, str | None]:
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    try:
+        module = importlib.import_module(f"compressops.triton_kernels.{op}")
+    except ImportError as error:
+        return None, f"the Triton kernel does not load: {error}"
+    return getattr(module, op), None
+
+
+def _has_native_kernel(op: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{schema.NATIVE}::{op}", key)
+
+
+def _find(op: str, name: str, device: str) -> tuple[Kernel | None, str | None]:
+    """The kernel of ``op`` on a backend, or the reason why it cannot serve on the device type."""
+    if name == "eager":
+        return _eager[op], None
+    if name == "triton":
+        if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return None, f"triton needs a GPU, not {device} (or TRITON_INTERPRET=1 set at start)"
+        return _load_triton(op)
+    if name != device:
+        return None, f"its kernels run on {name} tensors, not on {device} ones"
+    reason = load_cpu_library() if name == "cpu" else _load_cuda_library()
+    if reason is None and not _has_native_kernel(op, name.upper()):
+        reason = "it has no kernel for this op"
+    return (None, reason) if reason else (schema.native_op(op), None)
+
+
+def choose(op: str, device: str) -> Kernel:
+    """The kernel that serves ``op`` on a device type (``"cpu"``, ``"cuda"``, …) now.
+
+    Raises:
+        BackendError: a backend was asked for by name and cannot serve.
+    """
+    asked = _override.get() or _environment
+    key = (op, device, asked)
+    kernel = _chosen.get(key)
+    if kernel is None:
+        kernel = _chosen[key] = _choose(op, device, asked)
+    return kernel
+
+
+def _choose(op: str, device: str, asked: str | None) -> Kernel:
+    if asked is not None:
+        kernel, reason = _find(op, asked, device)
+        if kernel is None:
+            others = "; ".join(
+                f"{name}: {why or 'can'}"
+                for name in BACKENDS
+                if name != asked
+                for _, why in [_find(op, name, device)]
+            )
+            raise BackendError(
+                f"{op}: backend {asked!r} cannot serve {device} tensors: {reason}. Others: {others}"
+            )
+        return kernel
+    for name in ORDER.get(device, ("eager",)):
+        kernel, reason = _find(op, name, device)
+        if kernel is not None:
+            return kernel
+        _warn_once(f"compressops: backend {name!r} does not serve {device} tensors: {reason}")
+    raise AssertionError("eager serves everywhere")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message + "; falling back", RuntimeWarning, stacklevel=5)
+
+
+def table() -> list[tuple[str, str, str, str | None]]:
+    """Rows ``(op, device type, backend, reason)``; the reason is ``None`` where it can serve."""
+    return [
+        (op, device, name, _find(op, name, device)[1])
+        for op in schema.SCHEMAS
+        for device in ORDER
+        for name in BACKENDS
+    ]
+
+
+def register(
+    op: str,
+    *,
+    eager: Kernel,
+    fake: Kernel,
+    check: Callable[..., object],
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., object] | None = None,
+) -> Kernel:
+    """Wire an op of ``schema.SCHEMAS`` to its kernels; returns the callable that runs it.
+
+    Args:
+        op: its name.
+        eager: the reference in plain PyTorch, on any device.
+        fake: the shapes and dtypes of its result, for ``torch.compile``.
+        check: raises ``ValueError`` for arguments that the op does not take. Compiled kernels make
+            the same checks themselves.
+        setup_context, backward: its autograd formula, where a gradient means anything.
+    """
+
+    def checked(kernel: Kernel) -> Kernel:
+        @functools.wraps(kernel)
+        def call(*args, **kwargs):
+            check(*args, **kwargs)
+            return kernel(*args, **kwargs)
+
+        return call
+
+    _eager[op] = checked(eager)
+    public = schema.public_op(op)
+
+    def run(*args, **kwargs) -> torch.Tensor:
+        return choose(op, args[0].device.type)(*args, **kwargs)
+
+    library = schema.library(schema.PUBLIC)
+    for key in ("CPU", "CUDA"):
+        library.impl(op, run, key)
+    for namespace in (schema.PUBLIC, schema.NATIVE):
+        torch.library.register_fake(f"{namespace}::{op}", checked(fake))
+    if backward is not None:
+        torch.library.register_autograd(
+            f"{schema.PUBLIC}::{op}", backward, setup_context=setup_context
+        )
+    return public

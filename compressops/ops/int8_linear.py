@@ -1,0 +1,184 @@
+"""Linear layer on int8 weights and dynamically quantized int8 activations (W8A8)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ..backends import register
+
+ACTIVATIONS = ("none", "relu", "gelu")
+MAX_IN_FEATURES = 131072  # |sum| ≤ 127·128·K must fit in an int32
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# CPU packing: panels of 16 output features, 4 input features side by side, as VNNI multiplies them.
+_PANEL, _DEPTH = 16, 4
+
+
+def int8_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    weight_sums: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """``activation(x @ (weight · weight_scales).T + bias)``, multiplied in integers.
+
+    Each row of ``x`` is quantized on the fly to int8 by its own largest magnitude::
+
+        scale = max|x| / 127        q = round_half_even(x · 127 / max|x|)
+        y[n]  = (Σ_k q[k] · weight[n, k]) · (scale · weight_scales[n]) + bias[n]
+
+    The sum is exact. A row that holds NaN or Inf gives a row of NaN. The gradient with respect to
+    ``x`` takes the quantization of ``x`` for the identity (straight-through).
+
+    Args:
+        x: ``[..., K]`` float32, float16 or bfloat16, any strides, K ≤ 131072.
+        weight: int8 ``[N, K]``, or as packed by :func:`int8_linear_pack`.
+        weight_scales: float32 ``[N]``.
+        weight_sums: int32 ``[N]``, the sum of each row of the int8 weight.
+        bias: float ``[N]`` or None.
+        activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: an argument is not of that form; the message names it and its value.
+    """
+    return _call(x, weight, weight_scales, weight_sums, bias, activation)
+
+
+def int8_linear_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prepare an int8 weight ``[N, K]`` for :func:`int8_linear` on its device.
+
+    Returns:
+        The packed weight (on a CPU ``[ceil(N/16), ceil(K/4), 16, 4]`` int8, zero padded; elsewhere
+        ``[N, K]`` contiguous) and its row sums, int32 ``[N]``.
+
+    Raises:
+        ValueError: the weight is not int8 of two dimensions.
+    """
+    if weight.dtype != torch.int8 or weight.dim() != 2:
+        raise ValueError(_message("weight", "an int8 tensor [N, K]", weight, "int8_linear_pack"))
+    sums = weight.sum(1, dtype=torch.int32)
+    if weight.device.type != "cpu":
+        return weight.contiguous(), sums
+    N, K = weight.shape
+    padded = F.pad(weight, (0, -K % _DEPTH, 0, -N % _PANEL))
+    panels = padded.view(-(-N // _PANEL), _PANEL, -(-K // _DEPTH), _DEPTH)
+    return panels.transpose(1, 2).contiguous(), sums
+
+
+def _unpack(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    """Row-major ``[N, K]`` of either form."""
+    if weight.dim() == 2:
+        return weight
+    return weight.transpose(1, 2).flatten(2).flatten(0, 1)[:N, :K]
+
+
+def _message(argument: str, requirement: str, value: object, op: str = "int8_linear") -> str:
+    if isinstance(value, torch.Tensor):
+        value = f"a tensor of dtype {value.dtype}, shape {list(value.shape)} on {value.device}"
+    return f"{op}: argument '{argument}' must be {requirement}, got {value}"
+
+
+def _check(x, weight, weight_scales, weight_sums, bias=None, activation="none") -> None:
+    if x.dim() < 1 or x.dtype not in _DTYPES:
+        requirement = "float32, float16 or bfloat16 [..., K]"
+        raise ValueError(_message("x", requirement, x))
+    if x.shape[-1] > MAX_IN_FEATURES:
+        raise ValueError(_message("x", f"at most {MAX_IN_FEATURES} wide (int32 sums)", x))
+    if weight_scales.dim() != 1 or weight_scales.dtype != torch.float32:
+        raise ValueError(_message("weight_scales", "float32 [N]", weight_scales))
+    N, K = weight_scales.shape[0], x.shape[-1]
+    packed = (-(-N // _PANEL), -(-K // _DEPTH), _PANEL, _DEPTH)
+    if weight.dtype != torch.int8 or tuple(weight.shape) not in ((N, K), packed):
+        requirement = f"int8 [{N}, {K}] or packed {list(packed)}"
+        raise ValueError(_message("weight", requirement, weight))
+    if weight_sums.dtype != torch.int32 or tuple(weight_sums.shape) != (N,):
+        raise ValueError(_message("weight_sums", f"int32 [{N}]", weight_sums))
+    if bias is not None and (bias.dtype not in _DTYPES or tuple(bias.shape) != (N,)):
+        raise ValueError(_message("bias", f"float [{N}] or None", bias))
+    if activation not in ACTIVATIONS:
+        raise ValueError(_message("activation", f"one of {ACTIVATIONS}", repr(activation)))
+    for name, tensor in (
+        ("weight", weight),
+        ("weight_scales", weight_scales),
+        ("weight_sums", weight_sums),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(_message(name, f"on {x.device}, as x is", tensor))
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations ``[..., K]`` to int8 codes ``[..., K]`` and float32 scales ``[..., 1]``."""
+    x = x.float()
+    if x.shape[-1] == 0:
+        return x.to(torch.int8), x.new_zeros((*x.shape[:-1], 1))
+    amax = x.abs().amax(-1, keepdim=True)
+    finite = amax.isfinite()
+    # As a tensor: torch divides by, and into, a Python number through a rounded reciprocal.
+    top = amax.new_full((), 127.0)
+    inverse = torch.where(finite & (amax > 0), top / amax, 0.0)
+    # 0 · Inf, where amax is so small that 127 / amax overflows, counts as 0.
+    scaled = torch.where(finite, x * inverse, 0.0).nan_to_num(nan=0.0).clamp(-127, 127)
+    return scaled.round().to(torch.int8), torch.where(finite, amax / top, torch.nan)
+
+
+def _eager(x, weight, weight_scales, weight_sums, bias=None, activation="none") -> torch.Tensor:
+    q, scales = quantize_rows(x)
+    rows = _unpack(weight, weight_scales.shape[0], x.shape[-1])
+    # float64 holds every sum below 2^53 exactly, and has a matrix product on every device.
+    sums = (q.double() @ rows.double().t()).float()
+    y = sums * (scales * weight_scales)
+    if bias is not None:
+        y = y + bias.float()
+    return _activate(y, activation).to(x.dtype)
+
+
+def _activate(y: torch.Tensor, activation: str) -> torch.Tensor:
+    if activation == "relu":
+        return y.relu()
+    return F.gelu(y) if activation == "gelu" else y
+
+
+def _fake(x, weight, weight_scales, weight_sums, bias=None, activation="none") -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], weight_scales.shape[0]))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, weight_scales, weight_sums, bias, activation = inputs
+    ctx.activation, ctx.in_features = activation, x.shape[-1]
+    ctx.save_for_backward(
+        *(weight, weight_scales, weight_sums, bias),
+        *(() if activation == "none" else (output,) if activation == "relu" else (x,)),
+    )
+
+
+def _backward(ctx, grad):
+    weight, weight_scales, weight_sums, bias, *saved = ctx.saved_tensors
+    if ctx.activation == "relu":
+        grad = torch.where(saved[0] > 0, grad, 0.0)
+    elif ctx.activation == "gelu":
+        before = int8_linear(saved[0], weight, weight_scales, weight_sums, bias)
+        grad = torch.ops.aten.gelu_backward(grad, before)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        rows = _unpack(weight, weight_scales.shape[0], ctx.in_features)
+        dequantized = rows.to(grad.dtype) * weight_scales.to(grad.dtype)[:, None]
+        grad_x = grad @ dequantized
+    if bias is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+_call = register(
+    "int8_linear",
+    eager=_eager,
+    fake=_fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_backward,
+)

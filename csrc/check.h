@@ -1,0 +1,41 @@
+// Argument checks of every op. A failed check raises ValueError in Python with the op, the
+// argument, what it must be, and the value that was given.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace compressops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string describe(const Tensor& tensor) {
+  std::ostringstream out;
+  out << "a tensor of dtype " << torch::headeronly::toString(tensor.scalar_type()) << ", shape [";
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.size(i);
+  out << "], strides [";
+  for (int64_t i = 0; i < tensor.dim(); ++i) out << (i ? ", " : "") << tensor.stride(i);
+  out << "] on " << (tensor.is_cuda() ? "cuda" : tensor.is_cpu() ? "cpu" : "another device");
+  return out.str();
+}
+inline std::string describe(int64_t value) { return std::to_string(value); }
+inline std::string describe(const std::string& value) { return "'" + value + "'"; }
+
+template <typename T>
+[[noreturn]] void fail_argument(const char* op, const char* argument,
+                                const std::string& requirement, const T& value) {
+  throw std::invalid_argument(std::string(op) + ": argument '" + argument + "' must be " +
+                              requirement + ", got " + describe(value));
+}
+
+}  // namespace compressops
+
+#define COMPRESSOPS_CHECK(condition, op, argument, requirement, value)                \
+  do {                                                                                \
+    if (!(condition)) ::compressops::fail_argument(op, argument, requirement, value); \
+  } while (0)

@@ -1,0 +1,224 @@
+// int8_linear on a CPU: quantize each row of x to u8, multiply by the packed int8 weights, and
+// scale, add the bias and activate while the sums are still in L1.
+#include "int8_linear.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "features.h"
+
+namespace compressops::cpu {
+namespace {
+
+constexpr const char* kOp = "int8_linear";
+// |sum| <= 127 · 128 · K must fit in an int32.
+constexpr int64_t kMaxDepth = 131072;
+
+const Int8LinearKernels& kernels() {
+  const Features& cpu = features();
+#if defined(__x86_64__)
+  if (cpu.avx512_vnni) return int8_linear_avx512();
+  if (cpu.avx2) return int8_linear_avx2();
+#endif
+  return int8_linear_baseline();
+}
+
+enum class Activation { kNone, kRelu, kGelu };
+
+Activation parse_activation(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  COMPRESSOPS_CHECK(name == "gelu", kOp, "activation", "'none', 'relu' or 'gelu'", name);
+  return Activation::kGelu;
+}
+
+float activate(float y, Activation activation) {
+  switch (activation) {
+    case Activation::kRelu:
+      return y < 0.0f ? 0.0f : y;  // keeps NaN, as torch does
+    case Activation::kGelu:
+      return 0.5f * y * (1.0f + std::erf(y * 0.70710678118654752f));
+    default:
+      return y;
+  }
+}
+
+// Calls f with a null pointer of the element type of `tensor`.
+template <typename F>
+void with_element_type(const Tensor& tensor, const char* argument, F&& f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(static_cast<float*>(nullptr));
+    case ScalarType::Half:
+      return f(static_cast<c10::Half*>(nullptr));
+    case ScalarType::BFloat16:
+      return f(static_cast<c10::BFloat16*>(nullptr));
+    default:
+      fail_argument(kOp, argument, "of dtype float32, float16 or bfloat16", tensor);
+  }
+}
+
+std::vector<float> to_float(const Tensor& tensor, const char* argument) {
+  const Tensor dense = torch::stable::contiguous(tensor);
+  std::vector<float> out(dense.numel());
+  with_element_type(dense, argument, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* data = static_cast<const T*>(dense.const_data_ptr());
+    std::copy(data, data + out.size(), out.begin());
+  });
+  return out;
+}
+
+struct Weight {
+  Tensor panels;  // [ceil(N / 16)][ceil(K / 4)][16][4]
+  int64_t k_blocks;
+};
+
+// Row-major [N, K] weights are packed for this call; 4-D ones are taken as they are.
+Weight packed_weight(const Tensor& weight, int64_t N, int64_t K) {
+  const int64_t panels = (N + kColumns - 1) / kColumns, k_blocks = (K + kDepth - 1) / kDepth;
+  if (weight.dim() == 4) return {torch::stable::contiguous(weight), k_blocks};
+  const Tensor rows = torch::stable::contiguous(weight);
+  Tensor out = torch::stable::new_zeros(rows, {panels, k_blocks, kColumns, kDepth});
+  const int8_t* from = static_cast<const int8_t*>(rows.const_data_ptr());
+  int8_t* to = static_cast<int8_t*>(out.mutable_data_ptr());
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t b = 0; b < k_blocks; ++b)
+      std::memcpy(to + ((n / kColumns * k_blocks + b) * kColumns + n % kColumns) * kDepth,
+                  from + n * K + b * kDepth, std::min(kDepth, K - b * kDepth));
+  return {out, k_blocks};
+}
+
+Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scales,
+                   const Tensor& weight_sums, const std::optional<Tensor>& bias,
+                   const std::string& activation_name) {
+  COMPRESSOPS_CHECK(x.is_cpu() && x.dim() >= 1, kOp, "x", "a CPU tensor [..., K]", x);
+  COMPRESSOPS_CHECK(weight_scales.is_cpu() && weight_scales.dim() == 1 &&
+                        weight_scales.scalar_type() == ScalarType::Float,
+                    kOp, "weight_scales", "a CPU float32 tensor [N]", weight_scales);
+  const int64_t N = weight_scales.size(0), K = x.size(x.dim() - 1);
+  COMPRESSOPS_CHECK(K <= kMaxDepth, kOp, "x", "at most 131072 wide (int32 sums)", x);
+  const bool fits = weight.dim() == 2
+                        ? weight.size(0) == N && weight.size(1) == K
+                        : weight.dim() == 4 && weight.size(0) == (N + kColumns - 1) / kColumns &&
+                              weight.size(1) == (K + kDepth - 1) / kDepth &&
+                              weight.size(2) == kColumns && weight.size(3) == kDepth;
+  COMPRESSOPS_CHECK(fits && weight.is_cpu() && weight.scalar_type() == ScalarType::Char, kOp,
+                    "weight",
+                    "a CPU int8 tensor [" + std::to_string(N) + ", " + std::to_string(K) +
+                        "] or that packed as [ceil(N/16), ceil(K/4), 16, 4]",
+                    weight);
+  COMPRESSOPS_CHECK(weight_sums.is_cpu() && weight_sums.dim() == 1 && weight_sums.size(0) == N &&
+                        weight_sums.scalar_type() == ScalarType::Int,
+                    kOp, "weight_sums", "a CPU int32 tensor [" + std::to_string(N) + "]",
+                    weight_sums);
+  if (bias)
+    COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, kOp, "bias",
+                      "a CPU tensor [" + std::to_string(N) + "]", *bias);
+  const Activation activation = parse_activation(activation_name);
+
+  std::vector<int64_t> out_sizes;
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    out_sizes.push_back(x.size(i));
+    M *= x.size(i);
+  }
+  out_sizes.push_back(N);
+  Tensor out = torch::stable::new_empty(x, out_sizes);
+  with_element_type(x, "x", [](auto*) {});
+  const std::vector<float> biases = bias ? to_float(*bias, "bias") : std::vector<float>();
+  if (M == 0 || N == 0) return out;
+
+  const Tensor dense_x = torch::stable::contiguous(x);
+  const Weight packed = packed_weight(weight, N, K);
+  const Tensor dense_scales = torch::stable::contiguous(weight_scales);
+  const Tensor dense_sums = torch::stable::contiguous(weight_sums);
+  const float* scales = static_cast<const float*>(dense_scales.const_data_ptr());
+  const int32_t* sums = static_cast<const int32_t*>(dense_sums.const_data_ptr());
+  const int8_t* panels_start = static_cast<const int8_t*>(packed.panels.const_data_ptr());
+  const Int8LinearKernels& isa = kernels();
+
+  const int64_t q_stride = packed.k_blocks * kDepth;
+  std::unique_ptr<uint8_t[]> q(new uint8_t[M * q_stride]);
+  std::unique_ptr<float[]> x_scales(new float[M]);
+
+  with_element_type(x, "x", [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* input = static_cast<const T*>(dense_x.const_data_ptr());
+    T* output = static_cast<T*>(out.mutable_data_ptr());
+
+    // A thread is worth starting for about 16 K elements.
+    const int64_t rows_grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
+    torch::stable::parallel_for(0, M, rows_grain, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(std::is_same_v<T, float> ? 0 : K);
+      for (int64_t m = begin; m < end; ++m) {
+        const float* values;
+        if constexpr (std::is_same_v<T, float>) {
+          values = input + m * K;
+        } else {
+          std::copy(input + m * K, input + (m + 1) * K, row.begin());
+          values = row.data();
+        }
+        x_scales[m] = isa.quantize_row(values, q.get() + m * q_stride, K);
+      }
+    });
+
+    // A task is up to 64 columns × up to 96 rows: its weights stay in L2 while its rows pass by.
+    constexpr int64_t kTaskRows = 16 * kMaxRows;
+    const int64_t panels = (N + kColumns - 1) / kColumns;
+    const int64_t groups = (panels + kMaxPanels - 1) / kMaxPanels;
+    const int64_t row_tasks = (M + kTaskRows - 1) / kTaskRows;
+    const int64_t task_work =
+        std::min(M, kTaskRows) * kMaxPanels * kColumns * std::max<int64_t>(1, K);
+    const int64_t grain = std::max<int64_t>(1, (1 << 18) / task_work);
+    torch::stable::parallel_for(0, groups * row_tasks, grain, [&](int64_t begin, int64_t end) {
+      alignas(64) int32_t accumulators[kMaxRows * kMaxPanels * kColumns];
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t first_panel = task / row_tasks * kMaxPanels;
+        const int panel_count = (int)std::min<int64_t>(kMaxPanels, panels - first_panel);
+        const int64_t first_row = task % row_tasks * kTaskRows;
+        const int64_t end_row = std::min(M, first_row + kTaskRows);
+        const int64_t n0 = first_panel * kColumns;
+        const int64_t columns = std::min<int64_t>(panel_count * kColumns, N - n0);
+        for (int64_t m = first_row; m < end_row; m += kMaxRows) {
+          const int rows = (int)std::min<int64_t>(kMaxRows, end_row - m);
+          isa.multiply(q.get() + m * q_stride, q_stride,
+                       panels_start + first_panel * packed.k_blocks * kColumns * kDepth,
+                       packed.k_blocks, rows, panel_count, accumulators);
+          for (int r = 0; r < rows; ++r) {
+            const int32_t* line = accumulators + r * panel_count * kColumns;
+            T* to = output + (m + r) * N + n0;
+            const float x_scale = x_scales[m + r];
+            for (int64_t n = 0; n < columns; ++n) {
+              // The rows were shifted by 128 to be unsigned; unsigned arithmetic may wrap.
+              const int32_t sum = (int32_t)((uint32_t)line[n] - 128u * (uint32_t)sums[n0 + n]);
+              float y = (float)sum * (x_scale * scales[n0 + n]);
+              if (!biases.empty()) y += biases[n0 + n];
+              to[n] = static_cast<T>(activation == Activation::kNone ? y : activate(y, activation));
+            }
+          }
+        }
+      }
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace compressops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(compressops_native, CPU, m) {
+  m.impl("int8_linear", TORCH_BOX(&compressops::cpu::int8_linear));
+}

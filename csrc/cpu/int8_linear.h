@@ -1,0 +1,33 @@
+// The inner kernels of int8_linear, one implementation per instruction set. This header is included
+// by translation units that are compiled for different ones, so it defines no function and includes
+// nothing that would: a linker may keep the wrong copy of an inline function.
+#pragma once
+
+#include <stdint.h>
+
+namespace compressops::cpu {
+
+// Packed weights: [ceil(N / 16)][ceil(K / 4)][16][4] int8, the operand order of vpdpbusd.
+constexpr int64_t kColumns = 16;
+constexpr int64_t kDepth = 4;
+
+struct Int8LinearKernels {
+  const char* isa;
+  // q[k] = rint(x[k] * 127 / amax) + 128 for k < K, and 128 up to the next multiple of kDepth.
+  // Returns the row's scale amax / 127; NaN where x holds NaN or Inf.
+  float (*quantize_row)(const float* x, uint8_t* q, int64_t K);
+  // accumulators[m][n] = sum over k of q[m][k] * weight[n][k] for `rows` rows (<= kMaxRows) and one
+  // panel group of `panels` (<= kMaxPanels) times 16 columns. q is [rows][k_blocks * 4] with stride
+  // q_stride, accumulators is [rows][panels * 16].
+  void (*multiply)(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, int64_t k_blocks,
+                   int rows, int panels, int32_t* accumulators);
+};
+
+constexpr int kMaxRows = 6;
+constexpr int kMaxPanels = 4;
+
+const Int8LinearKernels& int8_linear_baseline();
+const Int8LinearKernels& int8_linear_avx2();
+const Int8LinearKernels& int8_linear_avx512();
+
+}  // namespace compressops::cpu

@@ -1,0 +1,75 @@
+"""Shared by all tests: few threads, fixed seeds, and the grids of backends and instruction sets."""
+
+from __future__ import annotations
+
+import os
+
+# Triton reads this when it is imported; the interpreter runs its kernels where no GPU is.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+from compressops import backends
+
+settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("suite")
+
+ISAS = ("baseline", "avx2", "avx512_vnni", "avx512_vbmi2")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def kernel_params(op: str) -> list:
+    """One test parameter for every kernel of ``op`` that can run here: ``(device, backend, isa)``.
+
+    The CPU library counts once for each instruction set that the processor has.
+    """
+    params = []
+    for name, device, backend, reason in backends.table():
+        if name != op or reason is not None:
+            continue
+        if backend == "cpu":
+            params += [
+                pytest.param((device, backend, isa), id=f"{device}-{backend}-{isa}")
+                for isa in ISAS
+                if isa == "baseline" or _has(isa)
+            ]
+        else:
+            params.append(pytest.param((device, backend, None), id=f"{device}-{backend}"))
+    return params
+
+
+def _has(isa: str) -> bool:
+    from compressops import _C
+
+    _C.limit_isa("native")
+    return _C.cpu_features()[isa]
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest):
+    """Selects the backend (and instruction set) of an indirect ``kernel_params`` parameter.
+
+    Gives the device that tensors must be on.
+    """
+    device, backend, isa = request.param
+    with backends.backend(backend):
+        if isa is None:
+            yield torch.device(device)
+        else:
+            from compressops import _C
+
+            _C.limit_isa(isa)
+            try:
+                yield torch.device(device)
+            finally:
+                _C.limit_isa("native")
