@@ -79,8 +79,6 @@ def load_cpu_library() -> str | None:
 
 @functools.cache
 def _load_cuda_library() -> str | None:
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
     spec = importlib.util.find_spec("compressops._cuda")
     if spec is None or spec.origin is None:
         return "the CUDA extension is not built (no nvcc at installation)"
@@ -108,6 +106,8 @@ def _has_native_kernel(op: str, key: str) -> bool:
 
 def _find(op: str, name: str, device: str) -> tuple[Kernel | None, str | None]:
     """The kernel of ``op`` on a backend, or the reason why it cannot serve on the device type."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return None, "torch sees no CUDA device"
     if name == "eager":
         return _eager[op], None
     if name == "triton":

@@ -62,15 +62,25 @@ def reference(x, weight, scales, sums, bias, activation):
     return F.gelu(y) if activation == "gelu" else y
 
 
-def assert_matches(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
-    """Rounding alone may differ: a few float32 roundings, and the last one to the dtype."""
-    assert actual.dtype == dtype
+def assert_matches(actual: torch.Tensor, args: tuple) -> None:
+    """Rounding alone may differ: a few float32 roundings, and the last one to the dtype.
+
+    The sums are exact, so the error is relative to each value; what cancels is the bias, and in
+    gelu's tail 1 + erf.
+    """
+    expected = reference(*args)
+    x, *_, bias, activation = args
+    assert actual.dtype == x.dtype
     assert actual.shape == expected.shape
     if actual.numel() == 0:
         return
-    scale = expected.abs().clamp(min=1.0)
-    error = ((actual.cpu().double() - expected) / scale).abs().max().item()
-    assert error <= torch.finfo(dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps, error
+    size = expected.abs() + 1e-30  # below, the scales' product is subnormal and loses bits
+    if bias is not None:
+        size = size + bias.cpu().double().abs()
+    if activation == "gelu":
+        size = size + 1
+    error = ((actual.cpu().double() - expected).abs() / size).max().item()
+    assert error <= torch.finfo(x.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps, error
 
 
 @ALL_KERNELS
@@ -78,7 +88,7 @@ def assert_matches(actual: torch.Tensor, expected: torch.Tensor, dtype: torch.dt
 def test_matches_float64(kernel: torch.device, case: Case) -> None:
     for pack in (False, True):
         args = make(case, kernel, pack)
-        assert_matches(co.ops.int8_linear(*args), reference(*args), case.dtype)
+        assert_matches(co.ops.int8_linear(*args), args)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +97,7 @@ def test_matches_float64(kernel: torch.device, case: Case) -> None:
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_matches_float64_on_large_shapes(kernel: torch.device, case: Case) -> None:
     args = make(case, kernel, pack=True)
-    assert_matches(co.ops.int8_linear(*args), reference(*args), case.dtype)
+    assert_matches(co.ops.int8_linear(*args), args)
 
 
 @ALL_KERNELS
@@ -139,19 +149,19 @@ def test_nan_and_inf_spoil_their_row_alone(kernel: torch.device, bad: float, col
 
 
 @ALL_KERNELS
-@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 3e38])
+@pytest.mark.parametrize("magnitude", [0.0, 1e-45, 1e-38, 1e-30, 1e37])
 def test_extreme_magnitudes(kernel: torch.device, magnitude: float) -> None:
     x, weight, scales, sums, _, _ = make(Case(2, 20, 5), kernel)
     x = x / x.abs().amax(-1, keepdim=True) * magnitude
     y = co.ops.int8_linear(x, weight, scales, sums)
-    assert_matches(y, reference(x, weight, scales, sums, None, "none"), torch.float32)
+    assert_matches(y, (x, weight, scales, sums, None, "none"))
 
 
 @given(st.integers(1, 9), st.integers(0, 70), st.integers(0, 70), st.integers(0, 2**32))
 def test_random_shapes(m: int, k: int, n: int, seed: int) -> None:
     torch.manual_seed(seed)
     args = make(Case(m, k, n), torch.device("cpu"), pack=bool(seed % 2))
-    assert_matches(co.ops.int8_linear(*args), reference(*args), torch.float32)
+    assert_matches(co.ops.int8_linear(*args), args)
 
 
 def test_pack_round_trip() -> None:
@@ -235,5 +245,3 @@ def test_bad_arguments_are_named_with_their_value(name: str, native: bool) -> No
         assert "got" in str(error.value)
     with pytest.raises(ValueError, match="int8_linear_pack: argument 'weight'"):
         co.ops.int8_linear_pack(torch.zeros(3, 4))
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import register
-from ..formats.coding import huffman_decode_reference
+from ..formats.huffman import huffman_decode_reference
 
 
 def huffman_decode(
@@ -64,4 +64,11 @@ def _fake(stream, offsets, lengths, num_symbols, chunk_size) -> torch.Tensor:
     return stream.new_empty((num_symbols,))
 
 
-_call = register("huffman_decode", eager=huffman_decode_reference, fake=_fake, check=_check)
+def _eager(stream, offsets, lengths, num_symbols, chunk_size) -> torch.Tensor:
+    try:
+        return huffman_decode_reference(stream, offsets, lengths, num_symbols, chunk_size)
+    except ValueError as error:
+        raise ValueError(f"huffman_decode: {error}") from None
+
+
+_call = register("huffman_decode", eager=_eager, fake=_fake, check=_check)

@@ -1,0 +1,124 @@
+"""The choice of a backend: automatic, by name, and with reasons."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import compressops as co
+from compressops import backends, schema
+
+
+def arguments():
+    weight = torch.randint(-127, 128, (5, 8), dtype=torch.int8)
+    return torch.randn(3, 8), weight, torch.ones(5), weight.sum(1, dtype=torch.int32)
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+def test_every_op_has_a_public_function_and_all_backends_in_the_table() -> None:
+    rows = backends.table()
+    for op in schema.SCHEMAS:
+        assert callable(getattr(co.ops, op))
+        assert {name for o, _, name, _ in rows if o == op} == set(backends.BACKENDS)
+        assert (op, "cpu", "eager", None) in rows
+
+
+def test_unknown_backend_is_an_error_that_lists_the_names() -> None:
+    with (
+        pytest.raises(ValueError, match="cuda, triton, cpu, eager, got 'cudnn'"),
+        co.backend("cudnn"),
+    ):
+        pass
+    done = run("import compressops", COMPRESSOPS_BACKEND="fast")
+    assert "COMPRESSOPS_BACKEND must be one of cuda, triton, cpu, eager, got 'fast'" in done.stderr
+
+
+def test_a_backend_asked_for_by_name_serves_or_raises_with_reasons() -> None:
+    with co.backend("cuda"), pytest.raises(co.BackendError) as error:
+        co.ops.int8_linear(*arguments())
+    message = str(error.value)
+    assert "int8_linear: backend 'cuda' cannot serve cpu tensors" in message
+    assert "eager: can" in message
+
+
+def test_override_nests_and_ends() -> None:
+    args = arguments()
+    with co.backend("eager"):
+        with co.backend("cuda"), pytest.raises(co.BackendError):
+            co.ops.int8_linear(*args)
+        assert backends.choose("int8_linear", "cpu") is backends._eager["int8_linear"]
+    assert backends.choose("int8_linear", "cpu") is not backends._eager["int8_linear"]
+
+
+def test_override_counts_inside_a_compiled_graph() -> None:
+    args = arguments()
+    compiled = torch.compile(co.ops.int8_linear, fullgraph=True, backend="aot_eager")
+    expected = compiled(*args)
+    with co.backend("eager"):
+        assert torch.equal(compiled(*args), expected)
+    with co.backend("cuda"), pytest.raises(co.BackendError):
+        compiled(*args)
+
+
+def test_environment_names_the_backend() -> None:
+    code = """
+import torch, compressops as co
+w = torch.ones(5, 8, dtype=torch.int8)
+co.ops.int8_linear(torch.ones(3, 8), w, torch.ones(5), w.sum(1, dtype=torch.int32))
+"""
+    assert run(code, COMPRESSOPS_BACKEND="eager").returncode == 0
+    assert "backend 'cuda' cannot serve cpu tensors" in run(code, COMPRESSOPS_BACKEND="cuda").stderr
+
+
+def test_works_without_the_compiled_library_and_says_so_once() -> None:
+    code = """
+import sys
+sys.modules["compressops._C"] = None
+import torch, compressops as co
+w = torch.ones(5, 8, dtype=torch.int8)
+for _ in range(3):
+    y = co.ops.int8_linear(torch.ones(3, 8), w, torch.ones(5), w.sum(1, dtype=torch.int32))
+assert torch.equal(y, torch.full((3, 5), 8.0)), y
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("falling back") == 1, done.stderr
+
+
+def test_importing_does_not_initialise_cuda_or_import_heavy_packages() -> None:
+    code = """
+import sys, compressops, torch
+assert not torch.cuda.is_initialized()
+heavy = {"triton", "accelerate", "transformers", "matplotlib", "tensorly"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512_vnni", "avx512_vbmi2", "native"])
+def test_isa_limit(name: str) -> None:
+    _C = pytest.importorskip("compressops._C")
+    try:
+        _C.limit_isa(name)
+        features = _C.cpu_features()
+        if name == "baseline":
+            assert not any(features.values())
+    finally:
+        _C.limit_isa("native")
+    with pytest.raises(ValueError, match="got 'sse9'"):
+        _C.limit_isa("sse9")
