@@ -12,32 +12,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compressops import compress
 from compressops import plan as plans
+from compressops.compress import record
 from compressops.formats import PackedTensor
 from compressops.measure import captured_inputs, median_times
-from compressops.nn import (
-    Int8Linear,
-    PackedConv1d,
-    PackedConv2d,
-    PackedEmbedding,
-    PackedLinear,
-    PackedModule,
-    PackedWeight,
-)
+from compressops.nn import PackedModule, PackedWeight
 from compressops.nn.base import check_residency
-from compressops.nn.linear import fits_int8
 from compressops.plan import Choice, Config, Plan, naming
-
-
-@dataclass(frozen=True)
-class Rule:
-    """One line of the registry: a ``source`` layer whose plan is accepted becomes a ``target``."""
-
-    source: type[nn.Module]
-    target: type[PackedModule]
-    accepts: Callable[[Plan], bool]
-    runs_dense: bool
+from compressops.registry import Rule, rules_for, targets
 
 
 @dataclass(frozen=True)
@@ -46,45 +28,6 @@ class Note:
 
     was: str
     why: str
-
-
-_rules: list[Rule] = []
-
-
-def register(
-    source: type[nn.Module],
-    target: type[PackedModule],
-    accepts: Callable[[Plan], bool] | None = None,
-    *,
-    runs_dense: bool = True,
-) -> None:
-    """Add a rule to the registry of `convert`; later rules are asked first.
-
-    Args:
-        source: the float layer's type; exactly this type, a subclass may compute anything.
-        target: the packed module. Files name it by its class name, which must be unique.
-        accepts: whether the target can run this `Plan`; ``None``: any.
-        runs_dense: the target runs the same dense kernel as ``source``. Others are taken under
-            ``prefer="speed"`` only where they are faster (measured on ``example_inputs``; without
-            those, where their op has a compiled kernel).
-
-    Raises:
-        TypeError: ``source`` or ``target`` is no such class.
-        ValueError: another target has this class name.
-    """
-    if not (isinstance(source, type) and issubclass(source, nn.Module)):
-        raise TypeError(f"source must be a subclass of nn.Module, got {source!r}")
-    if not (isinstance(target, type) and issubclass(target, PackedModule)):
-        raise TypeError(f"target must be a subclass of PackedModule, got {target!r}")
-    known = targets().get(target.__name__)
-    if known not in (None, target):
-        raise ValueError(f"target: the name {target.__name__!r} already belongs to {known!r}")
-    _rules.append(Rule(source, target, accepts or (lambda plan: True), runs_dense))
-
-
-def targets() -> dict[str, type[PackedModule]]:
-    """Class name to packed module, of all rules."""
-    return {rule.target.__name__: rule.target for rule in _rules}
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -216,15 +159,15 @@ class _Conversion:
             return self.stay(name, module, "left as it is by the config")
         if isinstance(module, PackedModule):
             return self._consider_packed(name, module, choice)
-        record = compress.record(module)
-        if record is None and not choice:
+        recorded = record(module)
+        if recorded is None and not choice:
             return self.stay(name, module, "not compressed, and no config asks for it")
-        if not any(rule.source is _kind(module) for rule in _rules):
+        if not rules_for(_kind(module)):
             kind = _kind(module).__name__
             return self.stay(name, module, f"no packed module is registered for {kind}")
         if getattr(module, "max_norm", None) is not None:
             return self.stay(name, module, f"max_norm={module.max_norm} rewrites it on each use")
-        self.plans[name] = plans.plan(name, module, record, choice)
+        self.plans[name] = plans.plan(name, module, recorded, choice)
 
     def _consider_packed(self, name: str, module: PackedModule, choice: Choice) -> None:
         packed = module.packed_weight.packed()
@@ -293,7 +236,7 @@ class _Conversion:
         kind, plan = _kind(self.modules[name]), self.plans[name]
         if issubclass(kind, PackedModule):
             return [Rule(kind, kind, lambda plan: True, runs_dense=True)]
-        return [rule for rule in reversed(_rules) if rule.source is kind and rule.accepts(plan)]
+        return rules_for(kind, plan)
 
     def _judge(
         self, rule: Rule, dense: nn.Module, new: PackedModule, inputs: tuple[Any, ...] | None
@@ -443,20 +386,4 @@ def _reason(plan: Plan, module: nn.Module) -> str:
 
 
 def _same(a: PackedTensor, b: PackedTensor) -> bool:
-    return a.to_spec() == b.to_spec() and all(
-        torch.equal(a.parts[k], b.parts[k]) for k in a.parts
-    )
-
-
-register(nn.Linear, PackedLinear)
-register(
-    nn.Linear,
-    Int8Linear,
-    lambda plan: plan.post_training and fits_int8(plan.number) and not plan.shared,
-    runs_dense=False,
-)
-# The output projection of nn.MultiheadAttention, which reads .weight and .bias itself.
-register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
-register(nn.Conv1d, PackedConv1d)
-register(nn.Conv2d, PackedConv2d)
-register(nn.Embedding, PackedEmbedding)
+    return a.to_spec() == b.to_spec() and all(torch.equal(a.parts[k], b.parts[k]) for k in a.parts)

@@ -124,8 +124,8 @@ class PackedWeight(nn.Module):
         for _, name in self._parts:
             part = self._buffers[name]
             # Module.to() casts floating tensors: seen as bytes, scales stay what the file holds.
-            self._buffers[name] = fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).view_as(
-                part
+            self._buffers[name] = (
+                fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).view_as(part)
             )
         before, after = self._probe, fn(self._probe)
         self._buffers["_probe"] = after

@@ -35,9 +35,10 @@ class _PackedConv(PackedModule):
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self.quantize_input(input), self.padding
         if self.padding_mode != "zeros":
-            input, padding = F.pad(
-                input, self._reversed_padding_repeated_twice, mode=self.padding_mode
-            ), 0
+            input, padding = (
+                F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode),
+                0,
+            )
         return self.function(
             input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
