@@ -1,0 +1,49 @@
+"""What a public op costs over its kernel: at most 10 µs a call are allowed.
+
+python bench/bench_overhead.py
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from common import interleaved, parser, report
+
+import compressops as co
+from compressops import schema
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = parser(__doc__, "overhead-cpu").parse_args()
+    torch.set_num_threads(1)
+    rounds = 2 if arguments.smoke else max(15, arguments.rounds)
+    weight = torch.randint(-127, 128, (16, 16), dtype=torch.int8)
+    packed, sums = co.ops.int8_linear_pack(weight)
+    symbols = torch.zeros(1, dtype=torch.uint8)
+    calls = {
+        "int8_linear": (torch.randn(1, 16), packed, torch.ones(16), sums, None, "none"),
+        "huffman_decode": (symbols, torch.tensor([0, 1]), symbols + 1, 1, 64),
+    }
+    rows = []
+    for op, args in calls.items():
+        public, native = getattr(co.ops, op), schema.native_op(op)
+        seconds = interleaved(
+            {"public": lambda p=public, a=args: p(*a), "kernel": lambda n=native, a=args: n(*a)},
+            rounds,
+        )
+        micros = {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
+        rows.append(
+            {
+                "op": op,
+                "public µs": micros["public"],
+                "kernel µs": micros["kernel"],
+                "overhead µs": micros["public"] - micros["kernel"],
+            }
+        )
+    report("Overhead of a public op over its kernel (eager)", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
