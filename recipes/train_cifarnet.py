@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 from compressops.zoo import cifar10
 from compressops.zoo.cifarnet import CifarNet
+from compressops.zoo.images import resize, shift_and_flip
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,33 +43,22 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def resize(images: torch.Tensor, size: int) -> torch.Tensor:
+def resized_to(images: torch.Tensor, size: int) -> torch.Tensor:
     """uint8 ``[N, 3, 32, 32]`` to normalised float ``[N, 3, size, size]``."""
-    if size == 32:
-        return cifar10.normalize(images)
-    return torch.cat(
-        [
-            F.interpolate(cifar10.normalize(part), size=size, mode="bilinear", antialias=True)
-            for part in images.split(5000)
-        ]
-    )
+    return torch.cat([resize(cifar10.normalize(part), size) for part in images.split(5000)])
 
 
 def augment(
     images: torch.Tensor, generator: torch.Generator, flip: torch.Tensor, cutout: float
 ) -> torch.Tensor:
     """Random translation by up to an eighth (reflected), flips as given, and cutout."""
-    n, channels, size, _ = images.shape
-    pad = size // 8
-    padded = F.pad(images, (pad,) * 4, mode="reflect")
-    top, left = (torch.randint(0, 2 * pad + 1, (n, 1), generator=generator) for _ in range(2))
-    steps = torch.arange(size)
-    rows, columns = top + steps, left + steps
-    columns = torch.where(flip[:, None], columns.flip(1), columns)
-    index = (rows[:, :, None] * (size + 2 * pad) + columns[:, None, :]).view(n, 1, -1)
-    out = padded.flatten(2).gather(2, index.expand(-1, channels, -1)).view_as(images)
+    n, _, size, _ = images.shape
+    positions = 2 * (size // 8) + 1
+    top, left = (torch.randint(0, positions, (n, 1), generator=generator) for _ in range(2))
+    out = shift_and_flip(images, top, left, flip)
     if cutout:
         side = round(size * cutout)
+        steps = torch.arange(size)
         y, x = (torch.randint(0, size, (n, 1), generator=generator) for _ in range(2))
         hit_y = (steps - y).abs() * 2 < side
         hit_x = (steps - x).abs() * 2 < side
@@ -137,7 +127,7 @@ def main() -> None:
         began = time.time()
         generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
         if resized[0] != sizes[epoch]:
-            resized = (sizes[epoch], resize(data.train_images, sizes[epoch]))
+            resized = (sizes[epoch], resized_to(data.train_images, sizes[epoch]))
         # Alternating flips (Jordan 2024): every pair of epochs sees each image both ways.
         flip = first_flip ^ bool(epoch % 2)
         order = torch.randperm(len(data.train_images), generator=generator)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from compressops.zoo.images import Images
+
 # SHA-256 of the six files of the binary version, the same in every source below.
 _SHA256 = {
     "data_batch_1.bin": "cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5",
@@ -72,6 +74,38 @@ def load(root: str | os.PathLike[str] | None = None) -> Cifar10:
         torch.cat([images for images, _ in train]),
         torch.cat([labels for _, labels in train]),
         *test,
+    )
+
+
+def datasets(
+    root: str | os.PathLike[str] | None = None,
+    train_images: int | None = None,
+    test_images: int | None = None,
+) -> tuple[Images, Images]:
+    """``(train_data, eval_data)`` for `compressops.compress`; the former is augmented.
+
+    Args:
+        root: see `load`.
+        train_images, test_images: take only so many from the beginning.
+
+    Raises:
+        ValueError: a number of images that is not there; see also `load`.
+    """
+    data = load(root)
+    for name, count, images in (
+        ("train_images", train_images, data.train_images),
+        ("test_images", test_images, data.test_images),
+    ):
+        if count is not None and not 0 < count <= len(images):
+            raise ValueError(f"{name} must be in [1, {len(images)}], got {count!r}")
+    return (
+        Images(
+            data.train_images[:train_images],
+            data.train_labels[:train_images],
+            normalize,
+            augment=True,
+        ),
+        Images(data.test_images[:test_images], data.test_labels[:test_images], normalize),
     )
 
 

@@ -1,0 +1,253 @@
+"""The parametrizations of a compressed weight, which together are the record of what was done.
+
+``module.weight`` of a compressed layer is computed from ``module.parametrizations.weight.original``
+(what the optimizer trains) by a chain of `Mask`, `FakeQuantize` and `Coded`. They compose in any
+order, and ``state_dict``, ``deepcopy`` and ``pickle`` keep them.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compressops.formats.coding import Coding, Raw
+from compressops.formats.groupwise import Ternary
+from compressops.formats.layout import BlockSparse, Dense, Layout, Sparse
+from compressops.formats.number import Float, Number
+
+P = TypeVar("P", bound=nn.Module)
+
+
+class _MaskedStraightThrough(torch.autograd.Function):
+    """Forward ``where(mask, weight, 0)``; the gradient reaches pruned entries too."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, weight, 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Mask(nn.Module):
+    """Keeps the entries where ``mask`` is true; the others are exactly +0.0.
+
+    Args:
+        mask: bool, shape of the weight.
+        block: ``(rows, columns)`` of the blocks of ``weight.flatten(1)`` the mask is made of,
+            ``None`` for single entries.
+
+    Attributes:
+        recover: lets gradients through to pruned entries, so that they can come back (dynamic
+            network surgery, Guo et al. 2016, eq. 4). A schedule turns it on while it runs.
+    """
+
+    def __init__(self, mask: Tensor, block: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.block = block
+        self.recover = False
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.recover:
+            return _MaskedStraightThrough.apply(weight, self.mask)
+        return torch.where(self.mask, weight, 0.0)
+
+    def extra_repr(self) -> str:
+        return f"density={self.mask.float().mean().item():.4f}, block={self.block}"
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Clipped straight-through estimator (Hubara et al. 2016): rounding counts as the identity.
+
+    Outside the range of the codes the gradient is dropped, unless it pulls the entry back into
+    the range: without that exception a clipped entry could never move again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, number: Number, params: dict) -> Tensor:
+        quantized = number.fake_quantize(weight, params)
+        # Float has no end to speak of; a ternary weight is meant to lie beyond ±α.
+        ctx.clips = ctx.needs_input_grad[0] and not isinstance(number, (Float, Ternary))
+        if ctx.clips:
+            # Exactly the clipped entries are further out than half a step, and then the
+            # quantized value is the end of the range, whichever number it is.
+            top = number.fake_quantize(torch.full_like(weight, _BEYOND), params)
+            bottom = number.fake_quantize(torch.full_like(weight, -_BEYOND), params)
+            ctx.save_for_backward(weight > top, weight < bottom)
+        return quantized
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        if not ctx.clips:
+            return grad, None, None
+        above, below = ctx.saved_tensors
+        # Descent lowers the weight where the gradient is positive.
+        outward = (above & (grad < 0)) | (below & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None, None
+
+
+# Larger than any end of a range, small enough that a division by a scale stays finite in fp32.
+_BEYOND = 1e18
+
+
+class FakeQuantize(nn.Module):
+    """Replaces the weight by the nearest value that ``number`` can write; straight-through gradient.
+
+    Args:
+        number: a member of the number axis, fully specified (no ``integer_bits=None``).
+        params: what ``number.fit`` returned, e.g. integer bits or scales; kept as buffers.
+        refit: when `Retrain` fits ``params`` anew: ``"never"``, ``"epoch"`` or ``"step"``.
+    """
+
+    def __init__(
+        self, number: Number, params: dict[str, Tensor], refit: str = "never"
+    ) -> None:
+        super().__init__()
+        self.set_number(number, params, refit)
+
+    def set_number(self, number: Number, params: dict[str, Tensor], refit: str) -> None:
+        for name in list(self._buffers):
+            delattr(self, name)
+        self.number = number
+        self.refit = refit
+        for name, value in params.items():
+            self.register_buffer(name, value)
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        return dict(self._buffers)
+
+    def fit(self, weight: Tensor) -> None:
+        """Fit the parameters to ``weight``, in place."""
+        for name, value in self.number.fit(weight.detach()).items():
+            self._buffers[name].copy_(value)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _StraightThrough.apply(weight, self.number, self.params)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"number": self.number.to_spec(), "refit": self.refit}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.number = Number.from_spec(state["number"])
+        self.refit = state["refit"]
+
+    def extra_repr(self) -> str:
+        return f"{self.number}, refit={self.refit!r}"
+
+
+class Coded(nn.Module):
+    """Changes nothing; records the lossless coding that the weight is to be packed with."""
+
+    def __init__(self, coding: Coding) -> None:
+        super().__init__()
+        self.coding = coding
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return self.coding.to_spec()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.coding = Coding.from_spec(state)
+
+    def extra_repr(self) -> str:
+        return str(self.coding)
+
+
+@dataclass(frozen=True)
+class WeightRecord:
+    """What was done to a weight: the arguments of ``PackedTensor.pack``.
+
+    ``params`` and ``mask`` are ``None`` where no stage made any. ``activations`` is the
+    `InputQuantizer` of the layer, if it has one.
+    """
+
+    layout: Layout
+    number: Number
+    params: dict[str, Tensor] | None
+    coding: Coding
+    mask: Tensor | None
+    activations: nn.Module | None = None
+
+
+def record(module: nn.Module, name: str = "weight") -> WeightRecord | None:
+    """The record of ``module``'s tensor ``name``; ``None`` where nothing was done to it."""
+    mask = find(module, Mask, name)
+    quantized = find(module, FakeQuantize, name)
+    coded = find(module, Coded, name)
+    if not any(part is not None for part in (mask, quantized, coded)):
+        return None
+    if mask is None:
+        layout = Dense()
+    elif mask.block is None:
+        layout = Sparse()
+    else:
+        layout = BlockSparse(mask.block)
+    dtype = module.parametrizations[name].original.dtype
+    return WeightRecord(
+        layout=layout,
+        number=quantized.number if quantized else Float(str(dtype).removeprefix("torch.")),
+        params=quantized.params if quantized else None,
+        coding=coded.coding if coded else Raw(),
+        mask=mask.mask if mask else None,
+        activations=getattr(module, "input_quantizer", None),
+    )
+
+
+def parametrizations(module: nn.Module, name: str = "weight") -> list[nn.Module]:
+    if not parametrize.is_parametrized(module, name):
+        return []
+    return list(module.parametrizations[name])
+
+
+def find(module: nn.Module, kind: type[P], name: str = "weight") -> P | None:
+    """The parametrization of type ``kind`` on ``module``'s tensor ``name``, if there is one."""
+    return next((p for p in parametrizations(module, name) if isinstance(p, kind)), None)
+
+
+def input_of(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> Tensor:
+    """The tensor that goes into ``parametrization``: the original after those before it."""
+    with torch.no_grad():
+        value = module.parametrizations[name].original
+        for earlier in parametrizations(module, name):
+            if earlier is parametrization:
+                break
+            value = earlier(value)
+        return value
+
+
+def register(module: nn.Module, parametrization: nn.Module, name: str = "weight") -> None:
+    """Append ``parametrization`` to the chain of ``module``'s tensor ``name``."""
+    # unsafe: the checks only compare shape and dtype, which every class here keeps.
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
+    # torch refuses to pickle parametrized modules, because their class is made on the fly; a
+    # class that says how to make it again can be pickled.
+    type(module).__reduce_ex__ = _reduce
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple:
+    return (
+        copyreg.__newobj__,
+        (type(module).__mro__[1],),
+        dict(module.__dict__),
+        None,
+        None,
+        _restore,
+    )
+
+
+def _restore(module: nn.Module, state: dict[str, Any]) -> None:
+    nn.Module.__setstate__(module, state)
+    parametrize._inject_new_class(module)
+    for name in module.parametrizations:
+        parametrize._inject_property(module, name)
+    type(module).__reduce_ex__ = _reduce

@@ -1,0 +1,315 @@
+"""`compress`: run a recipe on a model, stage by stage, and be able to go on after a kill."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from compressops.compress.prune import Prune
+from compressops.compress.quantize import InputQuantizer, Quantize, Refit
+from compressops.compress.recipe import Recipe, stage_fields
+from compressops.compress.retrain import Retrain
+from compressops.compress.sizes import sizes
+from compressops.compress.stage import Stage
+from compressops.compress.table import Row, Table
+from compressops.train import checkpoint as checkpoints
+from compressops.train import data
+from compressops.train.evaluate import evaluate
+from compressops.train.loop import make_accelerator, train
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `compress` returns.
+
+    Attributes:
+        model: the compressed model, in eval mode: still floats, its parametrizations the record
+            of what was done. The model that was given is untouched.
+        table: a row per stage, row 0 the model as it was given.
+        history: per stage, the epochs of its `Retrain` (empty for other stages).
+    """
+
+    model: nn.Module
+    table: Table
+    history: list[list[dict[str, float]]]
+
+
+def compress(
+    model: nn.Module,
+    recipe: Recipe,
+    train_data: Any = None,
+    eval_data: Any = None,
+    teacher: nn.Module | None = None,
+    workdir: str | Path | None = None,
+    seed: int = 0,
+    log: Console | bool = True,
+    accelerator: Any = None,
+) -> Result:
+    """Run ``recipe`` on a copy of ``model``.
+
+    Args:
+        model: a trained network.
+        train_data, eval_data: map-style data sets of ``(inputs, labels)``; training data is
+            needed by `Retrain` only, and without evaluation data the table has no accuracies.
+        teacher: for `Retrain`'s ``distill``; may be ``model`` itself.
+        workdir: where checkpoints are kept. The same call goes on where a killed one stopped, and
+            recipes that begin with the same stages (on the same model, data and seed) share them.
+        seed: of the order of the data, its augmentation and dropout.
+        log: a rich console, ``True`` for standard error, ``False`` for silence.
+        accelerator: an `accelerate.Accelerator` of your own; otherwise one is made if the recipe
+            retrains. Under ``accelerate launch`` or ``torchrun`` every process calls `compress`.
+
+    Raises:
+        ValueError: the recipe does not fit the model or the data; raised before any work.
+    """
+    recipe.validate(model, train_data=train_data, eval_data=eval_data, teacher=teacher)
+    for name, dataset in (("train_data", train_data), ("eval_data", eval_data)):
+        if dataset is not None:
+            data.check_dataset(name, dataset)
+    retrains = [stage for stage in recipe.stages if isinstance(stage, Retrain)]
+    if accelerator is None and retrains:
+        accelerator = make_accelerator(retrains[0].mixed_precision)
+    console = log if isinstance(log, Console) else Console(stderr=True) if log else None
+    if accelerator is not None and not accelerator.is_main_process:
+        console = None
+    run = _Run(
+        copy.deepcopy(model).eval(),
+        recipe.stages,
+        train_data,
+        eval_data,
+        # The teacher may be the model itself, and is moved and switched to eval mode.
+        copy.deepcopy(teacher) if teacher is not None else None,
+        Path(workdir) if workdir is not None else None,
+        seed,
+        console,
+        accelerator,
+    )
+    return run.all()
+
+
+class _Run:
+    def __init__(
+        self,
+        model: nn.Module,
+        stages: Sequence[Stage],
+        train_data: Any,
+        eval_data: Any,
+        teacher: nn.Module | None,
+        workdir: Path | None,
+        seed: int,
+        console: Console | None,
+        accelerator: Any,
+    ) -> None:
+        self.model, self.stages, self.seed = model, stages, seed
+        self.train_data, self.eval_data, self.teacher = train_data, eval_data, teacher
+        self.workdir, self.console, self.accelerator = workdir, console, accelerator
+        self.rows: list[Row] = []
+        self.history: list[list[dict[str, float]]] = []
+        self.keys = self.identities()
+
+    def identities(self) -> list[str]:
+        """A key for the state after each number of stages: a hash of all that it depends on."""
+        start = {
+            "model": _fingerprint(self.model),
+            "train_data": _describe(self.train_data),
+            "eval_data": _describe(self.eval_data),
+            "seed": self.seed,
+        }
+        keys = [_hash(start)]
+        for stage in self.stages:
+            step = [keys[-1], type(stage).__name__, stage.version, stage_fields(stage)]
+            if isinstance(stage, Retrain) and stage.distill:
+                step.append(_fingerprint(self.teacher))
+            keys.append(_hash(step))
+        return keys
+
+    def path(self, number: int, kind: str = "") -> Path | None:
+        if self.workdir is None:
+            return None
+        return self.workdir / f"stage-{number:02d}-{self.keys[number]}{kind}.pt"
+
+    def all(self) -> Result:
+        device = next((p.device for p in self.model.parameters()), None)
+        if self.accelerator is not None:
+            self.model.to(self.accelerator.device)
+        done = self.restore()
+        if done < 0:
+            self.finish(0, "as given", time.monotonic(), None)
+            done = 0
+        for number in range(done + 1, len(self.stages) + 1):
+            self.stage(number)
+        if device is not None:
+            self.model.to(device)
+        table = Table(self.rows)
+        if self.console is not None:
+            self.console.print(table)
+        return Result(self.model.eval(), table, self.history)
+
+    def stage(self, number: int) -> None:
+        stage = self.stages[number - 1]
+        began = time.monotonic()
+        if isinstance(stage, Retrain):
+            self.history.append(self.retrain(number, stage))
+            # Earlier sessions of a resumed run count too.
+            began = time.monotonic() - self.history[-1][-1]["seconds"]
+        else:
+            stage.attach(self.model)
+            if isinstance(stage, Quantize) and stage.activations is not None:
+                self.calibrate(stage)
+            self.history.append([])
+        self.finish(number, str(stage), began, self.rows[-1] if stage.lossless else None)
+
+    def retrain(self, number: int, stage: Retrain) -> list[dict[str, float]]:
+        previous = self.stages[number - 2] if number > 1 else None
+        controllers = [Refit()]
+        if isinstance(previous, Prune) and (schedule := previous.controller()) is not None:
+            controllers.insert(0, schedule)
+        return train(
+            self.model,
+            self.train_data,
+            stage,
+            accelerator=self.accelerator,
+            teacher=self.teacher,
+            controllers=controllers,
+            seed=data.mix(self.seed, number),
+            checkpoint=self.path(number, ".partial"),
+            console=self.console,
+            title=f"stage {number}/{len(self.stages)} Retrain",
+        )
+
+    @torch.no_grad()
+    def calibrate(self, stage: Quantize) -> None:
+        """Let every new input quantizer see some batches of training data."""
+        quantizers = [m for m in self.model.modules() if isinstance(m, InputQuantizer)]
+        samples = range(len(self.train_data))
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(samples), generator=generator).tolist()
+        batches = [order[i * 128 : (i + 1) * 128] for i in range(stage.calibration)]
+        if hasattr(self.train_data, "set_epoch"):
+            self.train_data.set_epoch(0, self.seed)
+        device = next(self.model.parameters()).device
+        for quantizer in quantizers:
+            quantizer.train()
+        for batch in data.loader(self.train_data, [b for b in batches if b]):
+            args, kwargs, _ = data.split_batch(data.to_device(batch, device))
+            self.model(*args, **kwargs)
+        self.model.eval()
+
+    def finish(self, number: int, name: str, began: float, same_as: Row | None) -> None:
+        """Measure the model, add its row and keep its state."""
+        top1 = top5 = None
+        if same_as is not None:
+            top1, top5 = same_as.top1, same_as.top5
+        elif self.eval_data is not None:
+            accuracy = evaluate(
+                self.model,
+                self.eval_data,
+                accelerator=self.accelerator,
+                console=self.console,
+                title=f"stage {number}/{len(self.stages)} evaluate",
+            )
+            top1, top5 = accuracy.top1, accuracy.top5
+        measured = sizes(self.model)
+        self.rows.append(
+            Row(name, top1, top5, seconds=round(time.monotonic() - began, 1), **asdict(measured))
+        )
+        if self.console is not None:
+            self.console.print(f"{number}/{len(self.stages)} {self.rows[-1]}")
+        self.keep(number)
+
+    def keep(self, number: int) -> None:
+        path = self.path(number)
+        if path is not None and (self.accelerator is None or self.accelerator.is_main_process):
+            checkpoints.save(
+                path,
+                {
+                    "stages": [str(stage) for stage in self.stages[:number]],
+                    "rows": [asdict(row) for row in self.rows],
+                    "history": self.history,
+                    "model": self.model.state_dict(),
+                },
+            )
+            self.path(number, ".partial").unlink(missing_ok=True)
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def restore(self) -> int:
+        """Go to the last stage that is kept; its number, −1 if there is none."""
+        if self.workdir is None:
+            return -1
+        kept = [n for n in range(len(self.stages) + 1) if self.path(n).exists()]
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+        if not kept:
+            self.explain(0)
+            return -1
+        done = kept[-1]
+        state = checkpoints.load(self.path(done))
+        for stage in self.stages[:done]:
+            stage.attach(self.model)
+        self.model.load_state_dict(state["model"])
+        self.rows = [Row(**row) for row in state["rows"]]
+        self.history = state["history"]
+        if self.console is not None and done:
+            self.console.print(f"stages 1 to {done} are taken from {self.workdir}")
+        self.explain(done)
+        return done
+
+    def explain(self, done: int) -> None:
+        """Say how the next stage differs from what the folder holds, if it holds others."""
+        if self.console is None or done == len(self.stages):
+            return
+        following = sorted(self.workdir.glob(f"stage-{done + 1:02d}-*.pt"))
+        others = [p for p in following if p.name.split(".")[0] != self.path(done + 1).stem]
+        if done == 0 and others and not self.path(0).exists():
+            self.console.print(
+                f"{self.workdir} holds runs of another model, data set or seed: starting anew"
+            )
+            return
+        before = [str(stage) for stage in self.stages[:done]]
+        for path in others:
+            if path.suffixes != [".pt"]:
+                continue
+            found = checkpoints.load(path)["stages"]
+            if found[:done] == before:
+                self.console.print(
+                    f"stage {done + 1} is {self.stages[done]}; {self.workdir} also holds "
+                    f"{found[done]}, which is kept"
+                )
+
+
+def _fingerprint(model: nn.Module | None) -> str:
+    """A hash of a model's types, names and values."""
+    digest = hashlib.sha256(repr(model).encode())
+    if model is not None:
+        for name, value in model.state_dict().items():
+            digest.update(name.encode())
+            if isinstance(value, torch.Tensor):
+                value = value.detach().cpu().contiguous()
+                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
+            else:
+                digest.update(repr(value).encode())
+    return digest.hexdigest()
+
+
+def _describe(dataset: Any) -> str | None:
+    """What tells one data set from another: its ``fingerprint``, else its type and length."""
+    if dataset is None:
+        return None
+    own = getattr(dataset, "fingerprint", None)
+    return str(own) if own else f"{type(dataset).__qualname__}[{len(dataset)}]"
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

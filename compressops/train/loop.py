@@ -1,0 +1,284 @@
+"""The retraining loop, on Accelerate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from compressops.distill.losses import total_loss
+from compressops.train import checkpoint as checkpoints
+from compressops.train import data
+from compressops.train.optim import Ema, build_optimizer, learning_rate
+from compressops.train.progress import Progress
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from compressops.compress.retrain import Retrain
+    from compressops.compress.stage import Controller
+
+# On a GPU, reading a loss waits for the device: look at several at once.
+_LOSSES_BETWEEN_CHECKS = 25
+
+
+def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
+    """Accelerate's `Accelerator` for this process and precision.
+
+    Raises:
+        ImportError: accelerate is not installed.
+    """
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ImportError(
+            "retraining needs the package accelerate: pip install 'compressops[train]'"
+        ) from error
+    state = AcceleratorState._shared_state
+    if state and mixed_precision not in (None, state.get("_mixed_precision")):
+        # The state is shared by all accelerators of a process and keeps its first precision.
+        AcceleratorState._reset_state(reset_partial_state=False)
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    if str(accelerator.distributed_type) not in _SUPPORTED:
+        raise ValueError(
+            f"Retrain runs in one process or under DDP, not {accelerator.distributed_type}"
+        )
+    return accelerator
+
+
+_SUPPORTED = {f"DistributedType.{name}" for name in ("NO", "MULTI_CPU", "MULTI_GPU")}
+
+
+def train(
+    model: nn.Module,
+    dataset: Any,
+    options: Retrain,
+    *,
+    accelerator: Accelerator,
+    teacher: nn.Module | None = None,
+    controllers: Sequence[Controller] = (),
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    console: Console | None = None,
+    title: str = "retrain",
+) -> list[dict[str, float]]:
+    """Train ``model`` in place.
+
+    The order of the samples, their augmentation and the random numbers of dropout are functions
+    of ``seed``, epoch and step (and process), so that a run that was killed and starts again from
+    ``checkpoint`` goes on to the same bits, given the same machine and number of threads.
+
+    Args:
+        dataset: a map-style data set of ``(inputs, labels)``. Before each epoch its
+            ``set_epoch(epoch, seed)`` is called, if it has one, and ``set_size`` as asked for.
+        teacher: required by ``options.distill``; it is put into eval mode.
+        controllers: act on the model after each step.
+        checkpoint: file to resume from if it is there, and to write to.
+
+    Returns:
+        One entry per epoch: ``epoch``, ``loss``, ``lr``, ``seconds`` (all sessions together).
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite; names the step.
+    """
+    plan = data.plan(
+        dataset,
+        epochs=options.epochs,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        image_sizes=options.image_sizes,
+        world=accelerator.num_processes,
+        accumulate=options.accumulate,
+        seed=seed,
+    )
+    if options.distill and teacher is None:
+        raise ValueError("distill needs a teacher")
+    run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint)
+    with (
+        torch.random.fork_rng(),
+        Progress(
+            console if accelerator.is_main_process else None, title, plan.total_steps, run.step
+        ) as bar,
+    ):
+        run.all(dataset, bar)
+    return run.history
+
+
+class _Run:
+    """State of one training run; ``step`` is the number of optimizer steps done."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Retrain,
+        accelerator: Accelerator,
+        teacher: nn.Module | None,
+        plan: data.Plan,
+        controllers: Sequence[Controller],
+        seed: int,
+        checkpoint: Path | None,
+    ) -> None:
+        self.options, self.accelerator, self.plan, self.seed = options, accelerator, plan, seed
+        self.model = model.to(accelerator.device)
+        self.teacher = teacher.to(accelerator.device).eval() if options.distill else None
+        self.controllers, self.checkpoint = controllers, checkpoint
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = build_optimizer(
+            model,
+            options.optimizer,
+            lr=options.lr,
+            other_lr=options.other_lr,
+            momentum=options.momentum,
+            weight_decay=options.weight_decay,
+        )
+        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.ema = Ema(self.trained, options.ema) if options.ema else None
+        self.step, self.history, self.losses, self.seconds = 0, [], [], 0.0
+        scaler = None
+        self.unchecked: list[tuple[int, Tensor]] = []
+        if checkpoint is not None and checkpoint.exists():
+            state = checkpoints.load(checkpoint)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if self.ema:
+                torch._foreach_copy_(self.ema.means, state["ema"])
+            scaler = state["scaler"]
+            self.step, self.history = state["step"], state["history"]
+            self.losses, self.seconds = state["losses"], state["seconds"]
+        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        if scaler is not None:
+            accelerator.scaler.load_state_dict(scaler)
+        self.resumed = self.saved = time.monotonic()
+
+    def all(self, dataset: Any, bar: Progress) -> None:
+        options, accelerator, plan = self.options, self.accelerator, self.plan
+        for controller in self.controllers:
+            controller.begin(self.model, self.step, plan.total_steps)
+        self.model.train()
+        for epoch, size, first, end in plan.segments(self.step):
+            if size is not None:
+                dataset.set_size(size)
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch, self.seed)
+            rank, world = accelerator.process_index, accelerator.num_processes
+            parts = plan.batches(epoch, first, end, rank, world, options.accumulate)
+            batches = iter(data.loader(dataset, parts, options.workers))
+            for _ in range(first, end):
+                self.one(batches)
+                bar.advance(f"loss {self.losses[-1]:.4f}" if self.losses else "")
+        self.model.eval()
+        self.model = accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
+        accelerator.free_memory()
+        if accelerator.num_processes > 1:
+            # Each process saw other batches; all go on with the statistics of the first.
+            for buffer in self.model.buffers():
+                if buffer.is_floating_point():
+                    torch.distributed.broadcast(buffer, 0)
+
+    def one(self, batches: Any) -> None:
+        """One optimizer step."""
+        options, plan = self.options, self.plan
+        torch.manual_seed(data.mix(self.seed, self.step, self.accelerator.process_index))
+        factor = learning_rate(options.schedule, options.warmup, self.step, plan.total_steps)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        share = plan.batch_size // self.accelerator.num_processes
+        loss_of_step = 0.0
+        for part in range(options.accumulate):
+            batch = data.to_device(next(batches), self.accelerator.device)
+            args, kwargs, labels = data.split_batch(batch)
+            last = part == options.accumulate - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                loss = self.loss(args, kwargs, labels) * (len(labels) / share)
+                self.accelerator.backward(loss)
+            loss_of_step = loss_of_step + loss.detach()
+        self.check(loss_of_step)
+        if options.clip_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.trained, options.clip_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        finished = self.step == plan.total_steps
+        epoch_ends = self.step % plan.steps_per_epoch == 0
+        if self.ema:
+            self.ema.update(self.trained, self.step)
+            if finished:
+                with torch.no_grad():
+                    torch._foreach_copy_(self.trained, self.ema.means)
+        for controller in self.controllers:
+            controller.update(self.model, self.step, plan.total_steps, epoch_ends)
+        if epoch_ends or finished:
+            self.end_epoch(options.lr * factor)
+        if epoch_ends or finished or time.monotonic() - self.saved >= options.checkpoint_seconds:
+            self.save()
+
+    def loss(self, args: tuple, kwargs: dict, labels: Tensor) -> Tensor:
+        options = self.options
+        logits = data.logits_of(self.wrapped(*args, **kwargs))
+        cross_entropy: Tensor | float = 0.0
+        if options.ce_weight:
+            cross_entropy = options.ce_weight * F.cross_entropy(
+                logits.float(), labels, label_smoothing=options.label_smoothing
+            )
+        guide = None
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                guide = data.logits_of(self.teacher(*args, **kwargs))
+        return total_loss(cross_entropy, options.distill, logits, guide)
+
+    def check(self, loss: Tensor | None = None) -> None:
+        """Stop at a loss that is not finite; with ``None``, look at all that wait."""
+        if loss is not None:
+            self.unchecked.append((self.step + 1, loss))
+            if loss.device.type != "cpu" and len(self.unchecked) < _LOSSES_BETWEEN_CHECKS:
+                return
+        for step, value in self.unchecked:
+            number = value.item()
+            if not math.isfinite(number):
+                raise FloatingPointError(
+                    f"the loss is {number} at step {step} of {self.plan.total_steps}; "
+                    f"a lower lr than {self.options.lr} or clip_grad_norm may help"
+                )
+            self.losses.append(number)
+        self.unchecked.clear()
+
+    def end_epoch(self, lr: float) -> None:
+        self.check()
+        mean = sum(self.losses) / len(self.losses)
+        self.history.append(
+            {
+                "epoch": self.step / self.plan.steps_per_epoch,
+                "loss": round(mean, 5),
+                "lr": lr,
+                "seconds": round(self.seconds + time.monotonic() - self.resumed, 1),
+            }
+        )
+        self.losses = []
+
+    def save(self) -> None:
+        self.check()
+        self.saved = time.monotonic()
+        if self.checkpoint is None or not self.accelerator.is_main_process:
+            return
+        checkpoints.save(
+            self.checkpoint,
+            {
+                "step": self.step,
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.means if self.ema else [],
+                "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) else None,
+                "history": self.history,
+                "losses": self.losses,
+                "seconds": self.seconds + time.monotonic() - self.resumed,
+            },
+        )

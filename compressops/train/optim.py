@@ -1,0 +1,142 @@
+"""The optimizers of `Retrain`, over the tensors that parametrizations train."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MuonWithSGD(torch.optim.Optimizer):
+    """Muon (Jordan 2024) for matrices, SGD with Nesterov momentum for everything else.
+
+    Args:
+        matrices: tensors of two or more dimensions; each is updated as its view ``[out, rest]``.
+        others: all other tensors.
+        lr, other_lr: learning rates of the two.
+        momentum: of both.
+        weight_decay: of the matrices, and of ``others`` of two or more dimensions.
+    """
+
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        others: list[nn.Parameter],
+        lr: float,
+        other_lr: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        groups = [{"params": matrices, "lr": lr}]
+        parts = []
+        if matrices:
+            # Muon takes matrices only: views that share the memory of the filters.
+            self._views = [nn.Parameter(p.detach().view(len(p), -1)) for p in matrices]
+            parts.append(
+                torch.optim.Muon(
+                    self._views, lr, momentum=momentum, nesterov=True, weight_decay=weight_decay
+                )
+            )
+        else:
+            groups, self._views = [], []
+        for decay, params in _by_decay(others, weight_decay):
+            groups.append({"params": params, "lr": other_lr})
+            parts.append(
+                torch.optim.SGD(
+                    params, other_lr, momentum, nesterov=momentum > 0, weight_decay=decay
+                )
+            )
+        self._matrices = matrices
+        self._parts = parts
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group, part in zip(self.param_groups, self._parts, strict=True):
+            part.param_groups[0]["lr"] = group["lr"]
+        for view, matrix in zip(self._views, self._matrices, strict=True):
+            view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
+        for part in self._parts:
+            part.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [part.state_dict() for part in self._parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for part, state in zip(self._parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+
+
+def build_optimizer(
+    model: nn.Module,
+    name: str,
+    *,
+    lr: float,
+    other_lr: float | None,
+    momentum: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """The optimizer called ``name`` over the trainable tensors of ``model``.
+
+    Tensors of fewer than two dimensions (biases, norms) get no weight decay. Muon leaves the last
+    matrix (the classifier) to SGD: its rows are classes, whose logits want scales of their own.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if name == "sgd":
+        return torch.optim.SGD(
+            [{"params": p, "weight_decay": d} for d, p in _by_decay(trained, weight_decay)],
+            lr,
+            momentum,
+            nesterov=momentum > 0,
+        )
+    if name == "adamw":
+        return torch.optim.AdamW(
+            [{"params": p, "weight_decay": d} for d, p in _by_decay(trained, weight_decay)], lr
+        )
+    matrices = [p for p in trained if p.dim() >= 2][:-1]
+    for matrix in matrices:
+        # The [out, rest] view exists of contiguous memory only, not of channels_last.
+        matrix.data = matrix.data.contiguous()
+    chosen = {id(p) for p in matrices}
+    others = [p for p in trained if id(p) not in chosen]
+    return MuonWithSGD(
+        matrices, others, lr, lr if other_lr is None else other_lr, momentum, weight_decay
+    )
+
+
+def _by_decay(
+    params: list[nn.Parameter], weight_decay: float
+) -> list[tuple[float, list[nn.Parameter]]]:
+    wide = [p for p in params if p.dim() >= 2]
+    narrow = [p for p in params if p.dim() < 2]
+    return [(decay, group) for decay, group in ((weight_decay, wide), (0.0, narrow)) if group]
+
+
+def learning_rate(schedule: str, warmup: float, step: int, total_steps: int) -> float:
+    """The factor on the peak learning rate at ``step`` (from 0) of ``total_steps``."""
+    rising = warmup * total_steps
+    if step + 1 < rising:
+        return (step + 1) / rising
+    # The last step still has a rate above 0, and the first after the warm-up the full one.
+    progress = max(0.0, step - rising) / max(1.0, total_steps - rising)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1.0 - progress
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Ema:
+    """Running mean of tensors: mean ← decay · mean + (1 − decay) · tensor."""
+
+    def __init__(self, tensors: list[Tensor], decay: float) -> None:
+        self.decay = decay
+        self.means = [t.detach().clone() for t in tensors]
+
+    @torch.no_grad()
+    def update(self, tensors: list[Tensor], step: int) -> None:
+        # Early on the mean follows faster, or it would remember the start for ever.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.means, [t.detach() for t in tensors], 1 - decay)
