@@ -179,7 +179,7 @@ class _Conversion:
         layout, coding = choice.layout or packed.layout, choice.coding or packed.coding
         if (layout, coding, self.residency) == (packed.layout, packed.coding, module.residency):
             return self.stay(name, module, "already packed")
-        self.plans[name] = Plan(layout, packed.number, coding, packed.params, recorded=True)
+        self.plans[name] = Plan(layout, packed.number, coding, recorded=True)
 
     def settle_shared(self) -> None:
         """Layers that share a weight are packed together or not at all."""
@@ -344,7 +344,8 @@ def _weight_of(module: nn.Module) -> Any:
     if isinstance(module, PackedModule):
         return module.packed_weight
     if parametrize.is_parametrized(module, "weight"):
-        return module.parametrizations.weight.original
+        # Parametrizations of other kinds (weight_norm) may have several originals.
+        return next(module.parametrizations.weight.parameters())
     return module.weight
 
 
@@ -363,16 +364,20 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _pack(module: nn.Module, plan: Plan) -> PackedTensor:
     if isinstance(module, PackedModule):
-        weight = module.packed_weight.packed().unpack()
-    else:
-        weight = module.weight.detach()
+        before = module.packed_weight.packed().to("cpu")
+        after = PackedTensor.pack(
+            before.unpack(), plan.layout, plan.number, plan.coding, before.params
+        )
+        # The count of a mask that is no longer there.
+        kept = {k: v for k, v in before.meta.items() if k == "kept"}
+        return replace(after, meta={**after.meta, **kept})
     return PackedTensor.pack(
-        weight,
+        module.weight.detach().cpu(),
         plan.layout,
         plan.number,
         plan.coding,
-        params=plan.params,
-        mask=plan.mask,
+        params=None if plan.params is None else {k: v.cpu() for k, v in plan.params.items()},
+        mask=None if plan.mask is None else plan.mask.cpu(),
         lossy=plan.post_training,
     )
 

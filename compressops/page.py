@@ -36,13 +36,15 @@ th { text-align: left; font-weight: 600; color: var(--soft); font-size: 12.5px;
 th, td { padding: 6px 14px 6px 0; border-bottom: 1px solid var(--line); vertical-align: baseline; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.why { color: var(--soft); min-width: 170px; }
-tr.total td { font-weight: 600; border-bottom: 0; } th:last-child, td:last-child { padding-right: 0; }
+tr.total td { font-weight: 600; border-bottom: 0; }
+th:last-child, td:last-child { padding-right: 0; }
 .bars td { border: 0; padding: 4px 12px 4px 0; white-space: nowrap; } .bars td.b { width: 100%; }
 .bar { height: 15px; border-radius: 3px; background: var(--accent); min-width: 2px; }
 .bar.pale { background: var(--pale); } .bar.warm { background: var(--warm); }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px;
   font-family: inherit; } svg text.ink { fill: var(--ink); }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px 20px; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr));
+  gap: 14px 20px; }
 .grid figure { margin: 0; } figcaption { font-size: 12.5px; color: var(--soft); }
 .axis { stroke: var(--line); } .line { stroke: var(--accent); fill: none; stroke-width: 2; }
 .dot { fill: var(--accent); } .was { fill: var(--pale); } .now { fill: var(--accent); }
@@ -113,7 +115,7 @@ def table(
 
     head = "".join(f"<th{style(i)}>{html.escape(h)}</th>" for i, h in enumerate(headers))
     body = "".join(
-        f'<tr{" class=total" if total and i == len(rows) - 1 else ""}>'
+        f"<tr{' class=total' if total and i == len(rows) - 1 else ''}>"
         + "".join(f"<td{style(j)}>{html.escape(cell)}</td>" for j, cell in enumerate(row))
         + "</tr>"
         for i, row in enumerate(rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,6 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compressops import backends
-from compressops import convert as convert_module
 from compressops.compress import Encode, Prune, Quantize, record
 from compressops.convert import convert, from_packed, is_layer
 from compressops.formats import DynamicFixedPoint, FixedPoint, Float, Huffman, Int, Raw, Sparse
@@ -204,7 +204,9 @@ def test_a_number_on_a_pruned_model_keeps_the_zeros(small: Small) -> None:
 
 def test_a_second_number_is_refused(small: Small) -> None:
     model = compressed(small, Quantize(DynamicFixedPoint(bits=6)))
-    with pytest.raises(ValueError, match=r"'embedding' was compressed to DynamicFixedPoint\(bits=6"):
+    with pytest.raises(
+        ValueError, match=r"'embedding' was compressed to DynamicFixedPoint\(bits=6"
+    ):
         convert(model, Int(bits=4))
     # The same number, or only a coding, adds nothing lossy.
     expected = model(TOKENS)
@@ -321,7 +323,7 @@ def test_users_can_register_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = convert(model, Int(bits=3))
     assert type(kept[0]) is Negated
     assert "no other module can run it" in kept.conversion_notes["0"].why
-    with pytest.raises(TypeError, match="nn\\.ReLU|ReLU"):
+    with pytest.raises(TypeError, match="ReLU"):
         register(nn.Linear, nn.ReLU)
 
 
@@ -347,9 +349,6 @@ def test_int8_linear_is_measured_on_example_inputs(
     def fake_times(functions: list[Callable[[], torch.Tensor]]) -> list[float]:
         seen.append([function().shape for function in functions])
         return [1e-5, 2e-5] if faster else [2e-5, 1e-5]
-
-    monkeypatch.setattr(convert_module, "median_times", fake_times, raising=False)
-    import sys
 
     monkeypatch.setattr(sys.modules["compressops.convert"], "median_times", fake_times)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4), nn.Dropout()).train()
@@ -402,6 +401,8 @@ def test_quantized_inputs_go_along() -> None:
     assert torch.equal(packed(x), expected)
     assert packed[0].input_quantizer is not model[0].input_quantizer
     assert not torch.equal(packed[0](x), nn.functional.linear(x, packed[0].weight, packed[0].bias))
+    # Once, by the module itself: a hook would be lost in the file.
+    assert not packed[0]._forward_pre_hooks
 
 
 def test_hooks_go_along() -> None:

@@ -111,7 +111,9 @@ def render(found: Findings) -> str:
     return document.html()
 
 
-_WATERFALL = "Bytes of the eight 3×3 convolutions and the classifier; the file holds all the rest too."
+_WATERFALL = (
+    "Bytes of the eight 3×3 convolutions and the classifier; the file holds all the rest too."
+)
 _BITS = "Bits in the file for each weight of the layer, with the density of its nonzero weights."
 _HISTOGRAMS = (
     "Pale: the trained float weights. Strong: what is left of them; pruned zeros are not drawn. "

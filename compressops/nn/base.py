@@ -52,13 +52,18 @@ class PackedWeight(nn.Module):
         # empty_like keeps the strides of dense tensors and makes anything else contiguous: a
         # convolution's bits depend on its weight's memory format.
         self._strides = torch.empty_like(like, device="meta").stride()
-        channels_last = _CHANNELS_LAST.get(like.dim())
-        last = channels_last is not None and like.is_contiguous(memory_format=channels_last)
         probe = torch.zeros((2,) * like.dim(), dtype=like.dtype, device=device)
+        channels_last = _CHANNELS_LAST.get(like.dim())
+        if channels_last is not None:
+            # By strides: a 1×1 kernel is_contiguous() in every format.
+            formats = (torch.contiguous_format, channels_last)
+            strides = [
+                torch.empty_like(like, device="meta", memory_format=f).stride() for f in formats
+            ]
+            if self._strides == strides[1] != strides[0]:
+                probe = probe.to(memory_format=channels_last)
         # What Module.to() does to this probe is what the decoded weight has to follow.
-        self.register_buffer(
-            "_probe", probe.to(memory_format=channels_last) if last else probe, persistent=False
-        )
+        self.register_buffer("_probe", probe, persistent=False)
         self._set_packed(packed.to(device))
         self._materialize()
 
@@ -71,20 +76,20 @@ class PackedWeight(nn.Module):
 
     def packed(self) -> PackedTensor:
         """The weight as the value that is saved and measured; shares the buffers' memory."""
-        return PackedTensor.from_spec(self._spec, {k: getattr(self, b) for k, b in self._parts})
+        parts = {name: self._buffers[name] for name in self._parts}
+        return PackedTensor.from_spec(self._spec, parts, max_entries=_NO_LIMIT)
 
     def _set_packed(self, packed: PackedTensor) -> None:
-        for _, name in getattr(self, "_parts", ()):
+        for name in getattr(self, "_parts", ()):
             del self._buffers[name]
         self._spec = packed.to_spec()
-        # A tuple of pairs, in the spec's order: the file concatenates the parts in this order.
-        self._parts = tuple((name, name.replace(".", "__")) for name in packed.parts)
-        for part, name in self._parts:
-            self.register_buffer(name, packed.parts[part])
+        self._parts = tuple(packed.parts)  # in the file's order
+        for name in self._parts:
+            self.register_buffer(name, packed.parts[name])
 
     def part_buffers(self) -> Iterator[Tensor]:
         """The buffers that hold the packed bytes."""
-        return (getattr(self, name) for _, name in self._parts)
+        return (self._buffers[name] for name in self._parts)
 
     # What is decoded from them.
 
@@ -121,7 +126,7 @@ class PackedWeight(nn.Module):
     # Moving, saving, copying.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        for _, name in self._parts:
+        for name in self._parts:
             part = self._buffers[name]
             # Module.to() casts floating tensors: seen as bytes, scales stay what the file holds.
             self._buffers[name] = (
@@ -140,10 +145,13 @@ class PackedWeight(nn.Module):
         if self._stays_valid(before, after) or before.device.type == "meta":
             for name in self._resident():
                 if name in self._buffers:
-                    self._buffers[name] = fn(self._buffers[name])
+                    self._buffers[name] = self._moved(fn, self._buffers[name])
         else:
             self._materialize()
         return self
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
+        return fn(resident)
 
     def _stays_valid(self, before: Tensor, after: Tensor) -> bool:
         # A cast decodes anew, so that .half().float() gives back the exact weight.
@@ -171,12 +179,8 @@ class PackedWeight(nn.Module):
             # The loaded weight may be packed in another way, its parts of other names and sizes.
             try:
                 spec = json.loads(bytes(state.cpu().tolist()))
-                parts = {
-                    key.removeprefix(prefix).replace("__", "."): value
-                    for key, value in state_dict.items()
-                    if key.startswith(prefix) and not key.endswith("_extra_state")
-                }
-                packed = PackedTensor.from_spec(spec, parts)
+                parts = {name: state_dict[prefix + name] for name in spec["parts"]}
+                packed = PackedTensor.from_spec(spec, parts, max_entries=_NO_LIMIT)
                 if tuple(packed.shape) != tuple(self.shape):
                     raise ValueError(f"shape {tuple(packed.shape)}, expected {tuple(self.shape)}")
             except (ValueError, KeyError, TypeError) as error:
@@ -187,7 +191,7 @@ class PackedWeight(nn.Module):
                 device = next(iter(parts.values())).device
                 self._buffers["_probe"] = torch.zeros_like(self._probe, device=device)
             self._set_packed(packed)
-            for _, name in self._parts:
+            for name in self._parts:
                 self._buffers[name] = torch.empty_like(self._buffers[name], device=device)
         super()._load_from_state_dict(
             state_dict,
@@ -386,6 +390,13 @@ def decode(
     return ops.huffman_decode(stream, offsets, lengths, num_symbols, chunk_size)
 
 
+def as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn`` of `Module._apply` makes of a tensor that may move, but not change: seen as a
+    vector of bytes it is neither cast nor given another memory format."""
+    flat = fn(tensor.reshape(-1).view(torch.uint8))
+    return flat.view(tensor.dtype).view(tensor.shape)
+
+
 def serving(op: str, device: str) -> str:
     """Name of the backend that serves ``op`` on a device type now."""
     kernel = backends.choose(op, device)
@@ -394,4 +405,6 @@ def serving(op: str, device: str) -> str:
     return "triton" if "triton_kernels" in getattr(kernel, "__module__", "") else "eager"
 
 
+# The shape is known and wanted, however small the parts are.
+_NO_LIMIT = 2**62
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

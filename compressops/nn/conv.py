@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,12 +25,26 @@ class _PackedConv(PackedModule):
         "padding_mode",
     )
     function: ClassVar[Callable[..., Tensor]]
+    dimensions: ClassVar[int]
 
     def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
         super().__init__(module, weight)
         # For F.pad: padding before and after each dimension, last dimension first. The float
         # layers' own name, so that a packed layer can be built from either.
         self._reversed_padding_repeated_twice = list(module._reversed_padding_repeated_twice)
+
+    @classmethod
+    def _template(cls, config: dict[str, Any]) -> nn.Module:
+        # The float layers check their padding and groups, but none of these.
+        for name in ("kernel_size", "stride", "dilation", "padding"):
+            value, least = config[name], 0 if name == "padding" else 1
+            if name == "padding" and isinstance(value, str):
+                continue
+            if not isinstance(value, (list, tuple)) or len(value) != cls.dimensions:
+                raise ValueError(f"{name} must be {cls.dimensions} integers, got {value!r}")
+            if any(not isinstance(v, int) or v < least for v in value):
+                raise ValueError(f"{name} must be integers from {least} on, got {value!r}")
+        return super()._template(config)
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self.quantize_input(input), self.padding
@@ -54,6 +68,7 @@ class PackedConv1d(_PackedConv):
 
     source = nn.Conv1d
     function = staticmethod(F.conv1d)
+    dimensions = 1
 
 
 class PackedConv2d(_PackedConv):
@@ -66,3 +81,4 @@ class PackedConv2d(_PackedConv):
 
     source = nn.Conv2d
     function = staticmethod(F.conv2d)
+    dimensions = 2

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops import ops
 from compressops.formats import Int, PackedTensor
-from compressops.nn.base import PackedModule, PackedWeight, decode, serving
+from compressops.nn.base import PackedModule, PackedWeight, as_bytes, decode, serving
 
 
 class PackedLinear(PackedModule):
@@ -65,6 +67,9 @@ class Int8Weight(PackedWeight):
         packed = self.packed()
         weight, sums = ops.int8_linear_pack(packed.dense_codes(decode=decode).view(rows, columns))
         return weight, packed.params["scales"].reshape(rows), sums
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
+        return as_bytes(fn, resident)
 
     def _stays_valid(self, before: Tensor, after: Tensor) -> bool:
         # The kernel's layout is the device's; a dtype only concerns the activations.
