@@ -1,6 +1,25 @@
-"""The three axes of a packed weight: layout, number and coding."""
+"""The three axes of a packed weight, layout × number × coding, and the weight itself."""
 
+from compressops.formats.coding import Coding, Huffman, Raw
 from compressops.formats.groupwise import Int, Ternary
+from compressops.formats.layout import BlockSparse, Dense, Layout, LowRank, Sparse
 from compressops.formats.number import DynamicFixedPoint, FixedPoint, Float, Number
+from compressops.formats.packed import PackedTensor
 
-__all__ = ["DynamicFixedPoint", "FixedPoint", "Float", "Int", "Number", "Ternary"]
+__all__ = [
+    "BlockSparse",
+    "Coding",
+    "Dense",
+    "DynamicFixedPoint",
+    "FixedPoint",
+    "Float",
+    "Huffman",
+    "Int",
+    "Layout",
+    "LowRank",
+    "Number",
+    "PackedTensor",
+    "Raw",
+    "Sparse",
+    "Ternary",
+]

@@ -118,7 +118,7 @@ class Int(Number):
         if self.symmetric:
             return super().zero_codes(shape, params, device)
         zeros = _spread(params["zeros"], shape, self.group_size)
-        return zeros.expand(matrix_shape(shape)).reshape(shape)
+        return zeros.expand(matrix_shape(shape)).reshape(shape).clone()
 
 
 @dataclass(frozen=True)

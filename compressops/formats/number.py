@@ -122,7 +122,7 @@ class Number(Axis, abc.ABC):
     def zero_codes(
         self, shape: tuple[int, ...], params: dict[str, Tensor], device: torch.device
     ) -> Tensor:
-        """The codes of a weight of ``shape`` that is 0.0 everywhere."""
+        """The codes of a weight of ``shape`` that is 0.0 everywhere, in a tensor of their own."""
         del params
         return torch.zeros(shape, dtype=self.code_dtype, device=device)
 

@@ -1,0 +1,296 @@
+"""The coding axis: how codes become bytes. Each coder serves one *stream* of a packed tensor.
+
+A stream called ``codes`` is stored in one part (``codes``, raw) or three (``codes``,
+``codes_sizes``, ``codes_lengths``, Huffman); codes wider than a byte are split into byte planes
+``codes_0``, ``codes_1`` …, each a stream of its own.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compressops.formats.huffman import (
+    MAX_CODE_LENGTH,
+    huffman_decode_reference,
+    huffman_encode,
+    huffman_lengths,
+)
+from compressops.formats.registry import Axis, check_int
+
+__all__ = [
+    "Coding",
+    "Decoder",
+    "Huffman",
+    "Raw",
+    "huffman_decode_reference",
+    "huffman_encode",
+    "huffman_lengths",
+    "pack_bits",
+    "unpack_bits",
+]
+
+Decoder = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+
+# A chunk's bytes are stored as uint16: 32,768 symbols of 12 bits are 49,152 bytes.
+MAX_CHUNK_SIZE = 32768
+
+
+def code_dtype(bits: int) -> torch.dtype:
+    """Signed integer dtype that holds a code of ``bits`` bits."""
+    return torch.int8 if bits <= 8 else torch.int16 if bits <= 16 else torch.int32
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Lowest ``bits`` bits of each code, lowest bit first, without gaps.
+
+    Args:
+        codes: integers ``[N]``.
+        bits: 1 to 16, or 32.
+
+    Returns:
+        uint8 ``[ceil(N · bits / 8)]``; unused bits of the last byte are 0.
+    """
+    if bits in (8, 16, 32):
+        return codes.to(code_dtype(bits)).contiguous().view(torch.uint8)
+    if bits > 8:
+        low, high = pack_planes(codes, bits)
+        position = torch.arange(bits, device=codes.device)
+        spread = torch.stack([low, high], 1).to(torch.int32)
+        flags = (spread[:, position // 8] >> (position % 8)) & 1
+        return pack_bits(flags.flatten(), 1)
+    count = codes.numel()
+    # Eight codes fill `bits` bytes exactly and fit one int64.
+    grouped = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8)
+    words = torch.zeros(len(grouped), dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        words |= (grouped[:, i].to(torch.int64) & (2**bits - 1)) << (i * bits)
+    shifts = torch.arange(bits, device=codes.device) * 8
+    data = ((words[:, None] >> shifts) & 255).to(torch.uint8)
+    return data.flatten()[: (count * bits + 7) // 8]
+
+
+def unpack_bits(data: Tensor, count: int, bits: int) -> Tensor:
+    """``count`` unsigned codes of ``bits`` bits: the inverse of :func:`pack_bits`.
+
+    Returns:
+        uint8 ``[count]`` for 1 to 8 bits, else int16 or int32 holding the bits.
+
+    Raises:
+        ValueError: ``data`` has another length, or unused bits that are not 0.
+    """
+    size = (count * bits + 7) // 8
+    if data.numel() != size:
+        raise ValueError(f"{count} codes of {bits} bits take {size} bytes, got {data.numel()}")
+    if bits == 8:
+        return data
+    if bits in (16, 32):
+        return data.contiguous().view(code_dtype(bits))
+    if (used := count * bits % 8) and int(data[-1]) >> used:
+        raise ValueError(f"the bits behind {count} codes of {bits} bits are not zero")
+    if bits > 8:
+        flags = unpack_bits(data, count * bits, 1).view(count, bits)
+        codes = torch.zeros(count, dtype=torch.int32, device=data.device)
+        for i in range(bits):
+            codes |= flags[:, i].to(torch.int32) << i
+        return codes.to(torch.int16)
+    grouped = torch.nn.functional.pad(data, (0, -size % bits)).view(-1, bits)
+    words = torch.zeros(len(grouped), dtype=torch.int64, device=data.device)
+    for i in range(bits):
+        words |= grouped[:, i].to(torch.int64) << (8 * i)
+    codes = torch.empty((len(words), 8), dtype=torch.uint8, device=data.device)
+    for i in range(8):
+        codes[:, i] = (words >> (i * bits)) & (2**bits - 1)
+    return codes.flatten()[:count]
+
+
+def pack_planes(codes: Tensor, bits: int) -> list[Tensor]:
+    """Byte planes of codes wider than a byte, lowest first: uint8 ``[N]`` each.
+
+    Of the highest byte only the bits of the code are kept, the rest is 0.
+    """
+    data = codes.to(code_dtype(bits)).contiguous().view(torch.uint8)
+    planes = list(data.view(-1, code_dtype(bits).itemsize).t().contiguous())
+    if bits % 8:
+        planes[-1] &= 2 ** (bits % 8) - 1
+    return planes
+
+
+def sign_extend(codes: Tensor, bits: int) -> Tensor:
+    """Codes of ``bits`` bits as the signed integers that they are in two's complement."""
+    dtype = code_dtype(bits)
+    shift = dtype.itemsize * 8 - bits
+    codes = codes.view(dtype)
+    return (codes << shift) >> shift if shift else codes
+
+
+class Coding(Axis, abc.ABC):
+    """How a stream of codes becomes bytes."""
+
+    @abc.abstractmethod
+    def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+        """Parts of the stream ``name`` that holds ``codes`` (CPU integers ``[N]``, of ``bits``
+        bits each, two's complement)."""
+
+    @abc.abstractmethod
+    def part_dtypes(self, name: str, bits: int, present: set[str]) -> Iterator[tuple[str, str]]:
+        """``(part, kind)`` of the stream's parts in their order, given the names ``present``;
+        kind is ``"bytes"`` (uint8) or ``"sizes"`` (uint16)."""
+
+    @abc.abstractmethod
+    def check(self, parts: dict[str, Tensor], name: str, count: int, bits: int) -> None:
+        """Raise a ``ValueError`` unless the parts can hold ``count`` codes; decodes nothing."""
+
+    @abc.abstractmethod
+    def decode(
+        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+    ) -> Tensor:
+        """The ``count`` codes, signed integers ``[count]`` on the parts' device.
+
+        Raises:
+            ValueError: the stream is corrupt.
+        """
+
+
+def _check_raw(data: Tensor, name: str, count: int, bits: int) -> None:
+    if data.numel() != (count * bits + 7) // 8:
+        raise ValueError(
+            f"part {name!r}: {count} codes of {bits} bits take {(count * bits + 7) // 8} bytes, "
+            f"got {data.numel()}"
+        )
+
+
+@dataclass(frozen=True)
+class Raw(Coding):
+    """Codes bit-packed at their width: a 6-bit code takes 6 bits."""
+
+    def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+        return {name: pack_bits(codes, bits)}
+
+    def part_dtypes(self, name: str, bits: int, present: set[str]) -> Iterator[tuple[str, str]]:
+        yield name, "bytes"
+
+    def check(self, parts: dict[str, Tensor], name: str, count: int, bits: int) -> None:
+        _check_raw(parts[name], name, count, bits)
+
+    def decode(
+        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+    ) -> Tensor:
+        return sign_extend(unpack_bits(parts[name], count, bits), bits)
+
+
+@dataclass(frozen=True)
+class Huffman(Coding):
+    """Canonical Huffman codes, limited in length, in chunks that decode in parallel.
+
+    A stream that would not shrink is stored raw. Codes wider than 8 bits are coded by byte
+    planes; a plane that gains less than 5 % (a float's mantissa) is stored raw, because decoding
+    it costs more than it saves.
+
+    Args:
+        max_length: longest code, 8 to 12 bits (a decoder's table has 2**12 entries).
+        chunk_size: symbols to a chunk, 1 to 32768; each costs 2 bytes and half a byte of padding.
+    """
+
+    max_length: int = 12
+    chunk_size: int = 4096
+
+    def __post_init__(self) -> None:
+        check_int("Huffman", "max_length", self.max_length, 8, MAX_CODE_LENGTH)
+        check_int("Huffman", "chunk_size", self.chunk_size, 1, MAX_CHUNK_SIZE)
+
+    def _planes(self, name: str, bits: int) -> list[tuple[str, int]]:
+        """Name and width of each plane of a stream."""
+        if bits <= 8:
+            return [(name, bits)]
+        widths = [8] * (bits // 8) + [bits % 8] * (bits % 8 > 0)
+        return [(f"{name}_{i}", width) for i, width in enumerate(widths)]
+
+    def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+        names = self._planes(name, bits)
+        if bits <= 8:
+            symbols = [codes.to(torch.int8).view(torch.uint8) & (2**bits - 1)]
+        else:
+            symbols = pack_planes(codes, bits)
+        parts = {}
+        for (plane, width), values in zip(names, symbols, strict=True):
+            parts.update(self._encode_plane(values, width, plane, 1.0 if bits <= 8 else 0.95))
+        return parts
+
+    def _encode_plane(
+        self, symbols: Tensor, bits: int, name: str, worth: float
+    ) -> dict[str, Tensor]:
+        raw = pack_bits(symbols, bits)
+        if not symbols.numel():
+            return {name: raw}
+        counts = torch.bincount(symbols.to(torch.int64))
+        lengths = huffman_lengths(counts, self.max_length)
+        table = pack_bits(lengths, 4)
+        chunks = -(-symbols.numel() // self.chunk_size)
+        coded = int((counts * lengths).sum()) // 8 + table.numel() + 2 * chunks
+        if coded >= worth * raw.numel():
+            return {name: raw}
+        stream, offsets = huffman_encode(symbols, lengths, self.chunk_size)
+        if stream.numel() + table.numel() + 2 * chunks >= worth * raw.numel():
+            return {name: raw}
+        sizes = offsets.diff().to(torch.uint16)
+        return {name: stream, f"{name}_sizes": sizes, f"{name}_lengths": table}
+
+    def part_dtypes(self, name: str, bits: int, present: set[str]) -> Iterator[tuple[str, str]]:
+        for plane, _ in self._planes(name, bits):
+            yield plane, "bytes"
+            if f"{plane}_lengths" in present:
+                yield f"{plane}_sizes", "sizes"
+                yield f"{plane}_lengths", "bytes"
+
+    def check(self, parts: dict[str, Tensor], name: str, count: int, bits: int) -> None:
+        for plane, width in self._planes(name, bits):
+            if f"{plane}_lengths" not in parts:
+                _check_raw(parts[plane], plane, count, width)
+                continue
+            table, sizes = parts[f"{plane}_lengths"], parts[f"{plane}_sizes"]
+            if not 1 <= table.numel() <= max(1, 2**width // 2) or not int(table[-1]):
+                raise ValueError(
+                    f"part {plane + '_lengths'!r}: {table.numel()} bytes are no table of code "
+                    f"lengths of {width}-bit symbols that ends with the last one used"
+                )
+            chunks = -(-count // self.chunk_size)
+            if not count or sizes.numel() != chunks:
+                raise ValueError(
+                    f"part {plane + '_sizes'!r}: {count} symbols in chunks of {self.chunk_size} "
+                    f"have {chunks} sizes, got {sizes.numel()}"
+                )
+            total = int(sizes.to(torch.int64).sum())
+            stream = parts[plane].numel()
+            if total != stream or not count <= 8 * stream:
+                raise ValueError(
+                    f"part {plane!r}: {stream} bytes don't hold {count} symbols in chunks of "
+                    f"{total} bytes together"
+                )
+
+    def decode(
+        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+    ) -> Tensor:
+        planes = [
+            self._decode_plane(parts, plane, count, width, decoder)
+            for plane, width in self._planes(name, bits)
+        ]
+        if bits <= 8:
+            return sign_extend(planes[0], bits)
+        size = code_dtype(bits).itemsize
+        return sign_extend(torch.stack(planes, 1).view(code_dtype(8 * size)).flatten(), bits)
+
+    def _decode_plane(
+        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+    ) -> Tensor:
+        if f"{name}_lengths" not in parts:
+            return unpack_bits(parts[name], count, bits)
+        sizes = parts[f"{name}_sizes"].to(torch.int64)
+        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+        table = parts[f"{name}_lengths"]
+        lengths = unpack_bits(table, 2 * table.numel(), 4)
+        return decoder(parts[name], offsets, lengths, count, self.chunk_size)

@@ -1,0 +1,432 @@
+"""PackedTensor: a weight as one choice of layout, number and coding, exact to the bit."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressops.formats.coding import Coding, Decoder, Raw, huffman_decode_reference
+from compressops.formats.layout import Dense, Layout, LowRank, low_rank_product
+from compressops.formats.number import (
+    FLOAT_DTYPES,
+    Float,
+    Number,
+    check_dtype,
+    check_weight,
+    matrix_shape,
+)
+from compressops.formats.registry import check_choice, check_int
+
+MAX_DIMENSIONS = 16
+MAX_DIMENSION = 2**40
+
+# What a tensor may decode to: 16M entries whatever it was stored in, and 4096 more per byte. (An
+# index of gaps, Huffman coded, reaches 2040 entries a byte where nothing but zeros is left.)
+FREE_ENTRIES = 1 << 24
+ENTRIES_PER_BYTE = 4096
+
+_PART_DTYPES = {"bytes": torch.uint8, "sizes": torch.uint16}
+_FACTORS = ("u", "v")
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A weight in packed form: what flows between compressing, saving and running.
+
+    Attributes:
+        shape: of the weight.
+        dtype: of the weight: float32, bfloat16 or float16.
+        layout, number, coding: the three choices.
+        parts: the stored tensors by name, in the order of the file.
+        meta: the counts that decoding needs (``docs/FORMAT.md``), and ``kept`` where a mask was
+            given: the entries that it keeps.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout
+    number: Number
+    coding: Coding
+    parts: dict[str, Tensor]
+    meta: dict[str, Any]
+
+    @classmethod
+    def pack(
+        cls,
+        weight: Tensor,
+        layout: Layout | None = None,
+        number: Number | None = None,
+        coding: Coding | None = None,
+        params: dict[str, Tensor] | None = None,
+        mask: Tensor | None = None,
+        *,
+        lossy: bool = False,
+    ) -> PackedTensor:
+        """Pack the dense weight that the compressed model computes with.
+
+        Args:
+            weight: float32, bfloat16 or float16, any shape and device.
+            layout: default ``Dense()``. ``LowRank`` factorises by SVD (so it needs ``lossy``);
+                :meth:`from_factors` takes factors that exist.
+            number: default ``Float`` of the weight's dtype.
+            coding: default ``Raw()``.
+            params: the number's parameters; ``None`` fits them to ``weight``.
+            mask: bool, of the weight's shape: the entries that pruning kept. The others must be
+                0; the accounting counts those that it keeps.
+            lossy: quantize ``weight`` instead of refusing one that is not on the grid.
+
+        Returns:
+            its parts are on the weight's device.
+
+        Raises:
+            ValueError: ``unpack()`` would not give ``weight`` back bit for bit; NaN or infinities
+                in a number that has none; a dtype that is none of the three; parameters or a mask
+                of another shape.
+        """
+        weight = weight.detach()
+        layout, coding = layout or Dense(), coding or Raw()
+        number = number or Float(check_dtype(weight.dtype))
+        (check_dtype(weight.dtype) if number.is_float else check_weight(weight))
+        meta = _mask_meta(weight, mask)
+        if isinstance(layout, LowRank):
+            if params is not None:
+                raise ValueError("LowRank: params belong to a factor; use from_factors")
+            factors = [
+                cls.pack(f, number=number, coding=coding, lossy=lossy)
+                for f in layout.factors(weight)
+            ]
+            packed = cls.from_factors(*factors, tuple(weight.shape), weight.dtype)
+            packed.meta.update(meta)
+            if not lossy:
+                _check_same_bits(weight, packed.unpack(), packed.layout)
+            return packed
+        params = number.fit(weight) if params is None else params
+        shape, device = tuple(weight.shape), weight.device
+        number.check_params(params, shape)
+        codes = number.quantize(weight, params)
+        values = number.dequantize(codes, params, weight.dtype)
+        if not lossy:
+            _check_same_bits(weight, values, number)
+        keep = _bits_of(values) != 0
+        layout, parts, counts = layout.encode(codes.cpu(), keep.cpu(), number.bits, coding)
+        parts = {name: part.to(device) for name, part in parts.items()}
+        # A copy: what is packed doesn't change with what is trained on.
+        parts |= {
+            name: params[name].detach().to(device).clone() for name in number.param_shapes(shape)
+        }
+        return cls(shape, weight.dtype, layout, number, coding, parts, {**counts, **meta})
+
+    @classmethod
+    def from_factors(
+        cls, u: PackedTensor, v: PackedTensor, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> PackedTensor:
+        """The low-rank weight ``(u @ v).view(shape)`` of packed factors.
+
+        Args:
+            u: packed ``[rows, rank]``.
+            v: packed ``[rank, columns]``.
+            shape: of the weight; ``rows × columns`` is its ``flatten(1)``.
+            dtype: of the weight.
+
+        Raises:
+            ValueError: the factors don't fit each other or ``shape``, or are low-rank themselves.
+        """
+        rows, columns = matrix_shape(shape)
+        rank = u.shape[-1] if u.shape else 0
+        if u.shape != (rows, rank) or v.shape != (rank, columns):
+            raise ValueError(
+                f"factors {list(u.shape)} and {list(v.shape)} don't make a weight {list(shape)}, "
+                f"a {rows} × {columns} matrix"
+            )
+        factors = dict(zip(_FACTORS, (u, v), strict=True))
+        for name, factor in factors.items():
+            if isinstance(factor.layout, LowRank):
+                raise ValueError(f"factor {name} is low-rank itself")
+        parts = {f"{n}_{k}": part for n, f in factors.items() for k, part in f.parts.items()}
+        meta = {name: factor.to_spec() for name, factor in factors.items()}
+        return cls(tuple(shape), dtype, LowRank(rank), u.number, u.coding, parts, meta)
+
+    def factors(self) -> tuple[PackedTensor, PackedTensor]:
+        """U and V of a low-rank weight.
+
+        Raises:
+            ValueError: the layout is not ``LowRank``.
+        """
+        if not isinstance(self.layout, LowRank):
+            raise ValueError(f"only LowRank has factors, this layout is {self.layout}")
+        u, v = (_from_spec_unchecked(self.meta[n], _subset(self.parts, n)) for n in _FACTORS)
+        return u, v
+
+    def unpack(self, decode: Decoder | None = None) -> Tensor:
+        """The dense weight, bit for bit: ``shape``, ``dtype``, on the parts' device.
+
+        Args:
+            decode: ``(stream, offsets, lengths, num_symbols, chunk_size) -> uint8 symbols``;
+                replaces the reference Huffman decoder.
+
+        Raises:
+            ValueError: the parts are corrupt.
+        """
+        if isinstance(self.layout, LowRank):
+            u, v = (factor.unpack(decode) for factor in self.factors())
+            return low_rank_product(u, v, self.dtype).view(self.shape)
+        return self.number.dequantize(self.dense_codes(decode), self.params, self.dtype)
+
+    def dense_codes(self, decode: Decoder | None = None) -> Tensor:
+        """The integer codes that ``number.dequantize`` takes: signed, of ``shape``; an entry that
+        is not stored has the code of 0.0.
+
+        Raises:
+            ValueError: the parts are corrupt, or the layout is ``LowRank``.
+        """
+        if isinstance(self.layout, LowRank):
+            raise ValueError("a LowRank weight has no codes of its own; its factors() have")
+        device = next(iter(self.parts.values())).device
+        zero = self.number.zero_codes(self.shape, self.params, device)
+        return self.layout.decode(
+            self.parts,
+            self.meta,
+            zero,
+            self.number.bits,
+            self.coding,
+            decode or huffman_decode_reference,
+        )
+
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """The number's parameters: see its ``param_shapes``; ``{}`` for ``LowRank``."""
+        if isinstance(self.layout, LowRank):
+            return {}
+        return {name: self.parts[name] for name in self.number.param_shapes(self.shape)}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts, exact: what the file stores."""
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def density(self) -> float:
+        """Fraction of the entries that are kept by the mask, or else stored; 1.0 if there are
+        none."""
+        numel = math.prod(self.shape)
+        if not numel:
+            return 1.0
+        if "kept" in self.meta:
+            return self.meta["kept"] / numel
+        if isinstance(self.layout, LowRank):
+            return sum(f.density * math.prod(f.shape) for f in self.factors()) / numel
+        return min(1.0, self.layout.stored(self.shape, self.meta) / numel)
+
+    @property
+    def ideal_nbytes(self) -> float:
+        """weights × density × bits / 8: the accounting of papers, without indices, scales or
+        tables."""
+        if isinstance(self.layout, LowRank):
+            return sum(factor.ideal_nbytes for factor in self.factors())
+        return math.prod(self.shape) * self.density * self.number.bits / 8
+
+    def to(self, device: torch.device | str) -> PackedTensor:
+        """The same weight with its parts on ``device``."""
+        return replace(self, parts={name: part.to(device) for name, part in self.parts.items()})
+
+    def to_spec(self) -> dict[str, Any]:
+        """Everything but the parts' bytes, JSON-serialisable; ``parts`` gives their sizes."""
+        return {
+            "shape": list(self.shape),
+            "dtype": check_dtype(self.dtype),
+            "layout": self.layout.to_spec(),
+            "number": self.number.to_spec(),
+            "coding": self.coding.to_spec(),
+            "meta": dict(self.meta),
+            "parts": {name: part.nbytes for name, part in self.parts.items()},
+        }
+
+    def to_blob(self) -> Tensor:
+        """uint8 ``[nbytes]`` on the CPU: all parts in their order, without padding."""
+        flat = [
+            p.detach().cpu().contiguous().flatten().view(torch.uint8) for p in self.parts.values()
+        ]
+        return torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
+
+    @classmethod
+    def from_spec(
+        cls, spec: dict[str, Any], parts: dict[str, Tensor], max_entries: int | None = None
+    ) -> PackedTensor:
+        """The packed tensor that ``to_spec`` described, everything checked but the coded bits
+        themselves (``unpack`` checks those).
+
+        Args:
+            spec: of ``to_spec``.
+            parts: of those names, dtypes and shapes.
+            max_entries: refuse a weight of more entries. Default: 2^24, and 4096 per stored byte.
+
+        Raises:
+            ValueError: which names what is wrong and its value.
+        """
+        packed = _from_spec_unchecked(spec, parts)
+        expected = packed._part_shapes(set(parts))
+        if list(parts) != list(expected):
+            raise ValueError(f"parts must be {', '.join(expected)}, got {', '.join(parts)}")
+        for name, (dtype, size) in expected.items():
+            part = parts[name]
+            size = (part.numel(),) if size is None else size
+            if part.dtype != dtype or tuple(part.shape) != size:
+                raise ValueError(
+                    f"part {name!r} must be {dtype} {list(size)}, "
+                    f"got {part.dtype} {list(part.shape)}"
+                )
+        packed._check(max_entries)
+        if (sizes := packed.to_spec()["parts"]) != spec["parts"]:
+            raise ValueError(f"parts must have {spec['parts']} bytes, got {sizes}")
+        return packed
+
+    @classmethod
+    def from_blob(
+        cls, spec: dict[str, Any], blob: Tensor, max_entries: int | None = None
+    ) -> PackedTensor:
+        """The inverse of ``to_blob``: ``blob`` is uint8 ``[nbytes]``; see :meth:`from_spec`."""
+        packed = _from_spec_unchecked(spec, {})
+        sizes = spec["parts"]
+        for name, size in sizes.items():
+            check_int("part", repr(name), size, 0, blob.numel())
+        if sum(sizes.values()) != blob.numel():
+            raise ValueError(f"parts of {sum(sizes.values())} bytes in a blob of {blob.numel()}")
+        expected = packed._part_shapes(set(sizes))
+        if list(sizes) != list(expected):
+            raise ValueError(f"parts must be {', '.join(expected)}, got {', '.join(sizes)}")
+        parts = {}
+        chunks = blob.split(list(sizes.values()))
+        for (name, (dtype, shape)), chunk in zip(expected.items(), chunks, strict=True):
+            if chunk.numel() % dtype.itemsize:
+                raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
+            # Cloned, so that it is aligned and does not keep the whole file in memory.
+            part = chunk.clone().view(dtype)
+            if shape is not None and part.numel() != math.prod(shape):
+                raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")
+            parts[name] = part if shape is None else part.view(shape)
+        return cls.from_spec(spec, parts, max_entries)
+
+    def _streams(self) -> dict[str, tuple[int, int]]:
+        counts = {name: value for name, value in self.meta.items() if name != "kept"}
+        return self.layout.streams(self.shape, counts, self.number.bits)
+
+    def _part_shapes(
+        self, present: set[str]
+    ) -> dict[str, tuple[torch.dtype, tuple[int, ...] | None]]:
+        """dtype and shape of each part in order; shape None: a vector as long as it is."""
+        if isinstance(self.layout, LowRank):
+            return {
+                f"{n}_{part}": value
+                for n in _FACTORS
+                for part, value in _from_spec_unchecked(self.meta[n], {})
+                ._part_shapes(_names(present, n))
+                .items()
+            }
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {}
+        for name, (_, bits) in self._streams().items():
+            for part, kind in self.coding.part_dtypes(name, bits, present):
+                shapes[part] = _PART_DTYPES[kind], None
+        return shapes | self.number.param_shapes(self.shape)
+
+    def _check(self, max_entries: int | None) -> None:
+        limit = FREE_ENTRIES + ENTRIES_PER_BYTE * self.nbytes
+        limit = limit if max_entries is None else max_entries
+        low_rank = isinstance(self.layout, LowRank)
+        size = math.prod(self.shape) if low_rank else self.layout.buffer_size(self.shape)
+        if size > limit:
+            raise ValueError(
+                f"a weight {list(self.shape)} takes {size} entries in memory, more than the "
+                f"{limit} allowed for {self.nbytes} stored bytes; max_entries raises the limit"
+            )
+        if "kept" in self.meta:
+            check_int("meta", "kept", self.meta["kept"], 0, math.prod(self.shape))
+        if low_rank:
+            u, v = (
+                PackedTensor.from_spec(self.meta[n], _subset(self.parts, n), max_entries)
+                for n in _FACTORS
+            )
+            rebuilt = PackedTensor.from_factors(u, v, self.shape, self.dtype)
+            given = (self.layout, self.number, self.coding)
+            if (rebuilt.layout, rebuilt.number, rebuilt.coding) != given:
+                raise ValueError(f"LowRank: {given} is not what its factor u has")
+            return
+        for name, (count, bits) in self._streams().items():
+            self.coding.check(self.parts, name, count, bits)
+        self.number.check_params(self.params, self.shape)
+        if not self.number.is_float:
+            for name, param in self.params.items():
+                if param.is_floating_point() and not bool(torch.isfinite(param).all()):
+                    raise ValueError(f"{name} holds NaN or infinite values")
+
+
+def _names(names: set[str], factor: str) -> set[str]:
+    return {name[len(factor) + 1 :] for name in names if name.startswith(factor + "_")}
+
+
+def _subset(parts: dict[str, Tensor], factor: str) -> dict[str, Tensor]:
+    """The parts of one factor, under their own names."""
+    return {n[len(factor) + 1 :]: p for n, p in parts.items() if n.startswith(factor + "_")}
+
+
+def _from_spec_unchecked(spec: dict[str, Any], parts: dict[str, Tensor]) -> PackedTensor:
+    """Axes, shape and meta are checked by themselves; whether they fit ``parts`` is not."""
+    keys = {"shape", "dtype", "layout", "number", "coding", "meta", "parts"}
+    if not isinstance(spec, dict) or set(spec) != keys:
+        got = sorted(spec) if isinstance(spec, dict) else spec
+        raise ValueError(f"a packed tensor's spec has {sorted(keys)}, got {got!r}")
+    shape, meta, sizes = spec["shape"], spec["meta"], spec["parts"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"shape must be a list of at most {MAX_DIMENSIONS}, got {shape!r}")
+    for size in shape:
+        check_int("shape", f"each of {shape}", size, 0, MAX_DIMENSION)
+    # Zeros left out: torch multiplies strides, which must not overflow for an empty tensor either.
+    if math.prod(max(1, size) for size in shape) > 2**62:
+        raise ValueError(f"shape {shape} is too large")
+    for name, value in (("meta", meta), ("parts", sizes)):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {value!r}")
+    dtype = FLOAT_DTYPES[check_choice("spec", "dtype", spec["dtype"], tuple(FLOAT_DTYPES))]
+    layout = Layout.from_spec(spec["layout"])
+    number = Number.from_spec(spec["number"])
+    coding = Coding.from_spec(spec["coding"])
+    if isinstance(layout, LowRank):
+        if not set(_FACTORS) <= set(meta) <= {*_FACTORS, "kept"}:
+            raise ValueError(f"LowRank has meta u and v, got {sorted(meta)}")
+        for name in _FACTORS:
+            factor = meta[name]
+            inner = factor.get("layout") if isinstance(factor, dict) else None
+            if isinstance(inner, dict) and inner.get("type") == "LowRank":
+                raise ValueError(f"factor {name} is low-rank itself")
+    return PackedTensor(tuple(shape), dtype, layout, number, coding, parts, meta)
+
+
+def _mask_meta(weight: Tensor, mask: Tensor | None) -> dict[str, int]:
+    if mask is None:
+        return {}
+    if mask.dtype != torch.bool or mask.shape != weight.shape:
+        raise ValueError(
+            f"mask must be bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}"
+        )
+    if bad := int((~mask & (weight != 0)).sum()):
+        raise ValueError(f"{bad} entries of the weight are not 0 where the mask prunes them")
+    return {"kept": int(mask.sum())}
+
+
+def _bits_of(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def _check_same_bits(weight: Tensor, values: Tensor, what: object) -> None:
+    different = _bits_of(weight) != _bits_of(values)
+    if count := int(different.sum()):
+        first = tuple(different.nonzero()[0].tolist())
+        raise ValueError(
+            f"weight {list(weight.shape)} is not on the grid of {what}: {count} of "
+            f"{weight.numel()} values would change, the first at {list(first)} from "
+            f"{weight[first].item()!r} to {values[first].item()!r}; lossy=True allows it"
+        )
