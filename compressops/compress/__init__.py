@@ -1,0 +1,26 @@
+"""Lossy compression by parametrizations, and the recipes that chain it."""
+
+from compressops.compress.cast import Cast
+from compressops.compress.encode import Encode
+from compressops.compress.parametrizations import WeightRecord, record
+from compressops.compress.prune import Prune
+from compressops.compress.quantize import Quantize
+from compressops.compress.recipe import Recipe
+from compressops.compress.retrain import Retrain
+from compressops.compress.run import Result, compress
+from compressops.compress.table import Row, Table
+
+__all__ = [
+    "Cast",
+    "Encode",
+    "Prune",
+    "Quantize",
+    "Recipe",
+    "Result",
+    "Retrain",
+    "Row",
+    "Table",
+    "WeightRecord",
+    "compress",
+    "record",
+]

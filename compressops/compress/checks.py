@@ -44,9 +44,10 @@ def flag(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be true or false, got {value!r}")
 
 
-def names(name: str, value: Any) -> tuple[str, ...]:
-    """One string or several, as a tuple."""
-    items = (value,) if isinstance(value, str) else value
-    if not isinstance(items, (tuple, list)) or not all(isinstance(i, str) for i in items):
+def globs(name: str, value: Any) -> str | tuple[str, ...]:
+    """One string as it is, several as a tuple."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (tuple, list)) or not all(isinstance(i, str) for i in value):
         raise TypeError(f"{name} must be a string or a list of strings, got {value!r}")
-    return tuple(items)
+    return tuple(value)

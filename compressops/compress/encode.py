@@ -35,8 +35,8 @@ class Encode(Stage):
         if not isinstance(self.coding, Coding):
             known = ", ".join(sorted(Coding.members))
             raise TypeError(f"coding must be one of {known}, got {self.coding!r}")
-        object.__setattr__(self, "layers", checks.names("layers", self.layers))
-        object.__setattr__(self, "exclude", checks.names("exclude", self.exclude))
+        object.__setattr__(self, "layers", checks.globs("layers", self.layers))
+        object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         select(model, self.layers, self.exclude)

@@ -7,7 +7,6 @@ order, and ``state_dict``, ``deepcopy`` and ``pickle`` keep them.
 
 from __future__ import annotations
 
-import copyreg
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressops.formats.coding import Coding, Raw
-from compressops.formats.groupwise import Ternary
+from compressops.formats.groupwise import Int, Ternary
 from compressops.formats.layout import BlockSparse, Dense, Layout, Sparse
 from compressops.formats.number import Float, Number
 
@@ -76,10 +75,7 @@ class _StraightThrough(torch.autograd.Function):
         # Float has no end to speak of; a ternary weight is meant to lie beyond ±α.
         ctx.clips = ctx.needs_input_grad[0] and not isinstance(number, (Float, Ternary))
         if ctx.clips:
-            # Exactly the clipped entries are further out than half a step, and then the
-            # quantized value is the end of the range, whichever number it is.
-            top = number.fake_quantize(torch.full_like(weight, _BEYOND), params)
-            bottom = number.fake_quantize(torch.full_like(weight, -_BEYOND), params)
+            bottom, top = _range(number, weight, params)
             ctx.save_for_backward(weight > top, weight < bottom)
         return quantized
 
@@ -93,8 +89,21 @@ class _StraightThrough(torch.autograd.Function):
         return grad.masked_fill(outward, 0.0), None, None
 
 
-# Larger than any end of a range, small enough that a division by a scale stays finite in fp32.
-_BEYOND = 1e18
+def _range(number: Number, weight: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest value that ``number`` can write, as something that broadcasts."""
+    half = 2 ** (number.bits - 1)
+    low = 1 - half if isinstance(number, Int) and number.symmetric else -half
+    # One value serves where the whole tensor shares its parameters.
+    shape = weight.shape if isinstance(number, Int) else (1,)
+    bottom, top = (
+        number.dequantize(
+            torch.full(shape, code, dtype=number.code_dtype, device=weight.device),
+            params,
+            weight.dtype,
+        )
+        for code in (low, half - 1)
+    )
+    return bottom, top
 
 
 class FakeQuantize(nn.Module):
@@ -235,14 +244,12 @@ def register(module: nn.Module, parametrization: nn.Module, name: str = "weight"
 
 
 def _reduce(module: nn.Module, protocol: int) -> tuple:
-    return (
-        copyreg.__newobj__,
-        (type(module).__mro__[1],),
-        dict(module.__dict__),
-        None,
-        None,
-        _restore,
-    )
+    plain = type(module).__mro__[1]
+    return _blank, (plain,), dict(module.__dict__), None, None, _restore
+
+
+def _blank(cls: type[nn.Module]) -> nn.Module:
+    return cls.__new__(cls)
 
 
 def _restore(module: nn.Module, state: dict[str, Any]) -> None:

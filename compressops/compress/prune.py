@@ -73,8 +73,8 @@ class Prune(Stage):
         for side in self.block:
             checks.integer("block", side, 1)
         object.__setattr__(self, "block", tuple(self.block))
-        object.__setattr__(self, "layers", checks.names("layers", self.layers))
-        object.__setattr__(self, "exclude", checks.names("exclude", self.exclude))
+        object.__setattr__(self, "layers", checks.globs("layers", self.layers))
+        object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         for name, module in select(model, self.layers, self.exclude).items():

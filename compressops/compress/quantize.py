@@ -65,8 +65,8 @@ class Quantize(Stage):
                 "its integer length is one for the whole network"
             )
         checks.integer("calibration", self.calibration, 1)
-        object.__setattr__(self, "layers", checks.names("layers", self.layers))
-        object.__setattr__(self, "exclude", checks.names("exclude", self.exclude))
+        object.__setattr__(self, "layers", checks.globs("layers", self.layers))
+        object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         select(model, self.layers, self.exclude)

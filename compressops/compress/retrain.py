@@ -126,3 +126,8 @@ class Retrain(Stage):
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         if not any(p.requires_grad for p in model.parameters()):
             raise ValueError("the model has no trainable parameter")
+
+    @property
+    def label(self) -> str:
+        length = f"{self.epochs} epochs" if self.steps is None else f"{self.steps} steps"
+        return f"Retrain {length}"

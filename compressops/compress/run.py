@@ -167,7 +167,7 @@ class _Run:
             if isinstance(stage, Quantize) and stage.activations is not None:
                 self.calibrate(stage)
             self.history.append([])
-        self.finish(number, str(stage), began, self.rows[-1] if stage.lossless else None)
+        self.finish(number, stage.label, began, self.rows[-1] if stage.lossless else None)
 
     def retrain(self, number: int, stage: Retrain) -> list[dict[str, float]]:
         previous = self.stages[number - 2] if number > 1 else None
@@ -224,7 +224,7 @@ class _Run:
             Row(name, top1, top5, seconds=round(time.monotonic() - began, 1), **asdict(measured))
         )
         if self.console is not None:
-            self.console.print(f"{number}/{len(self.stages)} {self.rows[-1]}")
+            self.console.print(f"stage {number}/{len(self.stages)} {self.rows[-1]}", soft_wrap=True)
         self.keep(number)
 
     def keep(self, number: int) -> None:
@@ -261,7 +261,9 @@ class _Run:
         self.rows = [Row(**row) for row in state["rows"]]
         self.history = state["history"]
         if self.console is not None and done:
-            self.console.print(f"stages 1 to {done} are taken from {self.workdir}")
+            self.console.print(
+                f"stages 1 to {done} are taken from {self.workdir}", soft_wrap=True
+            )
         self.explain(done)
         return done
 

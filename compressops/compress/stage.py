@@ -44,16 +44,28 @@ class Stage:
         return None
 
     def __str__(self) -> str:
-        """The arguments that are not the defaults, in the order of the fields."""
-        shown = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value != field.default:
-                shown.append(f"{field.name}={_brief(value)}")
-        return f"{type(self).__name__}({', '.join(shown)})"
+        return _call(self)
+
+    @property
+    def label(self) -> str:
+        """The stage in a few words, for tables: its name and its main argument."""
+        main = getattr(self, self.main_field) if self.main_field else None
+        return type(self).__name__ if main is None else f"{type(self).__name__} {_brief(main)}"
+
+
+def _call(value: Any) -> str:
+    """A dataclass with the fields that are not the defaults, in order."""
+    shown = [
+        f"{field.name}={_brief(getattr(value, field.name))}"
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) != field.default
+    ]
+    return f"{type(value).__name__}({', '.join(shown)})"
 
 
 def _brief(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return _call(value)
     if isinstance(value, (tuple, list)):
         return f"[{', '.join(map(_brief, value))}]"
     return str(value)

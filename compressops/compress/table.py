@@ -85,7 +85,7 @@ class Table:
         return table
 
     def __str__(self) -> str:
-        console = Console(width=140, file=None, force_terminal=False, no_color=True)
+        console = Console(width=140, force_terminal=False, no_color=True)
         with console.capture() as capture:
             console.print(self)
         return capture.get()
