@@ -14,12 +14,13 @@ from torch.nn.utils import parametrize
 
 from compressops import plan as plans
 from compressops.compress import record
-from compressops.formats import PackedTensor
+from compressops.compress.quantize import InputQuantizer, _quantize_input
+from compressops.formats import Number, PackedTensor
 from compressops.measure import captured_inputs, median_times
 from compressops.nn import PackedModule, PackedWeight
-from compressops.nn.base import check_residency
+from compressops.nn.weight import check_residency
 from compressops.plan import Choice, Config, Plan, naming
-from compressops.registry import Rule, rules_for, targets
+from compressops.registry import Rule, is_layer, rules_for, targets
 
 
 @dataclass(frozen=True)
@@ -28,15 +29,6 @@ class Note:
 
     was: str
     why: str
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether `convert` and `report` have something to say about ``module``: it has a weight
-    of two or more dimensions."""
-    if isinstance(module, PackedModule):
-        return True
-    owned = getattr(module, "parametrizations", None) or module._parameters
-    return "weight" in owned and getattr(module.weight, "ndim", 0) >= 2
 
 
 def convert(
@@ -277,7 +269,12 @@ class _Conversion:
         packed: dict[str, PackedTensor],
     ) -> None:
         """Build one layer of a file, to stand in the place of ``module``."""
-        stored = target.from_packed(config, packed, "packed")
+        quantizer = None
+        if "input_quantizer" in config:
+            spec = config["input_quantizer"]
+            quantizer = InputQuantizer(Number.from_spec(spec["number"]), spec["momentum"])
+            quantizer.to(module.weight.device).train(module.training)
+        stored = target.from_packed(config, packed, "packed", quantizer)
         kind = _kind(module)
         if not issubclass(kind, (target, target.source)):
             raise ValueError(f"the file has a {target.__name__}, the model a {kind.__name__}")
@@ -289,6 +286,7 @@ class _Conversion:
         if has_bias != config["bias"]:
             raise ValueError(f"the file has bias={config['bias']}, the model bias={has_bias}")
         new = self._make(module, target, packed["weight"])
+        new.input_quantizer = quantizer
         self.modules[name] = module
         self.built[name] = new
         self.weights[id(_weight_of(module))].append(new.packed_weight)
@@ -331,6 +329,9 @@ def _carry_over(old: nn.Module, new: PackedModule, memo: dict[int, Any] | None) 
     """Hooks, bias and input quantizer of the replaced layer, copied where the model is."""
     for name in (*_HOOKS, "bias", "input_quantizer"):
         value = getattr(old, name, None)
+        if name == "_forward_pre_hooks":
+            # Packed modules quantize their inputs themselves, because a file holds no hooks.
+            value = type(value)((k, v) for k, v in value.items() if v is not _quantize_input)
         if value is not None:
             setattr(new, name, value if memo is None else copy.deepcopy(value, memo))
 

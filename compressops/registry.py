@@ -77,6 +77,15 @@ def rules_for(source: type[nn.Module], plan: Plan | None = None) -> list[Rule]:
     ]
 
 
+def is_layer(module: nn.Module) -> bool:
+    """Whether `convert` and `report` have something to say about ``module``: it has a weight
+    of two or more dimensions."""
+    if isinstance(module, PackedModule):
+        return True
+    owned = getattr(module, "parametrizations", None) or module._parameters
+    return "weight" in owned and getattr(module.weight, "ndim", 0) >= 2
+
+
 register(nn.Linear, PackedLinear)
 register(
     nn.Linear,

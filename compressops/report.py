@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 
 from compressops import page
 from compressops.compress import record
-from compressops.convert import is_layer
 from compressops.nn import PackedModule
 from compressops.page import nbytes
+from compressops.registry import is_layer
 
 
 @dataclass(frozen=True)

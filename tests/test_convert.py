@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from compressops import backends
 from compressops.compress import Encode, Prune, Quantize, record
-from compressops.convert import convert, from_packed, is_layer
+from compressops.convert import convert, from_packed
 from compressops.formats import DynamicFixedPoint, FixedPoint, Float, Huffman, Int, Raw, Sparse
 from compressops.nn import (
     Int8Linear,
@@ -24,7 +24,7 @@ from compressops.nn import (
     PackedLinear,
     PackedModule,
 )
-from compressops.registry import register
+from compressops.registry import is_layer, register
 from compressops.zoo.cifarnet import CifarNet
 
 
@@ -401,6 +401,11 @@ def test_quantized_inputs_go_along() -> None:
     assert torch.equal(packed(x), expected)
     assert packed[0].input_quantizer is not model[0].input_quantizer
     assert not torch.equal(packed[0](x), nn.functional.linear(x, packed[0].weight, packed[0].bias))
+    again = from_packed(
+        nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), entries(packed)
+    )
+    again.load_state_dict(packed.state_dict())
+    assert torch.equal(again(x), expected)
     # Once, by the module itself: a hook would be lost in the file.
     assert not packed[0]._forward_pre_hooks
 

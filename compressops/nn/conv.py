@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops.nn.base import PackedModule, PackedWeight
+from compressops.nn.base import PackedModule
+from compressops.nn.weight import PackedWeight
 
 
 class _PackedConv(PackedModule):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from compressops import ops
 from compressops.formats import Int, PackedTensor
-from compressops.nn.base import PackedModule, PackedWeight, as_bytes, decode, serving
+from compressops.nn.base import PackedModule
+from compressops.nn.weight import PackedWeight, as_bytes, decode, serving
 
 
 class PackedLinear(PackedModule):
