@@ -17,7 +17,7 @@ _CSS = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 960px; margin: 0 auto; padding: 48px 24px 72px; }
+main { max-width: 1060px; margin: 0 auto; padding: 48px 24px 72px; }
 h1 { font-size: 27px; line-height: 1.25; font-weight: 650; letter-spacing: -0.01em; margin: 0; }
 h2 { font-size: 17px; font-weight: 650; margin: 44px 0 4px; }
 p { margin: 6px 0 14px; max-width: 72ch; } .soft, p.note { color: var(--soft); }

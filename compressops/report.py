@@ -82,9 +82,7 @@ class Report:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for header in _HEADERS:
             right = header in _NUMERIC
-            table.add_column(
-                header, justify="right" if right else "left", overflow="fold", no_wrap=right
-            )
+            table.add_column(header, justify="right" if right else "left", no_wrap=right)
         for layer in self.layers:
             table.add_row(*_cells(layer))
         return Group(table, Text(), _totals_table(self.totals))
@@ -101,13 +99,16 @@ class Report:
 
     def to_html(self) -> str:
         """A self-contained page."""
-        totals = self.totals
+        totals, other = self.totals, self.totals.other
         document = page.Page(f"{self.model}, layer by layer")
-        cards = [(nbytes(totals.dense + totals.other), "dense"), (nbytes(totals.ideal), "ideal")]
-        cards += [(nbytes(totals.stored + totals.other), "stored")]
+        cards = [
+            (nbytes(totals.dense + other), "dense"),
+            (nbytes(totals.ideal + other), "ideal"),
+            (nbytes(totals.stored + other), "stored"),
+            (nbytes(totals.memory + other), "in memory"),
+        ]
         if totals.file is not None:
-            cards += [(nbytes(totals.file), "file")]
-        cards += [(nbytes(totals.memory + totals.other), "in memory")]
+            cards.insert(3, (nbytes(totals.file), "file"))
         document.cards(cards)
         document.section(
             "Where the bytes are", page.bars(size_bars(totals)), "Weights of the layers only."
@@ -201,49 +202,40 @@ def _weight_tensors(module: nn.Module) -> list[Tensor]:
     return [module.weight]
 
 
-def _axis(value: Any) -> str:
+def _axis(choice: Any) -> str:
     """``DynamicFixedPoint(bits=6, overflow=0.0)`` as ``DynamicFixedPoint(6)`` and the like."""
-    spec = value.to_spec()
+    spec = choice.to_spec()
+    if spec == {"type": "Float", "dtype": spec.get("dtype")}:
+        return spec["dtype"]
     fields = {k: v for k, v in spec.items() if k != "type"}
     short = [str(fields.pop("bits"))] if "bits" in fields else []
     try:
-        defaults = type(value)(**({"bits": value.bits} if short else {})).to_spec()
+        defaults = type(choice)(**({"bits": choice.bits} if short else {})).to_spec()
     except TypeError:
         defaults = {}
-    short += [f"{k}={v}" for k, v in fields.items() if k not in defaults or defaults[k] != v]
+    for key, value in fields.items():
+        if key not in defaults or defaults[key] != value:
+            # A choice that is a word says by itself what it is a choice of.
+            short.append(value if isinstance(value, str) else f"{key}={value}")
     return f"{spec['type']}({', '.join(short)})" if short else spec["type"]
 
 
-_HEADERS = (
-    "layer",
-    "was → became",
-    "shape",
-    "density",
-    "number",
-    "layout, coding",
-    "ideal",
-    "stored",
-    "memory",
-    "backend",
-    "why",
-)
+_HEADERS = ("layer", "shape", "packed as", "density", "ideal", "stored", "memory", "runs as", "why")
 _NUMERIC = ("density", "ideal", "stored", "memory")
 
 
 def _cells(layer: Layer) -> list[str]:
-    became = layer.was if layer.was == layer.became else f"{layer.was} → {layer.became}"
-    axes = layer.layout if layer.coding in ("–", "Raw") else f"{layer.layout}, {layer.coding}"
+    axes = (layer.layout, layer.number, layer.coding)
+    runs = layer.became if layer.backend == "torch" else f"{layer.became}, {layer.backend}"
     return [
         layer.name,
-        became,
         "×".join(map(str, layer.shape)),
+        " · ".join(axis for axis in axes if axis not in ("Dense", "Raw", "–")) or "–",
         f"{100 * layer.density:.1f} %",
-        layer.number,
-        axes,
         nbytes(layer.ideal),
         nbytes(layer.stored),
         nbytes(layer.memory),
-        layer.backend,
+        runs,
         layer.why,
     ]
 
@@ -251,7 +243,9 @@ def _cells(layer: Layer) -> list[str]:
 def layer_table(layers: tuple[Layer, ...]) -> str:
     """The layers as an HTML table."""
     numeric = [_HEADERS.index(header) for header in _NUMERIC]
-    return page.table(_HEADERS, [_cells(layer) for layer in layers], numeric, muted=[10])
+    return page.table(
+        _HEADERS, [_cells(layer) for layer in layers], numeric, muted=[len(_HEADERS) - 1]
+    )
 
 
 def size_bars(totals: Totals) -> list[page.Bar]:
