@@ -43,7 +43,7 @@ def run_shape(m: int, k: int, n: int, rounds: int) -> dict:
         "torch._int_mm": lambda: torch._int_mm(x_codes, transposed),
     }
     if torch.backends.mkl.is_available():
-        mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight.to_mkldnn(), m)
+        mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, m)
         contestants["torch fp32 packed"] = lambda: torch.ops.mkl._mkl_linear(
             x, mkl, weight, None, m
         )

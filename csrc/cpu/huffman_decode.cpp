@@ -82,8 +82,29 @@ struct Stream {
     bits += taken * 8;
   }
 
-  // Decodes the rest with every bound checked; false if the chunk is corrupt.
+  // One code from the window, unchecked; its length, 0 where the table has no such code.
+  uint8_t decode_fast(const Table& table, int64_t at) {
+    const Entry entry = table[window & kMask];
+    window >>= entry.length;
+    bits -= entry.length;
+    out[at] = entry.symbol;
+    return entry.length;
+  }
+
+  void advance() {
+    out += kSymbolsPerRefill;
+    remaining -= kSymbolsPerRefill;
+  }
+
+  // Decodes the rest, its end with every bound checked; false if the chunk is corrupt.
   bool finish(const Table& table) {
+    while (can_refill_fast()) {
+      refill_fast();
+      bool known = true;
+      for (int i = 0; i < kSymbolsPerRefill; ++i) known &= decode_fast(table, i) != 0;
+      if (!known) return false;
+      advance();
+    }
     // refill_fast leaves bits above `bits` in the window; they stand in the stream as well.
     window &= bits < 64 ? (uint64_t{1} << bits) - 1 : ~uint64_t{0};
     while (remaining > 0) {
@@ -111,18 +132,9 @@ bool decode_side_by_side(Stream* streams, const Table& table) {
          local[2].can_refill_fast() && local[3].can_refill_fast()) {
     for (Stream& stream : local) stream.refill_fast();
     for (int i = 0; i < kSymbolsPerRefill; ++i) {
-      for (Stream& stream : local) {
-        const Entry entry = table[stream.window & kMask];
-        known &= entry.length != 0;
-        stream.window >>= entry.length;
-        stream.bits -= entry.length;
-        stream.out[i] = entry.symbol;
-      }
+      for (Stream& stream : local) known &= stream.decode_fast(table, i) != 0;
     }
-    for (Stream& stream : local) {
-      stream.out += kSymbolsPerRefill;
-      stream.remaining -= kSymbolsPerRefill;
-    }
+    for (Stream& stream : local) stream.advance();
   }
   std::copy(local, local + kStreams, streams);
   return known;
