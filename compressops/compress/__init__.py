@@ -7,7 +7,7 @@ from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
 from compressops.compress.recipe import Recipe
 from compressops.compress.retrain import Retrain
-from compressops.compress.run import Result, compress
+from compressops.compress.run import Result, compress, run_recipe
 from compressops.compress.table import Row, Table
 
 __all__ = [
@@ -23,4 +23,5 @@ __all__ = [
     "WeightRecord",
     "compress",
     "record",
+    "run_recipe",
 ]

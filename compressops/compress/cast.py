@@ -51,7 +51,7 @@ class Cast(Stage):
 
 
 def small_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The float parameters and buffers that are neither a layer's weight nor its parametrization's."""
+    """The float parameters and buffers that no layer's weight is made of."""
     layers = weight_layers(model)
     weights = {f"{name}.weight" if name else "weight" for name in layers}
     return {

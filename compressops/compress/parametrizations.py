@@ -107,7 +107,7 @@ def _range(number: Number, weight: Tensor, params: dict[str, Tensor]) -> tuple[T
 
 
 class FakeQuantize(nn.Module):
-    """Replaces the weight by the nearest value that ``number`` can write; straight-through gradient.
+    """Replaces the weight by the nearest that ``number`` can write; straight-through gradient.
 
     Args:
         number: a member of the number axis, fully specified (no ``integer_bits=None``).
@@ -115,9 +115,7 @@ class FakeQuantize(nn.Module):
         refit: when `Retrain` fits ``params`` anew: ``"never"``, ``"epoch"`` or ``"step"``.
     """
 
-    def __init__(
-        self, number: Number, params: dict[str, Tensor], refit: str = "never"
-    ) -> None:
+    def __init__(self, number: Number, params: dict[str, Tensor], refit: str = "never") -> None:
         super().__init__()
         self.set_number(number, params, refit)
 

@@ -29,10 +29,10 @@ class Prune(Stage):
         block: ``(rows, columns)`` of a tile.
         scope: ``"layer"`` gives every layer the same density; ``"global"`` ranks all selected
             layers together.
-        score: what a global ranking compares. ``"magnitude"``: \\|w\\|, which asks for layers of one
-            scale. ``"lamp"``: w² over the sum of the squares of the layer's entries that are not
-            smaller (Lee et al. 2021, arXiv 2010.07611, eq. 3), which no layer's scale changes.
-            Within a layer the order is the same.
+        score: what a global ranking compares. ``"magnitude"``: the absolute value, which asks for
+            layers of one scale. ``"lamp"``: w² over the sum of the squares of the layer's entries
+            that are not smaller (Lee et al. 2021, arXiv 2010.07611, eq. 3), which no layer's scale
+            changes. Within a layer the order is the same.
         schedule: ``"one_shot"``; ``"cubic"`` (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1) raises
             the sparsity during the following `Retrain`; ``"surgery"`` (Guo et al. 2016, arXiv
             1608.04493, eq. 3) prunes at once and then lets entries come back: one below

@@ -24,6 +24,7 @@ from compressops.distill.losses import DistillLoss
 from compressops.formats.coding import Coding
 from compressops.formats.number import Number
 from compressops.formats.registry import Axis
+from compressops.zoo.registry import build_data, build_model
 
 VERSION = 1
 STAGES: dict[str, type[Stage]] = {
@@ -63,7 +64,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
-            raise ValueError(f"recipe version {self.version!r} is unknown; this one reads {VERSION}")
+            raise ValueError(f"version must be {VERSION}, got {self.version!r}")
         if not isinstance(self.stages, (tuple, list)) or not self.stages:
             raise ValueError(f"stages must be a list of at least one stage, got {self.stages!r}")
         for i, stage in enumerate(self.stages, 1):
@@ -112,6 +113,22 @@ class Recipe:
         if path is not None:
             Path(path).write_text(text)
         return text
+
+    def load(self) -> tuple[nn.Module, Any, Any, nn.Module | None]:
+        """``(model, train_data, eval_data, teacher)`` that the recipe names.
+
+        Raises:
+            ValueError: the recipe names no model or data, or one that the zoo does not have.
+            FileNotFoundError: a checkpoint is missing, or the data cannot be had.
+        """
+        for key in ("model", "data"):
+            if getattr(self, key) is None:
+                raise ValueError(f"the recipe names no {key}; add '{key}: {{Name: {{…}}}}'")
+        model = build_model(self.model, self.folder)
+        teacher = self.teacher
+        if teacher is not None:
+            teacher = model if teacher == "model" else build_model(teacher, self.folder)
+        return model, *build_data(self.data, self.folder), teacher
 
     def validate(self, model: nn.Module, *, train_data: Any, eval_data: Any, teacher: Any) -> None:
         """Check everything that can be checked before any work is done.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -95,6 +96,26 @@ def compress(
         accelerator,
     )
     return run.all()
+
+
+def run_recipe(
+    path: str | Path,
+    workdir: str | Path,
+    seed: int = 0,
+    log: Console | bool = True,
+) -> Result:
+    """Run a recipe file on the model and the data that it names.
+
+    The checkpoints go to ``workdir``, which several recipes may share, and the table to
+    ``workdir/<name of the recipe>.json``. Running it again goes on where it stopped, or returns
+    what was finished.
+    """
+    recipe = Recipe.from_yaml(Path(path))
+    model, train_data, eval_data, teacher = recipe.load()
+    result = compress(model, recipe, train_data, eval_data, teacher, workdir, seed, log)
+    if int(os.environ.get("RANK", 0)) == 0:
+        Path(workdir, f"{Path(path).stem}.json").write_text(result.table.to_json() + "\n")
+    return result
 
 
 class _Run:
@@ -261,9 +282,7 @@ class _Run:
         self.rows = [Row(**row) for row in state["rows"]]
         self.history = state["history"]
         if self.console is not None and done:
-            self.console.print(
-                f"stages 1 to {done} are taken from {self.workdir}", soft_wrap=True
-            )
+            self.console.print(f"stages 1 to {done} are taken from {self.workdir}", soft_wrap=True)
         self.explain(done)
         return done
 

@@ -92,6 +92,7 @@ def other_tensors(model: nn.Module) -> list:
     # A parametrized tensor other than a weight is stored dense.
     for module in model.modules():
         if parametrize.is_parametrized(module):
-            names = [n for n in module.parametrizations if n != "weight" or id(module) not in layers]
-            found += [getattr(module, n).detach() for n in names]
+            for name in module.parametrizations:
+                if name != "weight" or id(module) not in layers:
+                    found.append(getattr(module, name).detach())
     return found

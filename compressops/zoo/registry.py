@@ -38,7 +38,7 @@ def build_model(spec: dict[str, dict], folder: Path | None = None) -> nn.Module:
         try:
             model.load_state_dict(load_file(checkpoint))
         except RuntimeError as error:
-            raise ValueError(f"model {name}: checkpoint {checkpoint} does not fit: {error}") from error
+            raise ValueError(f"model {name}: {checkpoint} does not fit: {error}") from error
     return model.eval()
 
 
