@@ -33,14 +33,24 @@ CLASSES = (
 
 @dataclass(frozen=True)
 class Stage:
-    """A row of the stage table; rates are against the float32 weights, ``None``: not measured."""
+    """A row of the stage table.
+
+    Attributes:
+        top1, top5: in percent.
+        ideal_rate: of the layers' weights, as papers count.
+        stored_rate, stored_bytes: of the whole model as it would be packed after this stage.
+        file_bytes: of its file, where there is one.
+    """
 
     name: str
     top1: float | None
     top5: float | None
     ideal_rate: float
     stored_rate: float
-    file_bytes: int
+    stored_bytes: int
+    file_bytes: int | None = None
+
+    headers = ("stage", "top-1", "top-5", "ideal rate", "stored rate", "stored bytes", "file bytes")
 
 
 @dataclass(frozen=True)
@@ -72,7 +82,7 @@ class Findings:
 def render(found: Findings) -> str:
     """The whole page."""
     first, last = found.stages[0], found.stages[-1]
-    file = last.file_bytes
+    file = found.report.totals.file
     rate = found.float_bytes / file
     document = page.Page(
         f"CifarNet in {nbytes(file)}",
@@ -92,12 +102,13 @@ def render(found: Findings) -> str:
     document.section(
         "Stage by stage",
         page.table(
-            ("stage", "top-1", "top-5", "ideal rate", "stored rate", "file bytes"),
-            [_row(stage) for stage in found.stages],
-            numeric=range(1, 6),
+            Stage.headers,
+            [stage_cells(stage) for stage in found.stages],
+            numeric=range(1, len(Stage.headers)),
         ),
-        "Ideal counts weights × density × bits, as papers do. Stored counts all that decoding "
-        "needs: indices, exponents, code tables. The file adds its header and the other tensors.",
+        "Ideal counts weights × density × bits, as papers do. Stored counts the whole network with "
+        "all that decoding needs: indices, exponents, code tables, and what is not compressed. The "
+        "file adds its header.",
     )
     known = [(stage.name, stage.top1) for stage in found.stages if stage.top1 is not None]
     if len(known) > 1:
@@ -130,14 +141,16 @@ def _points(before: float | None, after: float | None) -> str:
     return "–" if before is None or after is None else f"{after - before:+.2f}"
 
 
-def _row(stage: Stage) -> list[str]:
+def stage_cells(stage: Stage) -> list[str]:
+    """A row of the stage table as text."""
     return [
         stage.name,
         _percent(stage.top1),
         _percent(stage.top5),
         f"{stage.ideal_rate:.2f}×",
         f"{stage.stored_rate:.2f}×",
-        f"{stage.file_bytes:,}",
+        f"{stage.stored_bytes:,}",
+        "–" if stage.file_bytes is None else f"{stage.file_bytes:,}",
     ]
 
 
