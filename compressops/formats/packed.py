@@ -310,6 +310,22 @@ class PackedTensor:
             parts[name] = part if shape is None else part.view(shape)
         return cls.from_spec(spec, parts, max_entries)
 
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> PackedTensor:
+        """What a spec says, without parts: for ``density`` and ``ideal_nbytes``.
+
+        Raises:
+            ValueError: the spec is not that of a packed tensor.
+        """
+        packed = _from_spec_unchecked(spec, {})
+        packed._part_shapes(set(spec["parts"]))
+        packed._check_kept()
+        return packed
+
+    def _check_kept(self) -> None:
+        if "kept" in self.meta:
+            check_int("meta", "kept", self.meta["kept"], 0, math.prod(self.shape))
+
     def _streams(self) -> dict[str, tuple[int, int]]:
         counts = {name: value for name, value in self.meta.items() if name != "kept"}
         return self.layout.streams(self.shape, counts, self.number.bits)
@@ -342,8 +358,7 @@ class PackedTensor:
                 f"a weight {list(self.shape)} takes {size} entries in memory, more than the "
                 f"{limit} allowed for {self.nbytes} stored bytes; max_entries raises the limit"
             )
-        if "kept" in self.meta:
-            check_int("meta", "kept", self.meta["kept"], 0, math.prod(self.shape))
+        self._check_kept()
         if low_rank:
             u, v = (
                 PackedTensor.from_spec(self.meta[n], _subset(self.parts, n), max_entries)

@@ -8,6 +8,10 @@ from typing import Any, ClassVar, TypeVar
 A = TypeVar("A", bound="Axis")
 
 
+class UnknownTypeError(ValueError):
+    """A type name that is not on the allow-list."""
+
+
 class Axis:
     """Base of layouts, numbers and codings: frozen dataclasses that travel as small JSON objects.
 
@@ -34,10 +38,10 @@ class Axis:
         """The member called ``name``.
 
         Raises:
-            ValueError: no such member; the message lists those that exist.
+            UnknownTypeError: no such member; the message lists those that exist.
         """
         if not isinstance(name, str) or name not in cls.members:
-            raise ValueError(
+            raise UnknownTypeError(
                 f"unknown {cls.axis_name()} {name!r}: known are {', '.join(sorted(cls.members))}"
             )
         return cls.members[name]
