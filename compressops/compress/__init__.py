@@ -2,6 +2,7 @@
 
 from compressops.compress.cast import Cast
 from compressops.compress.encode import Encode
+from compressops.compress.equalize import Equalize
 from compressops.compress.parametrizations import WeightRecord, record
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
@@ -13,6 +14,7 @@ from compressops.compress.table import Row, Table
 __all__ = [
     "Cast",
     "Encode",
+    "Equalize",
     "Prune",
     "Quantize",
     "Recipe",

@@ -16,6 +16,7 @@ from torch import nn
 
 from compressops.compress.cast import Cast
 from compressops.compress.encode import Encode
+from compressops.compress.equalize import Equalize
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
 from compressops.compress.retrain import Retrain
@@ -28,7 +29,7 @@ from compressops.zoo.registry import build_data, build_model
 
 VERSION = 1
 STAGES: dict[str, type[Stage]] = {
-    stage.__name__: stage for stage in (Cast, Encode, Prune, Quantize, Retrain)
+    stage.__name__: stage for stage in (Cast, Encode, Equalize, Prune, Quantize, Retrain)
 }
 # The fields whose value is a member of an axis, {TypeName: {field: …}} in YAML.
 _AXES: dict[str, type[Axis]] = {
@@ -44,7 +45,7 @@ class Recipe:
     """What to do to a model, stage by stage.
 
     Args:
-        stages: `Prune`, `Quantize`, `Retrain`, `Encode`, `Cast`, in order.
+        stages: `Prune`, `Equalize`, `Quantize`, `Retrain`, `Encode`, `Cast`, in order.
         version: of the recipe's form; 1.
         model, data: names from the zoo with their arguments, as ``{"CifarNet": {…}}``, so that a
             file says all that its run needs; ``None`` where the caller brings them.

@@ -25,8 +25,8 @@ class Retrain(Stage):
         optimizer: ``"sgd"`` (Nesterov), ``"adamw"``, or ``"muon"`` (Jordan 2024): Muon for the
             weights of two and more dimensions, seen as ``[out, in·kh·kw]`` matrices, except the
             last layer's; SGD for that and all else.
-        lr: peak learning rate. Muon's is relative to an orthonormal update: 0.1 trains from
-            scratch, 0.01 to 0.02 retrains.
+        lr: peak learning rate. Muon's is relative to the norm of each matrix: 0.1 trains from
+            scratch, 0.01 to 0.05 retrains.
         other_lr: of what Muon leaves to SGD; ``None`` is ``lr``.
         momentum: of SGD and Muon.
         weight_decay: of the weights of two and more dimensions; others have none.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class MuonWithSGD(torch.optim.Optimizer):
@@ -15,6 +16,9 @@ class MuonWithSGD(torch.optim.Optimizer):
     Args:
         matrices: tensors of two or more dimensions; each is updated as its view ``[out, rest]``.
         others: all other tensors.
+        norms: of each matrix, what it counts by; ``lr`` is relative to it. A plain Muon step has
+            the norm lr · √out, so the step is scaled by norm / √out: a matrix of another scale
+            trains alike.
         lr, other_lr: learning rates of the two.
         momentum: of both.
         weight_decay: of the matrices, and of ``others`` of two or more dimensions.
@@ -23,6 +27,7 @@ class MuonWithSGD(torch.optim.Optimizer):
     def __init__(
         self,
         matrices: list[nn.Parameter],
+        norms: list[float],
         others: list[nn.Parameter],
         lr: float,
         other_lr: float,
@@ -36,7 +41,11 @@ class MuonWithSGD(torch.optim.Optimizer):
             self._views = [nn.Parameter(p.detach().view(len(p), -1)) for p in matrices]
             parts.append(
                 torch.optim.Muon(
-                    self._views, lr, momentum=momentum, nesterov=True, weight_decay=weight_decay
+                    [{"params": [view]} for view in self._views],
+                    lr,
+                    momentum=momentum,
+                    nesterov=True,
+                    weight_decay=weight_decay,
                 )
             )
         else:
@@ -49,24 +58,28 @@ class MuonWithSGD(torch.optim.Optimizer):
                 )
             )
         self._matrices = matrices
+        self._scales = [norm / len(p) ** 0.5 for norm, p in zip(norms, matrices, strict=True)]
         self._parts = parts
         super().__init__(groups, {})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         for group, part in zip(self.param_groups, self._parts, strict=True):
-            part.param_groups[0]["lr"] = group["lr"]
+            scales = self._scales if isinstance(part, torch.optim.Muon) else [1.0]
+            for inner, scale in zip(part.param_groups, scales, strict=True):
+                inner["lr"] = group["lr"] * scale
         for view, matrix in zip(self._views, self._matrices, strict=True):
             view.grad = None if matrix.grad is None else matrix.grad.reshape(view.shape)
         for part in self._parts:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [part.state_dict() for part in self._parts]}
+        return {"parts": [part.state_dict() for part in self._parts], "scales": self._scales}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for part, state in zip(self._parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
+        self._scales = list(state_dict["scales"])
 
 
 def build_optimizer(
@@ -99,11 +112,28 @@ def build_optimizer(
     for matrix in matrices:
         # The [out, rest] view exists of contiguous memory only, not of channels_last.
         matrix.data = matrix.data.contiguous()
+    norms = _norms(model, matrices)
     chosen = {id(p) for p in matrices}
     others = [p for p in trained if id(p) not in chosen]
     return MuonWithSGD(
-        matrices, others, lr, lr if other_lr is None else other_lr, momentum, weight_decay
+        matrices,
+        norms,
+        others,
+        lr,
+        lr if other_lr is None else other_lr,
+        momentum,
+        weight_decay,
     )
+
+
+@torch.no_grad()
+def _norms(model: nn.Module, matrices: list[nn.Parameter]) -> list[float]:
+    """Norm of each matrix, as the model computes with it: pruned and quantized."""
+    norms = {id(p): p.norm().item() for p in matrices}
+    for module in model.modules():
+        if parametrize.is_parametrized(module, "weight"):
+            norms[id(module.parametrizations["weight"].original)] = module.weight.norm().item()
+    return [norms[id(p)] or 1.0 for p in matrices]
 
 
 def _by_decay(
