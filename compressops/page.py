@@ -38,7 +38,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 td.why { color: var(--soft); min-width: 170px; }
 tr.total td { font-weight: 600; border-bottom: 0; }
 th:last-child, td:last-child { padding-right: 0; }
-.bars td { border: 0; padding: 4px 12px 4px 0; white-space: nowrap; } .bars td.b { width: 100%; }
+.bars td { border: 0; padding: 4px 12px 4px 0; white-space: nowrap; vertical-align: middle; }
+ .bars td.b { width: 100%; }
 .bar { height: 15px; border-radius: 3px; background: var(--accent); min-width: 2px; }
 .bar.pale { background: var(--pale); } .bar.warm { background: var(--warm); }
 svg { width: 100%; height: auto; display: block; } svg text { fill: var(--soft); font-size: 12px;

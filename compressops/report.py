@@ -79,17 +79,25 @@ class Report:
     totals: Totals
 
     def __rich__(self) -> Group:
+        # What many layers have in common stands once below the table, which stays narrow.
+        notes: dict[str, str] = {}
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for header in _HEADERS:
+        for header in (*_HEADERS[:6], "note"):
             right = header in _NUMERIC
             table.add_column(header, justify="right" if right else "left", no_wrap=right)
         for layer in self.layers:
-            table.add_row(*_cells(layer))
-        return Group(table, Text(), _totals_table(self.totals))
+            cells = _cells(layer)
+            note = "; ".join(cell for cell in cells[6:] if cell not in ("", "–"))
+            mark = notes.setdefault(note, f"[{len(notes) + 1}]")
+            table.add_row(*cells[:6], Text(mark))
+        legend = Table(box=None, pad_edge=False, show_header=False)
+        for note, mark in notes.items():
+            legend.add_row(Text(mark), Text(note))
+        return Group(table, Text(), legend, Text(), _totals_table(self.totals))
 
     def __str__(self) -> str:
         out = io.StringIO()
-        Console(file=out, width=180, color_system=None).print(self)
+        Console(file=out, width=100, color_system=None).print(self)
         # rich pads every line to the console's width.
         return "\n".join(text.rstrip() for text in out.getvalue().splitlines())
 
@@ -220,7 +228,7 @@ def _axis(choice: Any) -> str:
     return f"{spec['type']}({', '.join(short)})" if short else spec["type"]
 
 
-_HEADERS = ("layer", "shape", "packed as", "density", "ideal", "stored", "memory", "runs as", "why")
+_HEADERS = ("layer", "shape", "density", "ideal", "stored", "memory", "packed as", "runs as", "why")
 _NUMERIC = ("density", "ideal", "stored", "memory")
 
 
@@ -230,11 +238,11 @@ def _cells(layer: Layer) -> list[str]:
     return [
         layer.name,
         "×".join(map(str, layer.shape)),
-        " · ".join(axis for axis in axes if axis not in ("Dense", "Raw", "–")) or "–",
         f"{100 * layer.density:.1f} %",
         nbytes(layer.ideal),
         nbytes(layer.stored),
         nbytes(layer.memory),
+        " · ".join(axis for axis in axes if axis not in ("Dense", "Raw", "–")) or "–",
         runs,
         layer.why,
     ]

@@ -48,7 +48,7 @@ def main() -> int:
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, float_file)
     packed = convert(result.model)
     save(packed, file)
-    console.print(verify(file), highlight=False)
+    console.print(str(verify(file)), highlight=False, soft_wrap=True)
     info = inspect(file)
     stored = sum(tensor.stored_nbytes for tensor in info.tensors)
     console.print(
@@ -139,9 +139,9 @@ def _stages(rows: object, float_bytes: int, file_bytes: int) -> list[Stage]:
 
 
 def _table(stages: list[Stage]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(Stage.headers):
-        table.add_column(header, justify="right" if i else "left", no_wrap=i > 0)
+        table.add_column(header, justify="right" if i else "left")
     for stage in stages:
         table.add_row(*stage_cells(stage))
     return table

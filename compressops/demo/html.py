@@ -110,7 +110,7 @@ def render(found: Findings) -> str:
         "all that decoding needs: indices, exponents, code tables, and what is not compressed. The "
         "file adds its header.",
     )
-    known = [(stage.name, stage.top1) for stage in found.stages if stage.top1 is not None]
+    known = [(_short(stage.name), stage.top1) for stage in found.stages if stage.top1 is not None]
     if len(known) > 1:
         document.section("Accuracy on the way", page.line(known), "Top-1 on all test images.")
     document.section("Bits per weight", page.bars(_bits(found.report)), _BITS)
@@ -138,7 +138,12 @@ def _percent(value: float | None) -> str:
 
 
 def _points(before: float | None, after: float | None) -> str:
-    return "–" if before is None or after is None else f"{after - before:+.2f}"
+    return "–" if before is None or after is None else f"{after - before:+.2f}".replace("-", "−")
+
+
+def _short(stage: str) -> str:
+    """``Quantize DynamicFixedPoint(bits=6)`` is ``Quantize``: what fits under a point."""
+    return stage.split()[0]
 
 
 def stage_cells(stage: Stage) -> list[str]:
