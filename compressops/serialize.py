@@ -22,10 +22,9 @@ from compressops.formats.container import (
     write_atomically,
 )
 from compressops.formats.manifest import (
-    FORMAT_VERSION,
-    MIN_READER,
     FileInfo,
     TensorInfo,
+    build,
     inspect,
     naming,
     opened,
@@ -112,7 +111,8 @@ def write(
     first: dict[Any, str] = {}
     plain: dict[str, Tensor] = {}
     blobs: dict[str, Tensor] = {}
-    packed: dict[str, dict[str, Any]] = {}
+    specs: dict[str, dict[str, Any]] = {}
+    decoded: dict[str, str] = {}
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name or name == "__metadata__":
             raise ValueError(f"a tensor cannot be called {name!r}")
@@ -125,8 +125,7 @@ def write(
                 dense = tensor.unpack(ops.huffman_decode)
             except ValueError as error:
                 raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
-            hashes = {"encoded": digest(_bytes(blobs[name])), "decoded": digest(_bytes(dense))}
-            packed[name] = tensor.to_spec() | hashes
+            specs[name], decoded[name] = tensor.to_spec(), digest(_bytes(dense))
         elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
             raise ValueError(
                 f"tensor {name!r} cannot be stored: {tensor.dtype}, {tensor.layout}, "
@@ -137,14 +136,14 @@ def write(
     stored = plain | blobs
     # Widest first, as the safetensors library does it, so that each tensor is aligned.
     names = sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name in blobs, name))
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "min_reader": MIN_READER,
-        "packed": {name: packed[name] for name in names if name in packed},
-        "plain": [digest(_bytes(plain[name])) for name in names if name in plain],
-        "aliases": aliases,
-        "modules": dict(modules or {}),
-    }
+    metadata = build(
+        {name: specs[name] for name in names if name in blobs},
+        {name: digest(_bytes(blobs[name])) for name in blobs},
+        decoded,
+        [digest(_bytes(plain[name])) for name in names if name in plain],
+        aliases,
+        dict(modules or {}),
+    )
     layout = [(name, stored[name].dtype, tuple(stored[name].shape)) for name in names]
     try:
         header = build_header(layout, metadata)

@@ -23,7 +23,9 @@ FORMAT_VERSION = 1
 # The oldest reader that reads what this version writes.
 MIN_READER = 1
 
-KEYS = {"format_version", "min_reader", "packed", "plain", "aliases", "modules"}
+KEYS = {"format_version", "min_reader", "formats", "packed", "plain", "aliases", "modules"}
+# What of a packed tensor's spec is written once for all tensors that share it.
+AXES = ("dtype", "layout", "number", "coding")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,38 @@ class FileInfo:
         return "\n".join(lines)
 
 
+def build(
+    specs: dict[str, dict[str, Any]],
+    encoded: dict[str, str],
+    decoded: dict[str, str],
+    plain: list[str],
+    aliases: dict[str, str],
+    modules: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON of a file; see :class:`Manifest`. ``plain`` goes by the order in the file.
+
+    The axes of a packed tensor are those of many: each combination is written once.
+    """
+    formats: list[dict[str, Any]] = []
+    packed = {}
+    for name, spec in specs.items():
+        axes = {key: spec[key] for key in AXES}
+        if axes not in formats:
+            formats.append(axes)
+        rest = {key: value for key, value in spec.items() if key not in AXES}
+        hashes = {"encoded": encoded[name], "decoded": decoded[name]}
+        packed[name] = {"format": formats.index(axes), **rest, **hashes}
+    return {
+        "format_version": FORMAT_VERSION,
+        "min_reader": MIN_READER,
+        "formats": formats,
+        "packed": packed,
+        "plain": plain,
+        "aliases": aliases,
+        "modules": modules,
+    }
+
+
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
     """The file and its size; format errors inside the block are given the path."""
@@ -173,15 +207,24 @@ def _packed(
     header: Header,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, str]]:
     specs, encoded, decoded = {}, {}, {}
+    formats = header.metadata["formats"]
+    if not isinstance(formats, list) or any(
+        not isinstance(axes, dict) or set(axes) != set(AXES) for axes in formats
+    ):
+        raise CorruptFileError(f"formats must be a list of {list(AXES)}, got {formats!r}")
     entries = {entry.name: entry for entry in header.entries}
     for name, value in header.metadata["packed"].items():
         entry = entries.get(name)
         if entry is None or entry.dtype != torch.uint8 or len(entry.shape) != 1:
             raise CorruptFileError(f"packed tensor {name!r} is no vector of bytes", [name])
-        if not isinstance(value, dict) or not {"encoded", "decoded"} <= set(value):
-            raise CorruptFileError(f"packed tensor {name!r} has no hashes", [name])
-        specs[name] = {k: v for k, v in value.items() if k not in ("encoded", "decoded")}
-        encoded[name], decoded[name] = value["encoded"], value["decoded"]
+        if not isinstance(value, dict) or not {"format", "encoded", "decoded"} <= set(value):
+            raise CorruptFileError(f"packed tensor {name!r} is described by {value!r}", [name])
+        spec = dict(value)
+        encoded[name], decoded[name] = spec.pop("encoded"), spec.pop("decoded")
+        index = spec.pop("format")
+        if type(index) is not int or not 0 <= index < len(formats):
+            raise CorruptFileError(f"packed tensor {name!r} has format {index!r}", [name])
+        specs[name] = formats[index] | spec
     return specs, encoded, decoded
 
 
