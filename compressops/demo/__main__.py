@@ -25,10 +25,12 @@ from compressops.report import report
 from compressops.serialize import inspect, save, verify
 
 ROOT = Path(__file__).parents[2]
+CLASSIFY = (sys.executable, "-m", "compressops.demo.classify")
 
 
-def main() -> int:
-    args = _parse_args()
+def main(arguments: list[str] | None = None) -> int:
+    """Run all of it; 0 if the file's accuracy is the compressed model's to the last digit."""
+    args = _parse_args(arguments)
     console = Console()
     began = time.monotonic()
     if args.fresh and args.out.exists():
@@ -102,18 +104,19 @@ def main() -> int:
     return 0 if same else 1
 
 
-def _parse_args() -> argparse.Namespace:
+def _parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m compressops.demo", description=__doc__)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "cifarnet_demo.yaml")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--fresh", action="store_true", help="start again from the beginning")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def _classify(file: Path, recipe: Path, out: Path) -> tuple[dict, torch.Tensor]:
     """What a new process makes of the file."""
-    command = [sys.executable, "-m", "compressops.demo.classify", file, recipe, out]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [*CLASSIFY, file, recipe, out], stdout=subprocess.PIPE, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1]), load_file(out)["logits"]
 
 
