@@ -116,6 +116,13 @@ def write(
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not name or name == "__metadata__":
             raise ValueError(f"a tensor cannot be called {name!r}")
+        if not isinstance(tensor, PackedTensor) and (
+            tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta
+        ):
+            raise ValueError(
+                f"tensor {name!r} cannot be stored: {tensor.dtype}, {tensor.layout}, "
+                f"on {tensor.device}"
+            )
         key = _identity(tensor)
         if key is not None and first.setdefault(key, name) != name:
             aliases[name] = first[key]
@@ -126,11 +133,6 @@ def write(
             except ValueError as error:
                 raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
             specs[name], decoded[name] = tensor.to_spec(), digest(_bytes(dense))
-        elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta:
-            raise ValueError(
-                f"tensor {name!r} cannot be stored: {tensor.dtype}, {tensor.layout}, "
-                f"on {tensor.device}"
-            )
         else:
             plain[name] = tensor
     stored = plain | blobs
@@ -361,7 +363,7 @@ def _identity(tensor: Tensor | PackedTensor) -> Any:
     if isinstance(tensor, PackedTensor):
         parts = tuple(_identity(part) for part in tensor.parts.values())
         return None if all(p is None for p in parts) else (repr(tensor.to_spec()), parts)
-    if not tensor.numel() or tensor.is_meta:
+    if not tensor.numel():
         return None
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
