@@ -9,20 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressops.formats.checks import bits_of, check_mask, check_same_bits, check_spec
 from compressops.formats.coding import Coding, Decoder, Raw, huffman_decode_reference
 from compressops.formats.layout import Dense, Layout, LowRank, low_rank_product
 from compressops.formats.number import (
-    FLOAT_DTYPES,
     Float,
     Number,
     check_dtype,
     check_weight,
     matrix_shape,
 )
-from compressops.formats.registry import check_choice, check_int
-
-MAX_DIMENSIONS = 16
-MAX_DIMENSION = 2**40
+from compressops.formats.registry import check_int
 
 # What a tensor may decode to: 16M entries whatever it was stored in, and 4096 more per byte. (An
 # index of gaps, Huffman coded, reaches 2040 entries a byte where nothing but zeros is left.)
@@ -33,7 +30,7 @@ _PART_DTYPES = {"bytes": torch.uint8, "sizes": torch.uint16}
 _FACTORS = ("u", "v")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedTensor:
     """A weight in packed form: what flows between compressing, saving and running.
 
@@ -42,8 +39,8 @@ class PackedTensor:
         dtype: of the weight: float32, bfloat16 or float16.
         layout, number, coding: the three choices.
         parts: the stored tensors by name, in the order of the file.
-        meta: the counts that decoding needs (``docs/FORMAT.md``), and ``kept`` where a mask was
-            given: the entries that it keeps.
+        meta: the counts that decoding needs (``docs/FORMAT.md``), and ``kept``, the entries that
+            the mask keeps, where they are not those that are stored.
     """
 
     shape: tuple[int, ...]
@@ -91,7 +88,8 @@ class PackedTensor:
         layout, coding = layout or Dense(), coding or Raw()
         number = number or Float(check_dtype(weight.dtype))
         (check_dtype(weight.dtype) if number.is_float else check_weight(weight))
-        meta = _mask_meta(weight, mask)
+        if mask is not None:
+            check_mask(weight, mask)
         if isinstance(layout, LowRank):
             if params is not None:
                 raise ValueError("LowRank: params belong to a factor; use from_factors")
@@ -100,9 +98,10 @@ class PackedTensor:
                 for f in layout.factors(weight)
             ]
             packed = cls.from_factors(*factors, tuple(weight.shape), weight.dtype)
-            packed.meta.update(meta)
+            if mask is not None:
+                packed.meta["kept"] = int(mask.sum())
             if not lossy:
-                _check_same_bits(weight, packed.unpack(), packed.layout)
+                check_same_bits(weight, packed.unpack(), packed.layout)
             return packed
         params = number.fit(weight) if params is None else params
         shape, device = tuple(weight.shape), weight.device
@@ -110,15 +109,17 @@ class PackedTensor:
         codes = number.quantize(weight, params)
         values = number.dequantize(codes, params, weight.dtype)
         if not lossy:
-            _check_same_bits(weight, values, number)
-        keep = _bits_of(values) != 0
-        layout, parts, counts = layout.encode(codes.cpu(), keep.cpu(), number.bits, coding)
+            check_same_bits(weight, values, number)
+        keep = bits_of(values) != 0
+        layout, parts, meta = layout.encode(codes.cpu(), keep.cpu(), number.bits, coding)
         parts = {name: part.to(device) for name, part in parts.items()}
         # A copy: what is packed doesn't change with what is trained on.
         parts |= {
             name: params[name].detach().to(device).clone() for name in number.param_shapes(shape)
         }
-        return cls(shape, weight.dtype, layout, number, coding, parts, {**counts, **meta})
+        if mask is not None and (kept := int(mask.sum())) != layout.stored(shape, meta):
+            meta["kept"] = kept
+        return cls(shape, weight.dtype, layout, number, coding, parts, meta)
 
     @classmethod
     def from_factors(
@@ -187,14 +188,14 @@ class PackedTensor:
             raise ValueError("a LowRank weight has no codes of its own; its factors() have")
         device = next(iter(self.parts.values())).device
         zero = self.number.zero_codes(self.shape, self.params, device)
+        decode = decode or huffman_decode_reference
         return self.layout.decode(
-            self.parts,
-            self.meta,
-            zero,
-            self.number.bits,
-            self.coding,
-            decode or huffman_decode_reference,
+            self.parts, self.meta, zero, self.number.bits, self.coding, decode
         )
+
+    def __repr__(self) -> str:
+        axes = f"{self.layout} × {self.number} × {self.coding}"
+        return f"PackedTensor({list(self.shape)}, {self.dtype}, {axes}, {self.nbytes} bytes)"
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -247,9 +248,7 @@ class PackedTensor:
 
     def to_blob(self) -> Tensor:
         """uint8 ``[nbytes]`` on the CPU: all parts in their order, without padding."""
-        flat = [
-            p.detach().cpu().contiguous().flatten().view(torch.uint8) for p in self.parts.values()
-        ]
+        flat = [part.detach().cpu().flatten().view(torch.uint8) for part in self.parts.values()]
         return torch.cat([torch.empty(0, dtype=torch.uint8), *flat])
 
     @classmethod
@@ -310,6 +309,22 @@ class PackedTensor:
             parts[name] = part if shape is None else part.view(shape)
         return cls.from_spec(spec, parts, max_entries)
 
+    @classmethod
+    def describe(cls, spec: dict[str, Any]) -> PackedTensor:
+        """What a spec says, without parts: for ``density`` and ``ideal_nbytes``.
+
+        Raises:
+            ValueError: the spec is not that of a packed tensor.
+        """
+        packed = _from_spec_unchecked(spec, {})
+        packed._part_shapes(set(spec["parts"]))
+        packed._check_kept()
+        return packed
+
+    def _check_kept(self) -> None:
+        if "kept" in self.meta:
+            check_int("meta", "kept", self.meta["kept"], 0, math.prod(self.shape))
+
     def _streams(self) -> dict[str, tuple[int, int]]:
         counts = {name: value for name, value in self.meta.items() if name != "kept"}
         return self.layout.streams(self.shape, counts, self.number.bits)
@@ -323,7 +338,7 @@ class PackedTensor:
                 f"{n}_{part}": value
                 for n in _FACTORS
                 for part, value in _from_spec_unchecked(self.meta[n], {})
-                ._part_shapes(_names(present, n))
+                ._part_shapes(set(_subset(dict.fromkeys(present), n)))
                 .items()
             }
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {}
@@ -342,8 +357,7 @@ class PackedTensor:
                 f"a weight {list(self.shape)} takes {size} entries in memory, more than the "
                 f"{limit} allowed for {self.nbytes} stored bytes; max_entries raises the limit"
             )
-        if "kept" in self.meta:
-            check_int("meta", "kept", self.meta["kept"], 0, math.prod(self.shape))
+        self._check_kept()
         if low_rank:
             u, v = (
                 PackedTensor.from_spec(self.meta[n], _subset(self.parts, n), max_entries)
@@ -363,33 +377,15 @@ class PackedTensor:
                     raise ValueError(f"{name} holds NaN or infinite values")
 
 
-def _names(names: set[str], factor: str) -> set[str]:
-    return {name[len(factor) + 1 :] for name in names if name.startswith(factor + "_")}
-
-
-def _subset(parts: dict[str, Tensor], factor: str) -> dict[str, Tensor]:
+def _subset(parts: dict[str, Any], factor: str) -> dict[str, Any]:
     """The parts of one factor, under their own names."""
     return {n[len(factor) + 1 :]: p for n, p in parts.items() if n.startswith(factor + "_")}
 
 
 def _from_spec_unchecked(spec: dict[str, Any], parts: dict[str, Tensor]) -> PackedTensor:
     """Axes, shape and meta are checked by themselves; whether they fit ``parts`` is not."""
-    keys = {"shape", "dtype", "layout", "number", "coding", "meta", "parts"}
-    if not isinstance(spec, dict) or set(spec) != keys:
-        got = sorted(spec) if isinstance(spec, dict) else spec
-        raise ValueError(f"a packed tensor's spec has {sorted(keys)}, got {got!r}")
-    shape, meta, sizes = spec["shape"], spec["meta"], spec["parts"]
-    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"shape must be a list of at most {MAX_DIMENSIONS}, got {shape!r}")
-    for size in shape:
-        check_int("shape", f"each of {shape}", size, 0, MAX_DIMENSION)
-    # Zeros left out: torch multiplies strides, which must not overflow for an empty tensor either.
-    if math.prod(max(1, size) for size in shape) > 2**62:
-        raise ValueError(f"shape {shape} is too large")
-    for name, value in (("meta", meta), ("parts", sizes)):
-        if not isinstance(value, dict):
-            raise ValueError(f"{name} must be an object, got {value!r}")
-    dtype = FLOAT_DTYPES[check_choice("spec", "dtype", spec["dtype"], tuple(FLOAT_DTYPES))]
+    shape, dtype = check_spec(spec)
+    meta = spec["meta"]
     layout = Layout.from_spec(spec["layout"])
     number = Number.from_spec(spec["number"])
     coding = Coding.from_spec(spec["coding"])
@@ -401,32 +397,4 @@ def _from_spec_unchecked(spec: dict[str, Any], parts: dict[str, Tensor]) -> Pack
             inner = factor.get("layout") if isinstance(factor, dict) else None
             if isinstance(inner, dict) and inner.get("type") == "LowRank":
                 raise ValueError(f"factor {name} is low-rank itself")
-    return PackedTensor(tuple(shape), dtype, layout, number, coding, parts, meta)
-
-
-def _mask_meta(weight: Tensor, mask: Tensor | None) -> dict[str, int]:
-    if mask is None:
-        return {}
-    if mask.dtype != torch.bool or mask.shape != weight.shape:
-        raise ValueError(
-            f"mask must be bool {list(weight.shape)}, got {mask.dtype} {list(mask.shape)}"
-        )
-    if bad := int((~mask & (weight != 0)).sum()):
-        raise ValueError(f"{bad} entries of the weight are not 0 where the mask prunes them")
-    return {"kept": int(mask.sum())}
-
-
-def _bits_of(x: Tensor) -> Tensor:
-    x = x.contiguous()
-    return x.view(torch.int32 if x.dtype == torch.float32 else torch.int16)
-
-
-def _check_same_bits(weight: Tensor, values: Tensor, what: object) -> None:
-    different = _bits_of(weight) != _bits_of(values)
-    if count := int(different.sum()):
-        first = tuple(different.nonzero()[0].tolist())
-        raise ValueError(
-            f"weight {list(weight.shape)} is not on the grid of {what}: {count} of "
-            f"{weight.numel()} values would change, the first at {list(first)} from "
-            f"{weight[first].item()!r} to {values[first].item()!r}; lossy=True allows it"
-        )
+    return PackedTensor(shape, dtype, layout, number, coding, parts, meta)

@@ -8,6 +8,10 @@ from typing import Any, ClassVar, TypeVar
 A = TypeVar("A", bound="Axis")
 
 
+class UnknownTypeError(ValueError):
+    """A type name that is not on the allow-list."""
+
+
 class Axis:
     """Base of layouts, numbers and codings: frozen dataclasses that travel as small JSON objects.
 
@@ -34,10 +38,10 @@ class Axis:
         """The member called ``name``.
 
         Raises:
-            ValueError: no such member; the message lists those that exist.
+            UnknownTypeError: no such member; the message lists those that exist.
         """
         if not isinstance(name, str) or name not in cls.members:
-            raise ValueError(
+            raise UnknownTypeError(
                 f"unknown {cls.axis_name()} {name!r}: known are {', '.join(sorted(cls.members))}"
             )
         return cls.members[name]
@@ -64,6 +68,15 @@ class Axis:
             return member(**values)
         except TypeError as error:  # a field without a default is missing
             raise ValueError(f"{cls.axis_name()} {spec!r}: {error}") from None
+
+    def __str__(self) -> str:
+        """The class name and the fields that are not their defaults: ``Int(bits=4)``."""
+        values = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return type(self).__name__ + (f"({', '.join(values)})" if values else "")
 
     def to_spec(self) -> dict[str, Any]:
         """``{"type": class name, field: value, …}``, JSON-serialisable; every field is written.

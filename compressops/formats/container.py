@@ -1,0 +1,231 @@
+"""The safetensors container: a header that vouches for itself, and atomic writing.
+
+Written and read here rather than by the ``safetensors`` library, which any file stays readable
+by: byte-for-byte canonical output and the digest over the header are promises of our own format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+METADATA_KEY = "compressops"
+DIGEST_KEY = "compressops_digest"
+HASH_LENGTH = 16
+_ZEROS = b'"' + b"0" * HASH_LENGTH + b'"'
+# The limit of the safetensors library.
+MAX_HEADER = 100_000_000
+
+
+class CorruptFileError(ValueError):
+    """A file that is not what was saved: truncated, altered, or never whole.
+
+    Attributes:
+        tensors: names of the tensors that are wrong; empty where the header already is.
+    """
+
+    def __init__(self, message: str, tensors: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.tensors = tuple(tensors)
+
+
+class UnsupportedFormatError(ValueError):
+    """A whole file that this version cannot read: of a newer format, or of another program."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the container; ``begin`` and ``end`` count from the first data byte."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """``size`` is where the data begins: the 8 length bytes and the padded JSON."""
+
+    size: int
+    entries: tuple[Entry, ...]
+    metadata: dict[str, Any]
+
+
+def digest(data: bytes | memoryview) -> str:
+    """SHA-256, the first 16 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()[:HASH_LENGTH]
+
+
+def to_json(value: Any) -> str:
+    """Compact JSON; NaN and infinities are refused, as JSON has none."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def build_header(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, Any]
+) -> bytes:
+    """The bytes before the data, for tensors in the order of their data."""
+    table: dict[str, Any] = {
+        "__metadata__": {DIGEST_KEY: "0" * HASH_LENGTH, METADATA_KEY: to_json(metadata)}
+    }
+    begin = 0
+    for name, dtype, shape in tensors:
+        end = begin + math.prod(shape) * dtype.itemsize
+        table[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = to_json(table).encode()
+    # Data starts on a multiple of 8, as the safetensors library writes it.
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise ValueError(f"the header takes {len(text)} bytes, safetensors allows {MAX_HEADER}")
+    # The first one: __metadata__ is the first key, the digest the first in it.
+    text = text.replace(_ZEROS, f'"{digest(text)}"'.encode(), 1)
+    return len(text).to_bytes(8, "little") + text
+
+
+def read_header(file: BinaryIO, size: int) -> Header:
+    """Parse and check the header of an open file of ``size`` bytes.
+
+    Raises:
+        CorruptFileError: anything but what :func:`build_header` writes.
+        UnsupportedFormatError: a safetensors file of another program.
+    """
+    if size < 8:
+        raise CorruptFileError(f"{size} bytes are too few for a header")
+    length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise CorruptFileError(f"header of {length} bytes in a file of {size}")
+    text = file.read(length)
+    try:
+        table = json.loads(
+            text.decode(), object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"header is no valid JSON: {error}") from None
+    if not isinstance(table, dict):
+        raise CorruptFileError("header is no JSON object")
+    metadata = table.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or set(metadata) != {DIGEST_KEY, METADATA_KEY}:
+        raise UnsupportedFormatError(
+            f"no file of compressops: its metadata has no {METADATA_KEY!r} and {DIGEST_KEY!r}"
+        )
+    _check_digest(text, metadata[DIGEST_KEY])
+    try:
+        inner = json.loads(
+            metadata[METADATA_KEY], object_pairs_hook=_unique, parse_constant=_refuse_constant
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CorruptFileError(f"metadata is no valid JSON: {error}") from None
+    if not isinstance(inner, dict):
+        raise CorruptFileError("metadata is no JSON object")
+    entries = tuple(_entry(name, value) for name, value in table.items())
+    begin = 0
+    for entry in entries:
+        if entry.begin != begin:
+            raise CorruptFileError(
+                f"tensor {entry.name!r} begins at {entry.begin}, the one before ends at {begin}"
+            )
+        begin = entry.end
+    if 8 + length + begin != size:
+        raise CorruptFileError(f"{size} bytes, the header describes {8 + length + begin}")
+    return Header(8 + length, entries, inner)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is there twice")
+    return result
+
+
+def _refuse_constant(value: str) -> None:
+    raise ValueError(f"{value} is no JSON")
+
+
+def _check_digest(text: bytes, stated: Any) -> None:
+    field = f'"{stated}"'.encode()
+    actual = digest(text.replace(field, _ZEROS, 1))
+    # Once: the strings inside the manifest are escaped, their quotes have a backslash.
+    if len(field) != len(_ZEROS) or text.count(field) != 1 or stated != actual:
+        raise CorruptFileError(f"header has digest {actual}, it says {stated!r}")
+
+
+def _entry(name: str, value: Any) -> Entry:
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise CorruptFileError(f"tensor {name!r} is described by {value!r}")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UnsupportedFormatError(f"tensor {name!r} has the unknown dtype {dtype!r}")
+    for numbers, what in ((shape, "shape"), (offsets, "data_offsets")):
+        if not isinstance(numbers, list) or any(
+            isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers
+        ):
+            raise CorruptFileError(f"tensor {name!r} has {what} {numbers!r}")
+    nbytes = math.prod(shape) * DTYPES[dtype].itemsize
+    # torch multiplies strides, which must not overflow for an empty tensor either.
+    too_large = math.prod(max(1, n) for n in shape) > 2**62
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes or too_large:
+        raise CorruptFileError(
+            f"tensor {name!r}: {dtype} {shape} takes {nbytes} bytes, its offsets are {offsets}"
+        )
+    return Entry(name, DTYPES[dtype], tuple(shape), *offsets)
+
+
+def write_atomically(path: str | os.PathLike[str], pieces: Iterable[bytes | memoryview]) -> None:
+    """Write beside ``path``, flush to the disk, rename: at any moment there is the old file or
+    the whole new one. On an error the old file stays and nothing is left over."""
+    target = os.path.realpath(path)
+    folder = os.path.dirname(target)
+    beside = os.path.join(folder, f".{os.path.basename(target)}.{secrets.token_hex(8)}.tmp")
+    try:
+        with open(beside, "xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise
+    if os.name == "posix":  # elsewhere a directory cannot be opened, nor need it be
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,273 @@
+"""What a file says of its tensors: the JSON beside the safetensors header, and ``inspect``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+from compressops.formats.container import (
+    CorruptFileError,
+    Header,
+    UnsupportedFormatError,
+    read_header,
+)
+from compressops.formats.packed import PackedTensor
+from compressops.formats.registry import UnknownTypeError
+
+FORMAT_VERSION = 1
+# The oldest reader that reads what this version writes.
+MIN_READER = 1
+
+KEYS = {"format_version", "min_reader", "formats", "packed", "plain", "aliases", "modules"}
+# What of a packed tensor's spec is written once for all tensors that share it.
+AXES = ("dtype", "layout", "number", "coding")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The checked JSON of a file.
+
+    Attributes:
+        format_version, min_reader: of the file.
+        packed: spec of each packed tensor, by name.
+        encoded, decoded: hashes of each packed tensor's stored bytes and of what they decode to.
+        plain: hash of each other tensor, by name.
+        aliases: further names of tensors in either, as tied weights have.
+        modules: configs of the packed modules, by module name.
+    """
+
+    format_version: int
+    min_reader: int
+    packed: dict[str, dict[str, Any]]
+    encoded: dict[str, str]
+    decoded: dict[str, str]
+    plain: dict[str, str]
+    aliases: dict[str, str]
+    modules: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file. ``layout``, ``number`` and ``coding`` are None where it is stored as
+    it is; ``ideal_nbytes`` is the accounting of papers, ``stored_nbytes`` what the file spends."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: str | None
+    number: str | None
+    coding: str | None
+    density: float
+    ideal_nbytes: float
+    stored_nbytes: int
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    """``header_bytes`` and the tensors' ``stored_nbytes`` add up to ``file_bytes``."""
+
+    path: str
+    format_version: int
+    min_reader: int
+    tensors: tuple[TensorInfo, ...]
+    aliases: dict[str, str]
+    modules: dict[str, dict[str, Any]]
+    header_bytes: int
+    file_bytes: int
+
+    def __str__(self) -> str:
+        rows = [("tensor", "shape", "dtype", "as", "density", "ideal", "stored")]
+        for t in self.tensors:
+            how = " × ".join((t.layout, t.number, t.coding)) if t.layout else "plain"
+            dtype = str(t.dtype).removeprefix("torch.")
+            shape = "×".join(map(str, t.shape)) or "scalar"
+            ideal, stored = f"{t.ideal_nbytes:,.0f}", f"{t.stored_nbytes:,}"
+            rows.append((t.name, shape, dtype, how, f"{t.density:.4f}", ideal, stored))
+        ideal = sum(t.ideal_nbytes for t in self.tensors)
+        rows.append(("header", "", "", "", "", "", f"{self.header_bytes:,}"))
+        rows.append(("file", "", "", "", "", f"{ideal:,.0f}", f"{self.file_bytes:,}"))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = (
+            "  ".join(
+                cell.rjust(width) if i > 3 else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        )
+        return "\n".join(lines)
+
+
+def build(
+    specs: dict[str, dict[str, Any]],
+    encoded: dict[str, str],
+    decoded: dict[str, str],
+    plain: list[str],
+    aliases: dict[str, str],
+    modules: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON of a file; see :class:`Manifest`. ``plain`` goes by the order in the file.
+
+    The axes of a packed tensor are those of many: each combination is written once.
+    """
+    formats: list[dict[str, Any]] = []
+    packed = {}
+    for name, spec in specs.items():
+        axes = {key: spec[key] for key in AXES}
+        if axes not in formats:
+            formats.append(axes)
+        rest = {key: value for key, value in spec.items() if key not in AXES}
+        hashes = {"encoded": encoded[name], "decoded": decoded[name]}
+        packed[name] = {"format": formats.index(axes), **rest, **hashes}
+    return {
+        "format_version": FORMAT_VERSION,
+        "min_reader": MIN_READER,
+        "formats": formats,
+        "packed": packed,
+        "plain": plain,
+        "aliases": aliases,
+        "modules": modules,
+    }
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[tuple[BinaryIO, int]]:
+    """The file and its size; format errors inside the block are given the path."""
+    with open(path, "rb") as file:
+        try:
+            yield file, os.fstat(file.fileno()).st_size
+        except CorruptFileError as error:
+            raise CorruptFileError(f"{os.fspath(path)}: {error}", error.tensors) from error
+        except UnsupportedFormatError as error:
+            raise UnsupportedFormatError(f"{os.fspath(path)}: {error}") from error
+
+
+@contextlib.contextmanager
+def naming(tensor: str) -> Iterator[None]:
+    """Errors of a packed tensor inside the block become errors of the file that holds it."""
+    try:
+        yield
+    except UnknownTypeError as error:
+        raise UnsupportedFormatError(f"tensor {tensor!r}: {error}") from error
+    except ValueError as error:
+        raise CorruptFileError(f"tensor {tensor!r}: {error}", [tensor]) from error
+
+
+def parse(header: Header) -> Manifest:
+    """The manifest of a header.
+
+    Raises:
+        CorruptFileError: not what this module describes, or not of the header's tensors.
+        UnsupportedFormatError: it asks for a newer reader.
+    """
+    data = header.metadata
+    for key in ("format_version", "min_reader"):
+        if type(data.get(key)) is not int or data[key] < 1:
+            raise CorruptFileError(f"{key} is {data.get(key)!r}")
+    if data["min_reader"] > FORMAT_VERSION:
+        raise UnsupportedFormatError(
+            f"the file has format {data['format_version']} and needs a reader of format "
+            f"{data['min_reader']}; this one reads up to format {FORMAT_VERSION}"
+        )
+    # A newer format that we may read can have keys that we need not know.
+    if not set(data) >= KEYS or (data["format_version"] == FORMAT_VERSION and set(data) != KEYS):
+        raise CorruptFileError(f"the metadata has {sorted(data)}, expected {sorted(KEYS)}")
+    for key in ("packed", "aliases", "modules"):
+        if not isinstance(data[key], dict):
+            raise CorruptFileError(f"{key} is {data[key]!r}")
+    packed, encoded, decoded = _packed(header)
+    names = [entry.name for entry in header.entries if entry.name not in packed]
+    hashes = data["plain"]
+    if not isinstance(hashes, list) or len(hashes) != len(names):
+        raise CorruptFileError(f"plain must be {len(names)} hashes, got {hashes!r}")
+    stored = {*packed, *names}
+    for alias, name in data["aliases"].items():
+        if alias in stored or not isinstance(name, str) or name not in stored:
+            raise CorruptFileError(f"alias {alias!r} of {name!r}")
+    for name, config in data["modules"].items():
+        if not isinstance(config, dict):
+            raise CorruptFileError(f"module {name!r} has the config {config!r}")
+    return Manifest(
+        data["format_version"],
+        data["min_reader"],
+        packed,
+        encoded,
+        decoded,
+        dict(zip(names, hashes, strict=True)),
+        data["aliases"],
+        data["modules"],
+    )
+
+
+def _packed(
+    header: Header,
+) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, str]]:
+    specs, encoded, decoded = {}, {}, {}
+    formats = header.metadata["formats"]
+    if not isinstance(formats, list) or any(
+        not isinstance(axes, dict) or set(axes) != set(AXES) for axes in formats
+    ):
+        raise CorruptFileError(f"formats must be a list of {list(AXES)}, got {formats!r}")
+    entries = {entry.name: entry for entry in header.entries}
+    for name, value in header.metadata["packed"].items():
+        entry = entries.get(name)
+        if entry is None or entry.dtype != torch.uint8 or len(entry.shape) != 1:
+            raise CorruptFileError(f"packed tensor {name!r} is no vector of bytes", [name])
+        if not isinstance(value, dict) or not {"format", "encoded", "decoded"} <= set(value):
+            raise CorruptFileError(f"packed tensor {name!r} is described by {value!r}", [name])
+        spec = dict(value)
+        encoded[name], decoded[name] = spec.pop("encoded"), spec.pop("decoded")
+        index = spec.pop("format")
+        if type(index) is not int or not 0 <= index < len(formats):
+            raise CorruptFileError(f"packed tensor {name!r} has format {index!r}", [name])
+        specs[name] = formats[index] | spec
+    return specs, encoded, decoded
+
+
+def inspect(path: str | os.PathLike[str]) -> FileInfo:
+    """What a file holds and where its bytes go, from its header alone; nothing is decoded.
+
+    Raises:
+        CorruptFileError: truncated, or a header that is not what was saved.
+        UnsupportedFormatError: of a newer format, or of another program.
+    """
+    with opened(path) as (file, size):
+        header = read_header(file, size)
+        manifest = parse(header)
+        infos = []
+        for entry in header.entries:
+            nbytes = entry.end - entry.begin
+            if entry.name in manifest.plain:
+                plain = TensorInfo(
+                    entry.name, entry.shape, entry.dtype, None, None, None, 1.0, nbytes, nbytes
+                )
+                infos.append(plain)
+                continue
+            with naming(entry.name):
+                packed = PackedTensor.describe(manifest.packed[entry.name])
+            axes = (str(axis) for axis in (packed.layout, packed.number, packed.coding))
+            infos.append(
+                TensorInfo(
+                    entry.name,
+                    packed.shape,
+                    packed.dtype,
+                    *axes,
+                    packed.density,
+                    packed.ideal_nbytes,
+                    nbytes,
+                )
+            )
+    return FileInfo(
+        os.fspath(path),
+        manifest.format_version,
+        manifest.min_reader,
+        tuple(infos),
+        manifest.aliases,
+        manifest.modules,
+        header.size,
+        size,
+    )

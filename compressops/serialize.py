@@ -1,0 +1,387 @@
+"""One safetensors file for a packed model: save, load, verify, inspect (``docs/FORMAT.md``)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressops import ops
+from compressops.formats.container import (
+    DTYPE_NAMES,
+    CorruptFileError,
+    Entry,
+    UnsupportedFormatError,
+    build_header,
+    digest,
+    read_header,
+    write_atomically,
+)
+from compressops.formats.manifest import (
+    FileInfo,
+    TensorInfo,
+    build,
+    inspect,
+    naming,
+    opened,
+    parse,
+)
+from compressops.formats.packed import PackedTensor
+
+__all__ = [
+    "Contents",
+    "CorruptFileError",
+    "FileInfo",
+    "TensorInfo",
+    "UnsupportedFormatError",
+    "VerifyReport",
+    "inspect",
+    "load",
+    "read",
+    "save",
+    "verify",
+    "write",
+]
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds.
+
+    Attributes:
+        tensors: those stored as they are, by name.
+        packed: those stored packed, by name.
+        aliases: further names of tensors in either, as tied weights have.
+        modules: configs of the packed modules, by module name.
+        format_version: of the file.
+        file_bytes: its size.
+    """
+
+    tensors: dict[str, Tensor]
+    packed: dict[str, PackedTensor]
+    aliases: dict[str, str]
+    modules: dict[str, dict[str, Any]]
+    format_version: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """A file in which every byte is as it was saved."""
+
+    path: str
+    format_version: int
+    tensors: int
+    packed: int
+    file_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.tensors} tensors, {self.packed} of them packed, all "
+            f"{self.file_bytes:,} bytes as saved (format {self.format_version})"
+        )
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor | PackedTensor],
+    modules: Mapping[str, Mapping[str, Any]] | None = None,
+) -> int:
+    """Write tensors to a file, atomically: an error leaves an existing file as it was.
+
+    Args:
+        path: of the file; its folder exists.
+        tensors: by name, plain or packed. A tensor that is there under two names is stored once.
+        modules: JSON values to keep beside them, by module name.
+
+    Returns:
+        the file's bytes.
+
+    Raises:
+        ValueError: a name or dtype that safetensors does not know, modules that are no JSON, a
+            packed tensor that is corrupt.
+    """
+    aliases: dict[str, str] = {}
+    first: dict[Any, str] = {}
+    plain: dict[str, Tensor] = {}
+    blobs: dict[str, Tensor] = {}
+    specs: dict[str, dict[str, Any]] = {}
+    decoded: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not name or name == "__metadata__":
+            raise ValueError(f"a tensor cannot be called {name!r}")
+        if not isinstance(tensor, PackedTensor) and (
+            tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta
+        ):
+            raise ValueError(
+                f"tensor {name!r} cannot be stored: {tensor.dtype}, {tensor.layout}, "
+                f"on {tensor.device}"
+            )
+        key = _identity(tensor)
+        if key is not None and first.setdefault(key, name) != name:
+            aliases[name] = first[key]
+        elif isinstance(tensor, PackedTensor):
+            blobs[name] = tensor.to_blob()
+            try:
+                dense = tensor.unpack(ops.huffman_decode)
+            except ValueError as error:
+                raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
+            specs[name], decoded[name] = tensor.to_spec(), digest(_bytes(dense))
+        else:
+            plain[name] = tensor
+    stored = plain | blobs
+    # Widest first, as the safetensors library does it, so that each tensor is aligned.
+    names = sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name in blobs, name))
+    metadata = build(
+        {name: specs[name] for name in names if name in blobs},
+        {name: digest(_bytes(blobs[name])) for name in blobs},
+        decoded,
+        [digest(_bytes(plain[name])) for name in names if name in plain],
+        aliases,
+        dict(modules or {}),
+    )
+    layout = [(name, stored[name].dtype, tuple(stored[name].shape)) for name in names]
+    try:
+        header = build_header(layout, metadata)
+    except TypeError as error:
+        raise ValueError(f"modules must be JSON values: {error}") from None
+    write_atomically(path, [header, *(_bytes(stored[name]) for name in names)])
+    return len(header) + sum(tensor.nbytes for tensor in stored.values())
+
+
+def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
+    """Read a file written by :func:`write` and check everything, what it decodes to included.
+
+    Args:
+        path: of the file.
+        max_entries: how many entries the packed tensor of a name may decode to; see
+            :meth:`PackedTensor.from_spec`.
+
+    Raises:
+        CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
+        UnsupportedFormatError: of a newer format, or of another program.
+    """
+    limits = max_entries or {}
+    tensors: dict[str, Tensor] = {}
+    packed: dict[str, PackedTensor] = {}
+    problems: list[CorruptFileError] = []
+    with opened(path) as (file, size):
+        header = read_header(file, size)
+        manifest = parse(header)
+        for entry in header.entries:
+            # Read one by one: the file is never held twice.
+            data = bytearray(entry.end - entry.begin)
+            if file.readinto(data) != len(data):
+                raise CorruptFileError(f"ends inside tensor {entry.name!r}", [entry.name])
+            try:
+                with naming(entry.name):
+                    if entry.name in manifest.plain:
+                        _check_hash("stored", data, manifest.plain[entry.name])
+                        tensors[entry.name] = _tensor(data, entry)
+                        continue
+                    _check_hash("stored", data, manifest.encoded[entry.name])
+                    packed[entry.name] = PackedTensor.from_blob(
+                        manifest.packed[entry.name], _tensor(data, entry), limits.get(entry.name)
+                    )
+                    dense = packed[entry.name].unpack(ops.huffman_decode)
+                    _check_hash("decoded", _bytes(dense), manifest.decoded[entry.name])
+            except CorruptFileError as error:
+                problems.append(error)
+        if problems:
+            names = [name for problem in problems for name in problem.tensors]
+            raise CorruptFileError("; ".join(map(str, problems)), names)
+    return Contents(
+        tensors, packed, manifest.aliases, manifest.modules, manifest.format_version, size
+    )
+
+
+def verify(path: Path, max_entries: Mapping[str, int] | None = None) -> VerifyReport:
+    """Check every byte of a file: the digest of its header, the hash of each tensor's stored
+    bytes, and the hash of what they decode to.
+
+    Args:
+        path: of the file.
+        max_entries: how many entries the packed tensor of a name may decode to; see
+            :meth:`PackedTensor.from_spec`.
+
+    Raises:
+        CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
+        UnsupportedFormatError: of a newer format, or of another program.
+    """
+    contents = read(path, max_entries)
+    count = len(contents.tensors) + len(contents.packed)
+    return VerifyReport(
+        os.fspath(path), contents.format_version, count, len(contents.packed), contents.file_bytes
+    )
+
+
+def save(model: nn.Module, path: Path) -> int:
+    """Save a model, atomically: packed modules packed, everything else of its state as it is.
+
+    Args:
+        model: its packed modules have ``packed_tensors()`` and ``get_config()``, as those of
+            ``compressops.nn`` do.
+        path: of the file; its folder exists.
+
+    Returns:
+        the file's bytes.
+
+    Raises:
+        ValueError: a state that is no tensor, or that safetensors cannot store.
+    """
+    tensors: dict[str, Tensor | PackedTensor] = {}
+    modules: dict[str, dict[str, Any]] = {}
+    for name, module in _packed_modules(model):
+        modules[name] = module.get_config()
+        for param, packed in module.packed_tensors().items():
+            tensors[_join(name, param)] = packed
+    for name, value in _plain_state(model).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {name!r} is no tensor: {type(value).__name__}")
+        tensors[name] = value.detach()
+    return write(path, tensors, modules)
+
+
+def load(
+    path: Path, model: nn.Module | Callable[[], nn.Module], residency: str = "decoded"
+) -> nn.Module:
+    """Load a saved model: ``model``'s architecture with the packed modules and state of the file.
+
+    Args:
+        path: of the file.
+        model: the float model that the saved one was made of, which stays as it is, or a
+            function that makes it. Its weights don't matter.
+        residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use.
+
+    Raises:
+        CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
+        UnsupportedFormatError: of a newer format, or of another program.
+        ValueError: the file does not fit the model; names what is missing, unknown, or of another
+            shape or dtype.
+    """
+    # Only convert knows modules and formats both; it imports most of the package.
+    from compressops.convert import from_packed
+
+    float_model = model if isinstance(model, nn.Module) else model()
+    contents = read(path, _entries(float_model))
+    packed = contents.packed | {
+        alias: contents.packed[name]
+        for alias, name in contents.aliases.items()
+        if name in contents.packed
+    }
+    modules = {name: {"config": c, "packed": {}} for name, c in contents.modules.items()}
+    for name, tensor in packed.items():
+        owner, _, param = name.rpartition(".")
+        if owner not in modules:
+            raise ValueError(f"{os.fspath(path)}: packed tensor {name!r} belongs to no module")
+        modules[owner]["packed"][param] = tensor
+    try:
+        loaded = from_packed(float_model, modules, residency)
+        plain = contents.tensors | {
+            alias: contents.tensors[name]
+            for alias, name in contents.aliases.items()
+            if name in contents.tensors
+        }
+        _load_plain(loaded, plain)
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from error
+    return loaded
+
+
+def _join(module: str, name: str) -> str:
+    return f"{module}.{name}" if module else name
+
+
+def _packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    named = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in named if hasattr(module, "packed_tensors")]
+
+
+def _plain_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict, live, without what packed modules keep of their packed tensors."""
+    owners = _packed_modules(model)
+    parts = {
+        id(part)
+        for _, module in owners
+        for packed in module.packed_tensors().values()
+        for part in packed.parts.values()
+    }
+    prefixes = tuple(_join(name, "") for name, _ in owners)
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in parts
+        and not (name.endswith("_extra_state") and name.startswith(prefixes))
+    }
+
+
+def _entries(model: nn.Module) -> dict[str, int]:
+    """Sizes of the model's tensors: a file that decodes to them is not out of proportion."""
+    sizes = {
+        name: tensor.numel()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)  # of parametrized or packed modules too
+        if isinstance(weight, Tensor):
+            sizes[_join(name, "weight")] = weight.numel()
+    return sizes
+
+
+def _load_plain(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    state = _plain_state(model)
+    for names, what in (
+        (sorted(set(state) - set(tensors)), "the file lacks"),
+        (sorted(set(tensors) - set(state)), "the model lacks"),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
+            raise ValueError(f"{what} {shown}")
+    for name, tensor in tensors.items():
+        target = state[name]
+        if target.shape != tensor.shape or target.dtype != tensor.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, "
+                f"{target.dtype} {list(target.shape)} in the model"
+            )
+        if target.is_meta:
+            raise ValueError(f"{name} of the model is on the meta device")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
+
+
+def _identity(tensor: Tensor | PackedTensor) -> Any:
+    """Equal for two names of one tensor; None for what has no memory to be told by."""
+    if isinstance(tensor, PackedTensor):
+        parts = tuple(_identity(part) for part in tensor.parts.values())
+        return None if all(p is None for p in parts) else (repr(tensor.to_spec()), parts)
+    if not tensor.numel():
+        return None
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor in row-major order, little-endian."""
+    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def _tensor(data: bytearray, entry: Entry) -> Tensor:
+    if not data:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    if entry.dtype == torch.bool and max(data) > 1:
+        raise ValueError(f"a bool has the value {max(data)}")
+    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
+
+
+def _check_hash(what: str, data: bytearray | memoryview, expected: object) -> None:
+    if (actual := digest(data)) != expected:
+        raise ValueError(f"its {what} bytes have hash {actual}, the file says {expected!r}")
