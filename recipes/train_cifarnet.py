@@ -116,10 +116,7 @@ def main() -> None:
         sgd.load_state_dict(state["sgd"])
         start = state["epoch"]
     log = (args.out / "log.jsonl").open("a")
-    if start == 0:
-        print(
-            json.dumps({"args": {k: str(v) for k, v in vars(args).items()}}), file=log, flush=True
-        )
+    print(json.dumps({"args": {k: str(v) for k, v in vars(args).items()}}), file=log, flush=True)
 
     resized: tuple[int, torch.Tensor] = (0, torch.empty(0))
     first_flip = torch.rand(50000, generator=torch.Generator().manual_seed(args.seed)) < 0.5

@@ -34,7 +34,13 @@ class _MaskedStraightThrough(torch.autograd.Function):
         return grad, None
 
 
-class Mask(nn.Module):
+class _Parametrization(nn.Module):
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """``module.weight = value`` sets the original."""
+        return weight
+
+
+class Mask(_Parametrization):
     """Keeps the entries where ``mask`` is true; the others are exactly +0.0.
 
     Args:
@@ -106,7 +112,7 @@ def _range(number: Number, weight: Tensor, params: dict[str, Tensor]) -> tuple[T
     return bottom, top
 
 
-class FakeQuantize(nn.Module):
+class FakeQuantize(_Parametrization):
     """Replaces the weight by the nearest that ``number`` can write; straight-through gradient.
 
     Args:
@@ -150,7 +156,7 @@ class FakeQuantize(nn.Module):
         return f"{self.number}, refit={self.refit!r}"
 
 
-class Coded(nn.Module):
+class Coded(_Parametrization):
     """Changes nothing; records the lossless coding that the weight is to be packed with."""
 
     def __init__(self, coding: Coding) -> None:

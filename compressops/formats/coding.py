@@ -56,7 +56,8 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         uint8 ``[ceil(N · bits / 8)]``; unused bits of the last byte are 0.
     """
     if bits in (8, 16, 32):
-        return codes.to(code_dtype(bits)).contiguous().view(torch.uint8)
+        # A copy: what is packed must not change with what it was packed from.
+        return codes.to(code_dtype(bits), copy=True).view(torch.uint8)
     if bits > 8:
         low, high = pack_planes(codes, bits)
         position = torch.arange(bits, device=codes.device)
@@ -86,10 +87,9 @@ def unpack_bits(data: Tensor, count: int, bits: int) -> Tensor:
     size = (count * bits + 7) // 8
     if data.numel() != size:
         raise ValueError(f"{count} codes of {bits} bits take {size} bytes, got {data.numel()}")
-    if bits == 8:
-        return data
-    if bits in (16, 32):
-        return data.contiguous().view(code_dtype(bits))
+    if bits in (8, 16, 32):
+        # A copy: the parts must not change with what is unpacked from them.
+        return data.clone().view(torch.uint8 if bits == 8 else code_dtype(bits))
     if (used := count * bits % 8) and int(data[-1]) >> used:
         raise ValueError(f"the bits behind {count} codes of {bits} bits are not zero")
     if bits > 8:

@@ -41,6 +41,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 METADATA_KEY = "compressops"
 DIGEST_KEY = "compressops_digest"
 HASH_LENGTH = 16
+_ZEROS = b'"' + b"0" * HASH_LENGTH + b'"'
 # The limit of the safetensors library.
 MAX_HEADER = 100_000_000
 
@@ -112,8 +113,8 @@ def build_header(
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header takes {len(text)} bytes, safetensors allows {MAX_HEADER}")
-    zeros = f'"{DIGEST_KEY}":"{"0" * HASH_LENGTH}"'.encode()
-    text = text.replace(zeros, f'"{DIGEST_KEY}":"{digest(text)}"'.encode(), 1)
+    # The first one: __metadata__ is the first key, the digest the first in it.
+    text = text.replace(_ZEROS, f'"{digest(text)}"'.encode(), 1)
     return len(text).to_bytes(8, "little") + text
 
 
@@ -177,10 +178,10 @@ def _refuse_constant(value: str) -> None:
 
 
 def _check_digest(text: bytes, stated: Any) -> None:
-    field = f'"{DIGEST_KEY}":"{stated}"'.encode()
-    zeros = f'"{DIGEST_KEY}":"{"0" * HASH_LENGTH}"'.encode()
-    actual = digest(text.replace(field, zeros, 1))
-    if text.count(field) != 1 or stated != actual:
+    field = f'"{stated}"'.encode()
+    actual = digest(text.replace(field, _ZEROS, 1))
+    # Once: the strings inside the manifest are escaped, their quotes have a backslash.
+    if len(field) != len(_ZEROS) or text.count(field) != 1 or stated != actual:
         raise CorruptFileError(f"header has digest {actual}, it says {stated!r}")
 
 

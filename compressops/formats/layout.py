@@ -31,7 +31,8 @@ def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -
     """``u @ v`` with one result on every machine: float64 sums, in the order of the rank.
 
     A product of two float32 is exact in float64, so that fused multiply-adds change nothing, and
-    the order of the sum is fixed; a library's matmul promises neither.
+    the order of the sum is fixed; a library's matmul promises neither. The sum is rounded to
+    float32, and from there to ``dtype``.
 
     Args:
         u: float32, bfloat16 or float16 ``[rows, rank]``.
@@ -43,7 +44,7 @@ def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -
     total = torch.zeros(u.shape[0], v.shape[1], dtype=torch.float64, device=u.device)
     for left, right in zip(u.double().unbind(1), v.double().unbind(0), strict=True):
         total.addcmul_(left[:, None], right[None, :])
-    return total.to(dtype)
+    return total.to(torch.float32).to(dtype)
 
 
 class Layout(Axis):

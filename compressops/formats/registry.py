@@ -69,6 +69,15 @@ class Axis:
         except TypeError as error:  # a field without a default is missing
             raise ValueError(f"{cls.axis_name()} {spec!r}: {error}") from None
 
+    def __str__(self) -> str:
+        """The class name and the fields that are not their defaults: ``Int(bits=4)``."""
+        values = [
+            f"{f.name}={getattr(self, f.name)!r}"
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default
+        ]
+        return type(self).__name__ + (f"({', '.join(values)})" if values else "")
+
     def to_spec(self) -> dict[str, Any]:
         """``{"type": class name, field: value, …}``, JSON-serialisable; every field is written.
 

@@ -1,0 +1,128 @@
+"""The published CIFAR-10 table: run its recipes, and write each row with the bytes of its file.
+
+    python bench/cifarnet_table.py run cifarnet_pruned_dfp6      # hours on few cores; resumes
+    python bench/cifarnet_table.py run --all
+    python bench/cifarnet_table.py show                          # the table of the README
+
+A row's accuracy is that of the file: it is saved, loaded again, and the loaded model classifies the
+10,000 test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from common import RESULTS, ROOT, context
+
+import compressops as co
+from compressops.compress.run import run_recipe
+from compressops.train.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the published table (CifarNet of Mayo)."""
+
+    row: str
+    bits: int
+    density: float
+    rate: float | None
+    top1: float
+    top5: float
+
+
+PUBLISHED = {
+    "cifarnet_baseline": Published("baseline", 32, 100.0, None, 91.37, 99.67),
+    "cifarnet_fixed4": Published("fixed-point", 4, 100.0, 8.00, 89.64, 99.74),
+    "cifarnet_dfp4": Published("dynamic fixed-point", 4, 100.0, 8.00, 90.63, 99.68),
+    "cifarnet_pruned": Published("fine-grained pruned", 32, 15.65, 6.39, 91.12, 99.70),
+    "cifarnet_pruned_fixed6": Published("pruned + fixed", 6, 15.65, 33.92, 90.59, 99.68),
+    "cifarnet_pruned_dfp6": Published("pruned + DFP", 6, 15.65, 33.92, 91.04, 99.70),
+}
+HONEST = "cifarnet_honest34x"
+
+
+def result_path(name: str) -> Path:
+    return RESULTS / f"{name}.json"
+
+
+def run(name: str, workdir: Path, arguments: argparse.Namespace) -> None:
+    recipe = co.Recipe.from_yaml(ROOT / "recipes" / f"{name}.yaml")
+    result = run_recipe(ROOT / "recipes" / f"{name}.yaml", workdir)
+    model, _, test, _ = recipe.load()
+    plain = workdir / f"{name}.float.safetensors"
+    co.save(model, plain)
+    path = workdir / f"{name}.safetensors"
+    co.save(co.convert(result.model), path)
+    co.verify(path)
+    accuracy = evaluate(co.load(path, model), test)
+    last = result.table[-1]
+    assert accuracy.top1 == last.top1, (accuracy, last)
+    row = {
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "density": last.density,
+        "bits": last.bits,
+        "ideal_rate": last.ideal_rate,
+        "float_file_bytes": plain.stat().st_size,
+        "file_bytes": path.stat().st_size,
+        "file_rate": plain.stat().st_size / path.stat().st_size,
+    }
+    stages = [asdict(stage) for stage in result.table]
+    written = {**context(arguments), "recipe": f"recipes/{name}.yaml", **row, "stages": stages}
+    result_path(name).write_text(json.dumps(written, indent=1) + "\n")
+    print(f"{name}: {row}")
+
+
+def show() -> None:
+    """The table in Markdown; rows that nobody has run say so."""
+    print(
+        "| row | published rate | published top-1/top-5 | ours: ideal rate | file | top-1/top-5 |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in (*PUBLISHED, HONEST):
+        published = PUBLISHED.get(name)
+        theirs = "– | –"
+        title = "ours: the whole file"
+        if published is not None:
+            rate = f"{published.rate:.2f}×" if published.rate else "–"
+            theirs = f"{rate} | {published.top1:.2f}/{published.top5:.2f}"
+            title = published.row
+        ours = "not yet run | – | –"
+        if result_path(name).exists():
+            r = json.loads(result_path(name).read_text())
+            ours = (
+                f"{r['ideal_rate']:.2f}× | {r['file_bytes']:,} bytes, {r['file_rate']:.2f}× | "
+                f"{r['top1']:.2f}/{r['top5']:.2f}"
+            )
+        print(f"| {title} | {theirs} | {ours} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    runner = commands.add_parser("run")
+    runner.add_argument("recipes", nargs="*", help="names of files in recipes/, without .yaml")
+    runner.add_argument("--all", action="store_true")
+    runner.add_argument("--workdir", type=Path, default=ROOT / "runs" / "cifarnet")
+    runner.add_argument("--threads", type=int, default=None)
+    runner.set_defaults(rounds=1)
+    commands.add_parser("show")
+    arguments = parser.parse_args()
+    if arguments.command == "show":
+        return show()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    names = [*PUBLISHED, HONEST] if arguments.all else arguments.recipes
+    for name in names:
+        if name not in (*PUBLISHED, HONEST):
+            parser.error(f"unknown row {name!r}; there are {', '.join((*PUBLISHED, HONEST))}")
+        run(name, arguments.workdir, arguments)
+
+
+if __name__ == "__main__":
+    main()

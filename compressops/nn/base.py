@@ -1,0 +1,188 @@
+"""What every drop-in module shares: the layer's options, a packed weight and a bias."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from compressops.formats import Dense, Float, PackedTensor, Raw
+from compressops.nn.weight import PackedWeight
+
+
+class PackedModule(nn.Module):
+    """Base of the drop-in modules: options of the layer, a `PackedWeight`, a bias.
+
+    A subclass names its float layer (``source``), the constructor arguments that it takes over
+    (``options``), and has a ``forward``.
+    """
+
+    source: ClassVar[type[nn.Module]]
+    options: ClassVar[tuple[str, ...]]
+    weight_type: ClassVar[type[PackedWeight]] = PackedWeight
+
+    def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
+        super().__init__()
+        if tuple(weight.shape) != tuple(module.weight.shape):
+            raise ValueError(
+                f"weight: {type(self).__name__} needs shape {tuple(module.weight.shape)}, got a "
+                f"packed tensor of {tuple(weight.shape)}"
+            )
+        for name in self.options:
+            setattr(self, name, getattr(module, name))
+        self.packed_weight = weight
+        bias = getattr(module, "bias", None)
+        if bias is not None and bias.device.type == "meta":
+            probe = weight._probe
+            bias = nn.Parameter(torch.zeros(bias.shape, dtype=probe.dtype, device=probe.device))
+        self.register_parameter("bias", bias)
+        self.input_quantizer: nn.Module | None = None
+        self.train(module.training)
+
+    @classmethod
+    def from_float(
+        cls,
+        module: nn.Module,
+        layout: Any = None,
+        number: Any = None,
+        coding: Any = None,
+        *,
+        residency: str = "decoded",
+        lossy: bool = True,
+    ) -> PackedModule:
+        """Pack a float layer's weight.
+
+        Args:
+            module: a layer of this class's ``source`` type; its bias is shared, not copied.
+            layout: of `compressops.formats`; ``None`` is ``Dense()``.
+            number: ``None`` is ``Float()`` of the weight's dtype.
+            coding: ``None`` is ``Raw()``.
+            residency: ``"decoded"`` or ``"packed"``.
+            lossy: quantize the weight; ``False`` demands that it already is on the number's grid.
+
+        Raises:
+            TypeError: ``module`` is of another type.
+            ValueError: the weight does not fit the choice.
+        """
+        weight = module.weight.detach()
+        packed = PackedTensor.pack(
+            weight,
+            layout or Dense(),
+            number or Float(str(weight.dtype).removeprefix("torch.")),
+            coding or Raw(),
+            lossy=lossy,
+        )
+        return cls.from_module(module, packed, residency)
+
+    @classmethod
+    def from_module(
+        cls, module: nn.Module, packed: PackedTensor | PackedWeight, residency: str = "decoded"
+    ) -> PackedModule:
+        """A layer with ``module``'s options and bias that runs ``packed`` as its weight."""
+        if not isinstance(module, (cls, cls.source)):
+            raise TypeError(
+                f"module: {cls.__name__} replaces a {cls.source.__name__}, got a "
+                f"{type(module).__name__}"
+            )
+        if not isinstance(packed, PackedWeight):
+            packed = cls.weight_type(packed, residency, like=module.weight.detach())
+        return cls(module, packed)
+
+    @classmethod
+    def from_packed(
+        cls,
+        config: dict[str, Any],
+        packed: dict[str, PackedTensor],
+        residency: str = "decoded",
+        input_quantizer: nn.Module | None = None,
+    ) -> PackedModule:
+        """Build from `get_config()` and `packed_tensors()`; the bias is zero.
+
+        Args:
+            config: JSON values.
+            packed: ``{"weight": …}``.
+            residency: ``"decoded"`` or ``"packed"``.
+            input_quantizer: the module that ``config["input_quantizer"]``, if there, describes.
+
+        Raises:
+            ValueError: a key of ``config`` is missing, unknown or has no valid value, the shapes
+                disagree, or the input quantizer is missing.
+        """
+        config = dict(config)
+        if ("input_quantizer" in config) != (input_quantizer is not None):
+            raise ValueError(
+                f"config of {cls.__name__} has input_quantizer="
+                f"{config.get('input_quantizer')}, and the module given is {input_quantizer}"
+            )
+        config.pop("input_quantizer", None)
+        expected = {"type", "bias", *cls.options}
+        if set(config) != expected:
+            raise ValueError(
+                f"config of {cls.__name__}: expected the keys {sorted(expected)}, got "
+                f"{sorted(config)}"
+            )
+        if set(packed) != {"weight"}:
+            raise ValueError(f"{cls.__name__}: expected the tensor 'weight', got {sorted(packed)}")
+        try:
+            module = cls._template(config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"config of {cls.__name__}: {config}: {error}") from error
+        weight = packed["weight"]
+        new = cls(module.to(weight.dtype), cls.weight_type(weight, residency))
+        new.input_quantizer = input_quantizer
+        return new
+
+    @classmethod
+    def _template(cls, config: dict[str, Any]) -> nn.Module:
+        """The float layer of this config, without memory; its constructor checks the values."""
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+        return cls.source(**{k: options[k] for k in options if k != "type"}, device="meta")
+
+    def get_config(self) -> dict[str, Any]:
+        """The JSON values that `from_packed` builds this layer from."""
+        config: dict[str, Any] = {"type": type(self).__name__}
+        for name in self.options:
+            value = getattr(self, name)
+            config[name] = list(value) if isinstance(value, tuple) else value
+        config["bias"] = self.bias is not None
+        if self.input_quantizer is not None:
+            config["input_quantizer"] = self.input_quantizer.get_extra_state()
+        return config
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, as the float layer has it (decoded on each access if packed)."""
+        return self.packed_weight()
+
+    @property
+    def residency(self) -> str:
+        """``"decoded"`` or ``"packed"``."""
+        return self.packed_weight.residency
+
+    def packed_tensors(self) -> dict[str, PackedTensor]:
+        """Parameter name to packed tensor: what the file stores instead of the parameter."""
+        return {"weight": self.packed_weight.packed()}
+
+    def quantize_input(self, input: Tensor) -> Tensor:
+        """``input`` through the quantizer that the compressed layer had, if it had one."""
+        return input if self.input_quantizer is None else self.input_quantizer(input)
+
+    def backend(self) -> str:
+        """What runs the layer: ``"torch"``, or the backend of its op."""
+        return "torch"
+
+    def extra_repr(self) -> str:
+        config = self.get_config()
+        packed = self.packed_weight.packed()
+        shown = [f"{k}={v}" for k, v in config.items() if k not in ("type", "input_quantizer")]
+        return ", ".join(
+            [
+                *shown,
+                f"{packed.layout}",
+                f"{packed.number}",
+                f"{packed.coding}",
+                f"{packed.nbytes} bytes",
+                f"residency={self.residency!r}",
+            ]
+        )

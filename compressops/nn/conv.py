@@ -1,0 +1,85 @@
+"""Convolutions that hold packed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressops.nn.base import PackedModule
+from compressops.nn.weight import PackedWeight
+
+
+class _PackedConv(PackedModule):
+    """What `PackedConv1d` and `PackedConv2d` share: every option of the float layers."""
+
+    options = (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
+    function: ClassVar[Callable[..., Tensor]]
+    dimensions: ClassVar[int]
+
+    def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
+        super().__init__(module, weight)
+        # For F.pad: padding before and after each dimension, last dimension first. The float
+        # layers' own name, so that a packed layer can be built from either.
+        self._reversed_padding_repeated_twice = list(module._reversed_padding_repeated_twice)
+
+    @classmethod
+    def _template(cls, config: dict[str, Any]) -> nn.Module:
+        # The float layers check their padding and groups, but none of these.
+        for name in ("kernel_size", "stride", "dilation", "padding"):
+            value, least = config[name], 0 if name == "padding" else 1
+            if name == "padding" and isinstance(value, str):
+                continue
+            if not isinstance(value, (list, tuple)) or len(value) != cls.dimensions:
+                raise ValueError(f"{name} must be {cls.dimensions} integers, got {value!r}")
+            if any(not isinstance(v, int) or v < least for v in value):
+                raise ValueError(f"{name} must be integers from {least} on, got {value!r}")
+        return super()._template(config)
+
+    def forward(self, input: Tensor) -> Tensor:
+        input, padding = self.quantize_input(input), self.padding
+        if self.padding_mode != "zeros":
+            input, padding = (
+                F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode),
+                0,
+            )
+        return self.function(
+            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
+        )
+
+
+class PackedConv1d(_PackedConv):
+    """`torch.nn.Conv1d` with a packed weight ``[out_channels, in_channels / groups, kernel]``.
+
+    Bit for bit the result of a `Conv1d` that holds ``packed.unpack()``.
+
+    Shape: input ``[N, in_channels, L]`` or ``[in_channels, L]``.
+    """
+
+    source = nn.Conv1d
+    function = staticmethod(F.conv1d)
+    dimensions = 1
+
+
+class PackedConv2d(_PackedConv):
+    """`torch.nn.Conv2d` with a packed weight ``[out_channels, in_channels / groups, kh, kw]``.
+
+    Bit for bit the result of a `Conv2d` that holds ``packed.unpack()`` in the same memory format.
+
+    Shape: input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
+    """
+
+    source = nn.Conv2d
+    function = staticmethod(F.conv2d)
+    dimensions = 2

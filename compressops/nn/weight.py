@@ -1,0 +1,253 @@
+"""A packed weight inside a module: its parts as buffers, and what is decoded from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressops import backends, ops, schema
+from compressops.formats import PackedTensor
+
+RESIDENCIES = ("decoded", "packed")
+
+
+class PackedWeight(nn.Module):
+    """A `PackedTensor` whose parts are buffers, and what forward needs of it.
+
+    The parts are the bytes that go to the file: `.half()`, `.to(dtype)` and `.to(memory_format)`
+    never touch them, only what is decoded from them. Layers that share a weight share one
+    `PackedWeight`.
+
+    Args:
+        packed: the weight.
+        residency: ``"decoded"`` keeps a dense copy beside the parts, decoded once;
+            ``"packed"`` decodes on every use and drops the copy.
+        like: tensor whose dtype, device and strides the decoded weight takes. ``None``: the
+            packed tensor's own dtype, its parts' device, contiguous.
+
+    Raises:
+        ValueError: an unknown residency, or ``like`` of another shape than ``packed``.
+    """
+
+    def __init__(
+        self, packed: PackedTensor, residency: str = "decoded", like: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.residency = check_residency(residency)
+        self.shape = torch.Size(packed.shape)
+        device = next(iter(packed.parts.values())).device if packed.parts else torch.device("cpu")
+        if like is None:
+            like = torch.empty(self.shape, dtype=packed.dtype, device="meta")
+        elif like.shape != self.shape:
+            raise ValueError(
+                f"weight: a layer of weight {tuple(like.shape)} was given a packed tensor of "
+                f"{tuple(self.shape)}"
+            )
+        elif like.device.type != "meta":
+            device = like.device
+        # empty_like keeps the strides of dense tensors and makes anything else contiguous: a
+        # convolution's bits depend on its weight's memory format.
+        self._strides = torch.empty_like(like, device="meta").stride()
+        probe = torch.zeros((2,) * like.dim(), dtype=like.dtype, device=device)
+        channels_last = _CHANNELS_LAST.get(like.dim())
+        if channels_last is not None:
+            # By strides: a 1×1 kernel is_contiguous() in every format.
+            formats = (torch.contiguous_format, channels_last)
+            strides = [
+                torch.empty_like(like, device="meta", memory_format=f).stride() for f in formats
+            ]
+            if self._strides == strides[1] != strides[0]:
+                probe = probe.to(memory_format=channels_last)
+        # What Module.to() does to this probe is what the decoded weight has to follow.
+        self.register_buffer("_probe", probe, persistent=False)
+        self._set_packed(packed.to(device))
+        self._materialize()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parts are."""
+        return self._probe.device
+
+    # The parts.
+
+    def packed(self) -> PackedTensor:
+        """The weight as the value that is saved and measured; shares the buffers' memory."""
+        parts = {name: self._buffers[name] for name in self._parts}
+        return PackedTensor.from_spec(self._spec, parts, max_entries=_NO_LIMIT)
+
+    def _set_packed(self, packed: PackedTensor) -> None:
+        for name in getattr(self, "_parts", ()):
+            del self._buffers[name]
+        self._spec = packed.to_spec()
+        self._parts = tuple(packed.parts)  # in the file's order
+        for name in self._parts:
+            self.register_buffer(name, packed.parts[name])
+
+    def part_buffers(self) -> Iterator[Tensor]:
+        """The buffers that hold the packed bytes."""
+        return (self._buffers[name] for name in self._parts)
+
+    # What is decoded from them.
+
+    def resident_buffers(self) -> Iterator[Tensor]:
+        """The buffers that are decoded from the parts and kept."""
+        return (self._buffers[name] for name in self._resident() if name in self._buffers)
+
+    def _resident(self) -> tuple[str, ...]:
+        return ("decoded",)
+
+    def _materialize(self) -> None:
+        """Decode what this residency keeps, from the parts."""
+        if self.residency == "decoded":
+            self.register_buffer("decoded", self._decode(), persistent=False)
+
+    @torch.compiler.disable
+    def _decode(self) -> Tensor:
+        device, dtype = self._probe.device, self._probe.dtype
+        out = torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
+        return out if device.type == "meta" else out.copy_(self.packed().unpack(decode=decode))
+
+    def forward(self) -> Tensor:
+        """The dense weight in the compute dtype."""
+        return self.decoded if self.residency == "decoded" else self._decode()
+
+    def set_residency(self, residency: str) -> None:
+        """Switch between ``"decoded"`` and ``"packed"``."""
+        self.residency = check_residency(residency)
+        for name in self._resident():
+            self._buffers.pop(name, None)
+            self._non_persistent_buffers_set.discard(name)
+        self._materialize()
+
+    # Moving, saving, copying.
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        for name in self._parts:
+            part = self._buffers[name]
+            # Module.to() casts floating tensors: seen as bytes, scales stay what the file holds.
+            self._buffers[name] = (
+                fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).view_as(part)
+            )
+        before, after = self._probe, fn(self._probe)
+        self._buffers["_probe"] = after
+        channels_last = _CHANNELS_LAST.get(before.dim())
+        if channels_last is not None:
+            is_last = [t.is_contiguous(memory_format=channels_last) for t in (before, after)]
+            if is_last[0] != is_last[1]:
+                target = channels_last if is_last[1] else torch.contiguous_format
+                shadow = torch.empty_strided(self.shape, self._strides, device="meta")
+                self._strides = shadow.to(memory_format=target).stride()
+        # From "meta" there is nothing to decode yet: to_empty() is followed by load_state_dict.
+        if self._stays_valid(before, after) or before.device.type == "meta":
+            for name in self._resident():
+                if name in self._buffers:
+                    self._buffers[name] = self._moved(fn, self._buffers[name])
+        else:
+            self._materialize()
+        return self
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
+        return fn(resident)
+
+    def _stays_valid(self, before: Tensor, after: Tensor) -> bool:
+        # A cast decodes anew, so that .half().float() gives back the exact weight.
+        return before.dtype == after.dtype
+
+    def get_extra_state(self) -> Tensor:
+        """The spec as JSON in a uint8 tensor, so that a state dict holds tensors only."""
+        return torch.frombuffer(bytearray(json.dumps(self._spec).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing: the spec is taken up before the parts are, see `_load_from_state_dict`."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state = state_dict.get(prefix + "_extra_state")
+        if state is not None:
+            # The loaded weight may be packed in another way, its parts of other names and sizes.
+            try:
+                spec = json.loads(bytes(state.cpu().tolist()))
+                parts = {name: state_dict[prefix + name] for name in spec["parts"]}
+                packed = PackedTensor.from_spec(spec, parts, max_entries=_NO_LIMIT)
+                if tuple(packed.shape) != tuple(self.shape):
+                    raise ValueError(f"shape {tuple(packed.shape)}, expected {tuple(self.shape)}")
+            except (ValueError, KeyError, TypeError) as error:
+                error_msgs.append(f"{prefix.rstrip('.')}: no valid packed weight: {error}")
+                return
+            device = self._probe.device
+            if device.type == "meta" and local_metadata.get("assign_to_params_buffers"):
+                device = next(iter(parts.values())).device
+                self._buffers["_probe"] = torch.zeros_like(self._probe, device=device)
+            self._set_packed(packed)
+            for name in self._parts:
+                self._buffers[name] = torch.empty_like(self._buffers[name], device=device)
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+        self._materialize()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What can be decoded is not pickled: torch.save(model) stays as small as the parts.
+        resident = self._resident()
+        buffers = {k: v for k, v in self._buffers.items() if k not in resident}
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._materialize()
+
+
+def check_residency(residency: str) -> str:
+    """``residency`` itself.
+
+    Raises:
+        ValueError: it is neither ``"decoded"`` nor ``"packed"``.
+    """
+    if residency not in RESIDENCIES:
+        raise ValueError(f"residency must be one of {RESIDENCIES}, got {residency!r}")
+    return residency
+
+
+def decode(
+    stream: Tensor, offsets: Tensor, lengths: Tensor, num_symbols: int, chunk_size: int
+) -> Tensor:
+    """`ops.huffman_decode` in the form that `PackedTensor.unpack` takes."""
+    return ops.huffman_decode(stream, offsets, lengths, num_symbols, chunk_size)
+
+
+def as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What ``fn`` of `Module._apply` makes of a tensor that may move, but not change: seen as a
+    vector of bytes it is neither cast nor given another memory format."""
+    flat = fn(tensor.reshape(-1).view(torch.uint8))
+    return flat.view(tensor.dtype).view(tensor.shape)
+
+
+def serving(op: str, device: str) -> str:
+    """Name of the backend that serves ``op`` on a device type now."""
+    kernel = backends.choose(op, device)
+    if kernel is schema.native_op(op):
+        return device
+    return "triton" if "triton_kernels" in getattr(kernel, "__module__", "") else "eager"
+
+
+# The shape is known and wanted, however small the parts are.
+_NO_LIMIT = 2**62
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -1,0 +1,135 @@
+"""What `convert` is asked to do with each layer: its record, completed by the config."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from compressops.formats import Coding, Dense, Float, Layout, Number, Raw
+
+Config = Layout | Number | Coding | tuple | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a config says about one layer; ``None`` on an axis that it does not name."""
+
+    layout: Layout | None = None
+    number: Number | None = None
+    coding: Coding | None = None
+    leave: bool = False
+
+    def __bool__(self) -> bool:
+        return any(axis is not None for axis in (self.layout, self.number, self.coding))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a layer's weight is to be packed.
+
+    Attributes:
+        layout, number, coding: the choice on each axis.
+        params: the number's parameters as recorded; ``None`` fits them to the weight.
+        mask: bool, of the weight's shape: the entries that pruning kept; ``None``: all.
+        post_training: the number comes from the config, so the weight is quantized now.
+        recorded: the layer was compressed, and its parametrizations are the record.
+        shared: the weight also belongs to a layer of another type.
+    """
+
+    layout: Layout
+    number: Number
+    coding: Coding
+    params: dict[str, Tensor] | None = None
+    mask: Tensor | None = None
+    post_training: bool = False
+    recorded: bool = False
+    shared: bool = False
+
+
+def resolve(config: Config | Mapping[str, Config], layers: Mapping[str, Any]) -> dict[str, Choice]:
+    """The choice for each of ``layers`` (by name).
+
+    Raises:
+        TypeError: ``config`` is not a layout, number, coding, tuple of these, or mapping.
+        ValueError: a glob matches none of the layers, or a tuple names an axis twice.
+    """
+    if not isinstance(config, Mapping):
+        return dict.fromkeys(layers, _choice(config, leave=False))
+    by_glob = {glob: _choice(value, leave=value is None) for glob, value in config.items()}
+    for glob in by_glob:
+        if not any(fnmatch.fnmatchcase(name, glob) for name in layers):
+            names = ", ".join(list(layers)[:8]) + (", …" if len(layers) > 8 else "")
+            raise ValueError(f"config: {glob!r} matches no layer; there are: {names or 'none'}")
+    return {
+        name: next(
+            (choice for glob, choice in by_glob.items() if fnmatch.fnmatchcase(name, glob)),
+            Choice(),
+        )
+        for name in layers
+    }
+
+
+def _choice(config: Config, leave: bool) -> Choice:
+    if config is None:
+        return Choice(leave=leave)
+    axes: dict[str, Any] = {}
+    for value in config if isinstance(config, tuple) else (config,):
+        for name, kind in (("layout", Layout), ("number", Number), ("coding", Coding)):
+            if isinstance(value, kind):
+                if name in axes:
+                    raise ValueError(f"config: {config} names a {name} twice")
+                axes[name] = value
+                break
+        else:
+            hint = " (an instance is needed)" if isinstance(value, type) else ""
+            raise TypeError(
+                f"config must be made of a layout, a number and a coding, got {value!r}{hint}"
+            )
+    return Choice(**axes)
+
+
+def plan(name: str, module: nn.Module, record: Any, choice: Choice) -> Plan:
+    """The plan of a float layer from its `compress.record` (or ``None``) and its choice.
+
+    Raises:
+        ValueError: the layer is recorded with a number, and the config asks for another.
+    """
+    if record is None:
+        plain = Float(str(module.weight.dtype).removeprefix("torch."))
+        return Plan(
+            choice.layout or Dense(),
+            choice.number or plain,
+            choice.coding or Raw(),
+            post_training=choice.number is not None,
+        )
+    number, params, post_training = record.number, record.params, False
+    if choice.number not in (None, number):
+        if not number.is_float:
+            raise ValueError(
+                f"config: layer {name!r} was compressed to {number}, and {choice.number} would "
+                f"quantize it again; leave it out with filter_fn, or convert without a number"
+            )
+        number, params, post_training = choice.number, None, True
+    return Plan(
+        choice.layout or record.layout,
+        number,
+        choice.coding or record.coding,
+        params,
+        record.mask,
+        post_training,
+        recorded=True,
+    )
+
+
+@contextlib.contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Put the layer's name into a ValueError or TypeError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"layer {layer!r}: {error}") from error

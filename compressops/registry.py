@@ -1,0 +1,100 @@
+"""Which packed module a layer becomes: the registry of `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from compressops.nn import (
+    Int8Linear,
+    PackedConv1d,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+)
+from compressops.nn.linear import fits_int8
+from compressops.plan import Plan
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the registry: a ``source`` layer whose plan is accepted becomes a ``target``."""
+
+    source: type[nn.Module]
+    target: type[PackedModule]
+    accepts: Callable[[Plan], bool]
+    runs_dense: bool
+
+
+_rules: list[Rule] = []
+
+
+def register(
+    source: type[nn.Module],
+    target: type[PackedModule],
+    accepts: Callable[[Plan], bool] | None = None,
+    *,
+    runs_dense: bool = True,
+) -> None:
+    """Add a rule to the registry of `convert`; later rules are asked first.
+
+    Args:
+        source: the float layer's type; exactly this type, a subclass may compute anything.
+        target: the packed module. Files name it by its class name, which must be unique.
+        accepts: whether the target can run this `Plan`; ``None``: any.
+        runs_dense: the target runs the same dense kernel as ``source``. Others are taken under
+            ``prefer="speed"`` only where they are faster (measured on ``example_inputs``; without
+            those, where their op has a compiled kernel).
+
+    Raises:
+        TypeError: ``source`` or ``target`` is no such class.
+        ValueError: another target has this class name.
+    """
+    if not (isinstance(source, type) and issubclass(source, nn.Module)):
+        raise TypeError(f"source must be a subclass of nn.Module, got {source!r}")
+    if not (isinstance(target, type) and issubclass(target, PackedModule)):
+        raise TypeError(f"target must be a subclass of PackedModule, got {target!r}")
+    known = targets().get(target.__name__)
+    if known not in (None, target):
+        raise ValueError(f"target: the name {target.__name__!r} already belongs to {known!r}")
+    _rules.append(Rule(source, target, accepts or (lambda plan: True), runs_dense))
+
+
+def targets() -> dict[str, type[PackedModule]]:
+    """Class name to packed module, of all rules."""
+    return {rule.target.__name__: rule.target for rule in _rules}
+
+
+def rules_for(source: type[nn.Module], plan: Plan | None = None) -> list[Rule]:
+    """The rules for layers of this type (and this plan), in the order in which they are asked."""
+    return [
+        rule
+        for rule in reversed(_rules)
+        if rule.source is source and (plan is None or rule.accepts(plan))
+    ]
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether `convert` and `report` have something to say about ``module``: it has a weight
+    of two or more dimensions."""
+    if isinstance(module, PackedModule):
+        return True
+    owned = getattr(module, "parametrizations", None) or module._parameters
+    return "weight" in owned and getattr(module.weight, "ndim", 0) >= 2
+
+
+register(nn.Linear, PackedLinear)
+register(
+    nn.Linear,
+    Int8Linear,
+    lambda plan: plan.post_training and fits_int8(plan.number) and not plan.shared,
+    runs_dense=False,
+)
+# The output projection of nn.MultiheadAttention, which reads .weight and .bias itself.
+register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
+register(nn.Conv1d, PackedConv1d)
+register(nn.Conv2d, PackedConv2d)
+register(nn.Embedding, PackedEmbedding)

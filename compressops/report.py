@@ -1,0 +1,295 @@
+"""What became of a model's layers, and what it takes: on paper, packed, in the file, in memory."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from compressops import page
+from compressops.compress import record
+from compressops.nn import PackedModule
+from compressops.page import nbytes
+from compressops.registry import is_layer
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of the report.
+
+    Attributes:
+        name: as in ``named_modules()``.
+        was: class name of the float layer.
+        became: class name of what it is now.
+        why: the reason, as `convert` recorded it.
+        shape: of the weight.
+        density: stored part of the entries.
+        layout, number, coding: the three axes, or ``"–"``.
+        dense: bytes of the dense weight in its own dtype.
+        ideal: weights × density × bits / 8, the accounting of papers.
+        stored: exact bytes of the packed weight, with indices, scales and tables.
+        memory: bytes of the weight's buffers now; 0 if another layer, listed before, holds them.
+        backend: what runs the layer.
+    """
+
+    name: str
+    was: str
+    became: str
+    why: str
+    shape: tuple[int, ...]
+    density: float
+    layout: str
+    number: str
+    coding: str
+    dense: int
+    ideal: float
+    stored: int
+    memory: int
+    backend: str
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Bytes of the whole model: its layers' weights, and all else (biases, normalisations).
+
+    ``file`` is ``None`` where the report was not given a file.
+    """
+
+    dense: int
+    ideal: float
+    stored: int
+    memory: int
+    other: int
+    file: int | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """Printable with ``print``, with rich, and as a page of HTML."""
+
+    model: str
+    layers: tuple[Layer, ...]
+    totals: Totals
+
+    def __rich__(self) -> Group:
+        # What many layers have in common stands once below the table, which stays narrow.
+        notes: dict[str, str] = {}
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for header in (*_HEADERS[:6], "note"):
+            right = header in _NUMERIC
+            table.add_column(header, justify="right" if right else "left", no_wrap=right)
+        for layer in self.layers:
+            cells = _cells(layer)
+            note = "; ".join(cell for cell in cells[6:] if cell not in ("", "–"))
+            mark = notes.setdefault(note, f"[{len(notes) + 1}]")
+            table.add_row(*cells[:6], Text(mark))
+        legend = Table(box=None, pad_edge=False, show_header=False)
+        for note, mark in notes.items():
+            legend.add_row(Text(mark), Text(note))
+        return Group(table, Text(), legend, Text(), _totals_table(self.totals))
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        Console(file=out, width=100, color_system=None).print(self)
+        # rich pads every line to the console's width.
+        return "\n".join(text.rstrip() for text in out.getvalue().splitlines())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        return asdict(self)
+
+    def to_html(self) -> str:
+        """A self-contained page."""
+        totals, other = self.totals, self.totals.other
+        document = page.Page(f"{self.model}, layer by layer")
+        cards = [
+            (nbytes(totals.dense + other), "dense"),
+            (nbytes(totals.ideal + other), "ideal"),
+            (nbytes(totals.stored + other), "stored"),
+            (nbytes(totals.memory + other), "in memory"),
+        ]
+        if totals.file is not None:
+            cards.insert(3, (nbytes(totals.file), "file"))
+        document.cards(cards)
+        document.section(
+            "Where the bytes are", page.bars(size_bars(totals)), "Weights of the layers only."
+        )
+        document.section("Layers", layer_table(self.layers))
+        return document.html()
+
+
+def report(model: nn.Module, file: str | os.PathLike[str] | None = None) -> Report:
+    """What each layer of ``model`` is, why, and what it takes.
+
+    Args:
+        model: converted, compressed, or plain.
+        file: the file that the model was saved to or loaded from, for its size.
+
+    Raises:
+        OSError: ``file`` cannot be read.
+    """
+    notes = getattr(model, "conversion_notes", {})
+    seen: set[int] = set()
+    layers, counted = [], set()
+    for name, module in model.named_modules():
+        if is_layer(module):
+            note = notes.get(name)
+            layers.append(_layer(name, module, note.why if note else "", note and note.was, seen))
+            counted |= {id(t) for t in _weight_tensors(module)}
+    others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in counted}
+    totals = Totals(
+        dense=sum(layer.dense for layer in layers),
+        ideal=sum(layer.ideal for layer in layers),
+        stored=sum(layer.stored for layer in layers),
+        memory=sum(layer.memory for layer in layers),
+        other=sum(t.nbytes for t in others.values()),
+        file=None if file is None else os.stat(file).st_size,
+    )
+    return Report(type(model).__name__, tuple(layers), totals)
+
+
+def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[int]) -> Layer:
+    tensors = _weight_tensors(module)
+    storages = {t.untyped_storage().data_ptr() or id(t): t.nbytes for t in tensors}
+    shared = bool(storages) and next(iter(storages)) in seen
+    memory = sum(size for pointer, size in storages.items() if pointer not in seen)
+    seen |= set(storages)
+    kind = parametrize.type_before_parametrizations(module).__name__
+    if isinstance(module, PackedModule):
+        packed = module.packed_weight.packed()
+        shape, density = tuple(packed.shape), packed.density
+        axes = (_axis(packed.layout), _axis(packed.number), _axis(packed.coding))
+        ideal, stored = packed.ideal_nbytes, packed.nbytes
+        dense = packed.dtype.itemsize * module.packed_weight.shape.numel()
+        backend = module.backend()
+    else:
+        weight = module.weight.detach()
+        shape, dense, backend = tuple(weight.shape), weight.nbytes, "torch"
+        density, ideal, stored = 1.0, float(dense), dense
+        axes = ("–", "–", "–")
+        done = record(module)
+        if done is not None:
+            axes = (_axis(done.layout), _axis(done.number), _axis(done.coding))
+            density = 1.0 if done.mask is None else done.mask.float().mean().item()
+            ideal = weight.numel() * density * done.number.bits / 8
+            why = why or "compressed; convert() packs it"
+    if shared:
+        dense, ideal, stored = 0, 0.0, 0
+        why = "; ".join(filter(None, [why, "its weight is counted with the layer that shares it"]))
+    return Layer(
+        name or "(the model)",
+        was or kind,
+        kind,
+        why,
+        shape,
+        density,
+        *axes,
+        dense,
+        ideal,
+        stored,
+        memory,
+        backend,
+    )
+
+
+def _weight_tensors(module: nn.Module) -> list[Tensor]:
+    """The tensors that hold a layer's weight now."""
+    if isinstance(module, PackedModule):
+        held = module.packed_weight
+        return [*held.part_buffers(), *held.resident_buffers(), *held.buffers()]
+    if parametrize.is_parametrized(module, "weight"):
+        chain = module.parametrizations.weight
+        return [*chain.parameters(), *chain.buffers()]
+    return [module.weight]
+
+
+def _axis(choice: Any) -> str:
+    """``DynamicFixedPoint(bits=6, overflow=0.0)`` as ``DynamicFixedPoint(6)`` and the like."""
+    spec = choice.to_spec()
+    if spec == {"type": "Float", "dtype": spec.get("dtype")}:
+        return spec["dtype"]
+    fields = {k: v for k, v in spec.items() if k != "type"}
+    short = [str(fields.pop("bits"))] if "bits" in fields else []
+    try:
+        defaults = type(choice)(**({"bits": choice.bits} if short else {})).to_spec()
+    except TypeError:
+        defaults = {}
+    for key, value in fields.items():
+        if key not in defaults or defaults[key] != value:
+            # A choice that is a word says by itself what it is a choice of.
+            short.append(value if isinstance(value, str) else f"{key}={value}")
+    return f"{spec['type']}({', '.join(short)})" if short else spec["type"]
+
+
+_HEADERS = ("layer", "shape", "density", "ideal", "stored", "memory", "packed as", "runs as", "why")
+_NUMERIC = ("density", "ideal", "stored", "memory")
+
+
+def _cells(layer: Layer) -> list[str]:
+    axes = (layer.layout, layer.number, layer.coding)
+    runs = layer.became if layer.backend == "torch" else f"{layer.became}, {layer.backend}"
+    return [
+        layer.name,
+        "×".join(map(str, layer.shape)),
+        f"{100 * layer.density:.1f} %",
+        nbytes(layer.ideal),
+        nbytes(layer.stored),
+        nbytes(layer.memory),
+        " · ".join(axis for axis in axes if axis not in ("Dense", "Raw", "–")) or "–",
+        runs,
+        layer.why,
+    ]
+
+
+def layer_table(layers: tuple[Layer, ...]) -> str:
+    """The layers as an HTML table."""
+    numeric = [_HEADERS.index(header) for header in _NUMERIC]
+    return page.table(
+        _HEADERS, [_cells(layer) for layer in layers], numeric, muted=[len(_HEADERS) - 1]
+    )
+
+
+def size_bars(totals: Totals) -> list[page.Bar]:
+    """Dense, ideal, stored, file and memory as bars."""
+
+    def bar(label: str, size: float, style: str = "") -> page.Bar:
+        ratio = f"  ({totals.dense / size:.1f}×)" if size and label != "dense" else ""
+        return page.Bar(label, size, nbytes(size) + ratio, style)
+
+    found = [bar("dense", totals.dense, "pale"), bar("ideal", totals.ideal, "pale")]
+    found.append(bar("stored", totals.stored))
+    if totals.file is not None:
+        found.append(bar("file", totals.file))
+    return [*found, bar("memory", totals.memory, "warm")]
+
+
+def _totals_table(totals: Totals) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("bytes")
+    columns = ("dense", "ideal", "stored", "file", "memory")
+    for column in columns:
+        table.add_column(column, justify="right")
+    weights = (totals.dense, totals.ideal, totals.stored, None, totals.memory)
+    table.add_row("weights", *map(_exact, weights))
+    other = totals.other
+    table.add_row("all else", *map(_exact, (other, other, other, None, other)))
+    whole = [None if w is None else w + totals.other for w in weights]
+    whole[3] = totals.file
+    table.add_row("model", *map(_exact, whole))
+    table.add_row("against dense", *(_ratio(whole[0], size) for size in whole))
+    return table
+
+
+def _exact(size: float | None) -> str:
+    return "–" if size is None else f"{round(size):,}"
+
+
+def _ratio(dense: float | None, size: float | None) -> str:
+    return "–" if not dense or not size else f"{dense / size:.2f}×"

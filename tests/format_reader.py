@@ -1,0 +1,171 @@
+"""A second reader of the file format, written from docs/FORMAT.md alone: struct, json and numpy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+
+import numpy as np
+
+
+def short_hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def read(data: bytes) -> dict[str, bytes]:
+    """Name to row-major bytes (packed tensors decoded), every digest and hash checked."""
+    (size,) = struct.unpack("<Q", data[:8])
+    text, body = data[8 : 8 + size], data[8 + size :]
+    header = json.loads(text)
+    metadata = header.pop("__metadata__")
+    stated = metadata["compressops_digest"]
+    assert short_hash(text.replace(stated.encode(), b"0" * 16)) == stated
+    manifest = json.loads(metadata["compressops"])
+    assert manifest["min_reader"] <= 1
+    result, hashes, position = {}, iter(manifest["plain"]), 0
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        assert begin == position
+        position, blob = end, body[begin:end]
+        if (packed := manifest["packed"].get(name)) is None:
+            assert short_hash(blob) == next(hashes)
+            result[name] = blob
+        else:
+            assert short_hash(blob) == packed["encoded"]
+            spec = manifest["formats"][packed["format"]] | packed
+            result[name] = to_bytes(decode(spec, split(blob, spec["parts"])), spec["dtype"])
+            assert short_hash(result[name]) == packed["decoded"]
+    assert position == len(body)
+    return result | {alias: result[name] for alias, name in manifest["aliases"].items()}
+
+
+def split(blob: bytes, sizes: dict[str, int]) -> dict[str, bytes]:
+    parts = {}
+    for name, size in sizes.items():
+        parts[name], blob = blob[:size], blob[size:]
+    return parts
+
+
+def to_bytes(values: np.ndarray, dtype: str) -> bytes:
+    """float32 values rounded to ``dtype``; a float that is stored as it is comes as its bits."""
+    if dtype == "float32":
+        return values.astype("<f4").tobytes()
+    if dtype == "float16":
+        return values.astype("<f2").tobytes()
+    bits = values.astype("<f4").view("<u4")
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return rounded.astype("<u2").tobytes()
+
+
+def decode(spec: dict, parts: dict[str, bytes]) -> np.ndarray:
+    """float32 [entries] of one packed tensor."""
+    shape, layout, meta = spec["shape"], spec["layout"], spec["meta"]
+    rows, columns = (shape[0], math.prod(shape[1:])) if len(shape) > 1 else (1, math.prod(shape))
+    number, coding = spec["number"], spec["coding"]
+    bits = number.get("bits", 2)
+    if number["type"] == "Float":
+        bits = 32 if number["dtype"] == "float32" else 16
+    if layout["type"] == "LowRank":
+        u, v = (
+            decode(meta[f], {n[2:]: p for n, p in parts.items() if n[0] == f}).astype(np.float64)
+            for f in "uv"
+        )
+        total = np.zeros((rows, columns))
+        for k in range(layout["rank"]):
+            total += u.reshape(rows, -1)[:, k, None] * v.reshape(-1, columns)[None, k]
+        return total.astype(np.float32).ravel()
+    if layout["type"] == "Dense":
+        where = np.arange(rows * columns)
+        codes = stream(parts, "codes", rows * columns, bits, coding)
+    elif layout["type"] == "Sparse":
+        if layout["index"] == "bitmask":
+            where = bitmask(parts, rows * columns, coding)
+        else:
+            gaps = stream(parts, "index", meta["gaps"], 8, coding)
+            ends = np.cumsum(np.where(gaps < 255, gaps + 1, 255))
+            where = ends[gaps < 255] - 1
+        codes = stream(parts, "codes", meta["count"], bits, coding)
+    else:
+        (r, c), across = layout["block"], math.ceil(columns / layout["block"][1])
+        blocks = bitmask(parts, math.ceil(rows / r) * across, coding)
+        codes = stream(parts, "codes", meta["count"] * r * c, bits, coding)
+        i = (blocks // across * r)[:, None, None] + np.arange(r)[:, None]
+        j = (blocks % across * c)[:, None, None] + np.arange(c)
+        inside = ((i < rows) & (j < columns)).ravel()
+        where, codes = (i * columns + j).ravel()[inside], codes[inside]
+    assert len(where) == len(codes)
+    result = np.zeros(rows * columns, np.float32)
+    result[where] = values(codes, where, number, bits, parts, columns)
+    return result
+
+
+def bitmask(parts: dict[str, bytes], count: int, coding: dict) -> np.ndarray:
+    mask = stream(parts, "index", math.ceil(count / 8), 8, coding).astype(np.uint8)
+    flags = np.unpackbits(mask, bitorder="little")
+    assert not flags[count:].any()
+    return np.flatnonzero(flags)
+
+
+def values(codes, where, number, bits, parts, columns) -> np.ndarray:
+    """float32 values of unsigned codes at the positions ``where``."""
+    kind = number["type"]
+    if kind == "Float":
+        if number["dtype"] == "float32":
+            return codes.astype("<u4").view("<f4")
+        if number["dtype"] == "float16":
+            return codes.astype("<u2").view("<f2").astype(np.float32)
+        return (codes << 16).astype("<u4").view("<f4")
+    q = np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
+    if "Fixed" in kind:
+        p = number["integer_bits"] if kind == "FixedPoint" else parts["integer_bits"]
+        p = p if kind == "FixedPoint" else struct.unpack("<b", p)[0]
+        return (q * 2.0 ** (p - bits)).astype(np.float32) + np.float32(0)
+    scales = np.frombuffer(parts["scales"], "<f4")
+    size = max(1, min(number["group_size"] or columns, columns))
+    index = where // columns * math.ceil(columns / size) + where % columns // size
+    index = index * (number.get("granularity") != "tensor")
+    if not number.get("symmetric", True):
+        q = q - np.frombuffer(parts["zeros"], np.int8)[index]
+    return q.astype(np.float32) * scales[index] + np.float32(0)
+
+
+def stream(parts, name, count, bits, coding) -> np.ndarray:
+    """int64 unsigned codes of one stream."""
+    if coding["type"] == "Huffman" and bits > 8:
+        planes = [(8 * i, min(8, bits - 8 * i)) for i in range(math.ceil(bits / 8))]
+        return sum(
+            stream(parts, f"{name}_{i}", count, width, coding) << shift
+            for i, (shift, width) in enumerate(planes)
+        )
+    if f"{name}_lengths" not in parts:
+        return raw(parts[name], count, bits)
+    lengths = raw(parts[f"{name}_lengths"], 2 * len(parts[f"{name}_lengths"]), 4)
+    codes, code = {}, 0
+    for length in range(1, 13):
+        code *= 2
+        for symbol in np.flatnonzero(lengths == length):
+            codes[length, code] = int(symbol)
+            code += 1
+    sizes = np.frombuffer(parts[f"{name}_sizes"], "<u2")
+    symbols, position = [], 0
+    for i, size in enumerate(sizes):
+        chunk = np.frombuffer(parts[name][position : position + size], np.uint8)
+        bits_left = iter(np.unpackbits(chunk, bitorder="little").tolist())
+        for _ in range(min(coding["chunk_size"], count - i * coding["chunk_size"])):
+            length = code = 0
+            while (length, code) not in codes:
+                length, code = length + 1, 2 * code + next(bits_left)
+            symbols.append(codes[length, code])
+        padding = list(bits_left)
+        assert len(padding) < 8
+        assert not any(padding)
+        position += size
+    return np.array(symbols, np.int64)
+
+
+def raw(data: bytes, count: int, bits: int) -> np.ndarray:
+    flags = np.unpackbits(np.frombuffer(data, np.uint8), bitorder="little")
+    assert not flags[count * bits :].any()
+    return flags[: count * bits].reshape(count, bits).astype(np.int64) @ (1 << np.arange(bits))
