@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,11 +14,6 @@
 
 #include "../check.h"
 
-// Only a torch with CUDA has this function. A weak reference lets the library link beside one
-// without, with every other missing symbol still an error.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
-
 namespace compressops {
 
 inline void check_cuda(cudaError_t error, const char* op) {
@@ -26,12 +22,23 @@ inline void check_cuda(cudaError_t error, const char* op) {
   }
 }
 
+// Only libtorch_cuda.so has this function, and torch has loaded it before any CUDA tensor exists.
+// It is looked up there, so that the library links beside a torch without CUDA, with every missing
+// symbol an error, and does not hang on the linker's keeping of an indirect dependency.
 inline cudaStream_t current_stream(const Tensor& tensor, const char* op) {
-  if (aoti_torch_get_current_cuda_stream == nullptr) {
-    throw std::runtime_error(std::string(op) + ": this torch is built without CUDA");
+  using GetStream = decltype(&aoti_torch_get_current_cuda_stream);
+  static const auto get_stream = []() -> GetStream {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return nullptr;
+    return reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
+  }();
+  if (get_stream == nullptr) {
+    throw std::runtime_error(std::string(op) +
+                             ": libtorch_cuda.so is not loaded or has no "
+                             "aoti_torch_get_current_cuda_stream");
   }
   void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
