@@ -15,7 +15,16 @@ from torch.nn.utils import parametrize
 from compressops import backends
 from compressops.compress import Encode, Prune, Quantize, record
 from compressops.convert import convert, from_packed
-from compressops.formats import DynamicFixedPoint, FixedPoint, Float, Huffman, Int, Raw, Sparse
+from compressops.formats import (
+    DynamicFixedPoint,
+    FixedPoint,
+    Float,
+    Huffman,
+    Int,
+    LowRank,
+    Raw,
+    Sparse,
+)
 from compressops.nn import (
     Int8Linear,
     PackedConv1d,
@@ -143,7 +152,7 @@ def test_a_number_quantizes_after_training(small: Small) -> None:
         weight = getattr(small, name).weight.detach()
         expected = number.fake_quantize(weight, number.fit(weight))
         assert torch.equal(getattr(packed, name).weight, expected)
-        assert packed.conversion_notes[name].why.startswith("quantized after training")
+        assert packed.conversion_notes[name].why.startswith("compressed after training")
     assert (packed(TOKENS) - small(TOKENS)).norm() < 0.2 * small(TOKENS).norm()
 
 
@@ -204,9 +213,7 @@ def test_a_number_on_a_pruned_model_keeps_the_zeros(small: Small) -> None:
 
 def test_a_second_number_is_refused(small: Small) -> None:
     model = compressed(small, Quantize(DynamicFixedPoint(bits=6)))
-    with pytest.raises(
-        ValueError, match=r"'embedding' was compressed to DynamicFixedPoint\(bits=6"
-    ):
+    with pytest.raises(ValueError, match=r"'embedding': it was compressed to Dynamic"):
         convert(model, Int(bits=4))
     # The same number, or only a coding, adds nothing lossy.
     expected = model(TOKENS)
@@ -437,6 +444,35 @@ def test_a_parametrization_of_another_kind_is_packed_over() -> None:
     assert isinstance(packed[0], PackedLinear)
     assert not parametrize.is_parametrized(packed[0])
     assert torch.equal(packed(x), expected)
+
+
+def test_low_rank(small: Small) -> None:
+    packed = convert(small, {"head": (LowRank(4), Int(bits=8)), "conv2": None, "conv1": LowRank(3)})
+    assert isinstance(packed.head, PackedLinear)
+    assert packed.head.packed_weight.packed().layout == LowRank(4)
+    assert torch.linalg.matrix_rank(packed.conv1.weight.flatten(1)) == 3
+    again = convert(packed, {"head": Huffman()})
+    assert again.head.packed_weight.packed().coding == Huffman()
+    assert torch.equal(again.head.weight, packed.head.weight)
+    with pytest.raises(ValueError, match="layer 'head': LowRank: rank 40"):
+        convert(small, {"head": LowRank(40)})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda m: m.double(), "float64"), (lambda m: m.to("meta"), "meta device")],
+)
+def test_weights_that_cannot_be_packed_are_named(
+    small: Small, change: Callable[[nn.Module], None], message: str
+) -> None:
+    change(small)
+    with pytest.raises(ValueError, match=f"layer 'embedding': .*{message}"):
+        convert(small, Int(bits=4))
+
+
+def test_wide_layers_are_not_given_to_int8_linear() -> None:
+    layer = nn.Linear(131073, 1, bias=False)
+    assert isinstance(convert(layer, Int(bits=8), prefer="size"), PackedLinear)
 
 
 def entries(model: nn.Module) -> dict:

@@ -174,15 +174,5 @@ class PackedModule(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.get_config()
-        packed = self.packed_weight.packed()
         shown = [f"{k}={v}" for k, v in config.items() if k not in ("type", "input_quantizer")]
-        return ", ".join(
-            [
-                *shown,
-                f"{packed.layout}",
-                f"{packed.number}",
-                f"{packed.coding}",
-                f"{packed.nbytes} bytes",
-                f"residency={self.residency!r}",
-            ]
-        )
+        return ", ".join([*shown, *self.packed_weight.described(), f"residency={self.residency!r}"])
