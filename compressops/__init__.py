@@ -1,8 +1,71 @@
-"""compressops: chain-compress PyTorch networks and keep every factor in file, memory and time."""
+"""compressops: chain-compress PyTorch networks and keep every factor in file, memory and time.
+
+``compress`` runs a recipe (prune, quantize, retrain, encode) on a model, ``convert`` turns the
+result into drop-in modules on packed weights, ``save`` and ``load`` move it to a file and back.
+"""
 
 from . import backends, ops
 from .backends import BackendError, backend
+from .compress import (
+    Cast,
+    Encode,
+    Equalize,
+    Prune,
+    Quantize,
+    Recipe,
+    Result,
+    Retrain,
+    compress,
+)
+from .distill import LogitsKD
+from .formats import (
+    BlockSparse,
+    Dense,
+    DynamicFixedPoint,
+    FixedPoint,
+    Float,
+    Huffman,
+    Int,
+    LowRank,
+    PackedTensor,
+    Raw,
+    Sparse,
+    Ternary,
+)
+from .serialize import inspect, load, save, verify
 
 __version__ = "0.1.0"
 
-__all__ = ["BackendError", "__version__", "backend", "backends", "ops"]
+__all__ = [
+    "BackendError",
+    "BlockSparse",
+    "Cast",
+    "Dense",
+    "DynamicFixedPoint",
+    "Encode",
+    "Equalize",
+    "FixedPoint",
+    "Float",
+    "Huffman",
+    "Int",
+    "LogitsKD",
+    "LowRank",
+    "PackedTensor",
+    "Prune",
+    "Quantize",
+    "Raw",
+    "Recipe",
+    "Result",
+    "Retrain",
+    "Sparse",
+    "Ternary",
+    "__version__",
+    "backend",
+    "backends",
+    "compress",
+    "inspect",
+    "load",
+    "ops",
+    "save",
+    "verify",
+]

@@ -51,8 +51,8 @@ class LogitsKD(DistillLoss):
                 f"LogitsKD: student logits {list(student.shape)} and teacher logits "
                 f"{list(teacher.shape)} differ in shape"
             )
-        student = student.float().flatten(0, -2) / self.temperature
-        teacher = teacher.detach().float().flatten(0, -2) / self.temperature
+        student = student.float().reshape(-1, student.shape[-1]) / self.temperature
+        teacher = teacher.detach().float().reshape(-1, teacher.shape[-1]) / self.temperature
         if self.kind == "mse":
             return F.mse_loss(student, teacher)
         log_p = F.log_softmax(student, dim=-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,11 +44,11 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
         raise ImportError(
             "retraining needs the package accelerate: pip install 'compressops[train]'"
         ) from error
-    state = AcceleratorState._shared_state
-    if state and mixed_precision not in (None, state.get("_mixed_precision")):
+    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         # The state is shared by all accelerators of a process and keeps its first precision.
         AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    accelerator = Accelerator(mixed_precision=precision)
     if str(accelerator.distributed_type) not in _SUPPORTED:
         raise ValueError(
             f"Retrain runs in one process or under DDP, not {accelerator.distributed_type}"
