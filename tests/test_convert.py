@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,7 @@ from compressops.nn import (
     PackedModule,
 )
 from compressops.registry import is_layer, register
+from compressops.serialize import load, save
 from compressops.zoo.cifarnet import CifarNet
 
 
@@ -497,6 +499,34 @@ def test_from_packed_rebuilds_the_model(small: Small, residency: str) -> None:
         assert torch.equal(here.weight, there.weight)
         assert here.residency == residency
     assert again.conversion_notes["head"].was == "Linear"
+
+
+@pytest.mark.parametrize("residency", ["decoded", "packed"])
+def test_through_a_file_and_back(tmp_path: Path, residency: str) -> None:
+    def net() -> nn.Module:
+        return nn.Sequential(Tied(), nn.Linear(40, 20), nn.BatchNorm1d(20), nn.Linear(20, 4))
+
+    model = net()[1:]
+    quantize = Quantize(Int(bits=4), activations=DynamicFixedPoint(bits=6))
+    model = compressed(model, Prune(density=0.5), quantize, HUFFMAN).train()
+    x = torch.randn(16, 40)
+    model(x)
+    packed = convert(model.eval())
+    save(packed, tmp_path / "a.safetensors")
+    again = load(tmp_path / "a.safetensors", net()[1:].eval(), residency)
+    assert torch.equal(again(x), packed(x))
+    assert torch.equal(again(x), model(x))
+
+    tied = convert(
+        Tied(), {"embedding": Int(bits=4), "head": Int(bits=4), "block": Int(bits=8)}, prefer="size"
+    )
+    save(tied, tmp_path / "b.safetensors")
+    again = load(tmp_path / "b.safetensors", Tied, residency)
+    assert again.embedding.packed_weight is again.head.packed_weight
+    assert again.block is again.again
+    assert isinstance(again.block, Int8Linear)
+    tokens = torch.arange(8)[None]
+    assert torch.equal(again(tokens), tied(tokens))
 
 
 def test_from_packed_keeps_ties() -> None:
