@@ -153,7 +153,11 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, as the float layer has it (decoded on each access if packed)."""
-        return self.packed_weight()
+        # On each call of the layer, so not through Module's __getattr__ and __call__, which take
+        # a microsecond each.
+        held = self._modules["packed_weight"]
+        decoded = held._buffers.get("decoded")
+        return held() if decoded is None else decoded
 
     @property
     def residency(self) -> str:
