@@ -288,8 +288,9 @@ def load(
             raise ValueError(f"{os.fspath(path)}: packed tensor {name!r} belongs to no module")
         modules[owner]["packed"][param] = tensor
     try:
-        for name in packed.keys() & weights.keys():
-            _check_fit(name, packed[name], weights[name])
+        for name, tensor in packed.items():
+            if name in weights:
+                _check_fit(name, tensor, weights[name])
         loaded = from_packed(float_model, modules, residency)
         plain = contents.tensors | {
             alias: contents.tensors[name]
