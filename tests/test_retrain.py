@@ -393,7 +393,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
-    first, second = (torch.load(f"{out}.{rank}.of2") for rank in (0, 1))
+    first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
     _same(first["model"], second["model"])
     one = compress_images()
     assert len(list(Path(f"{out}.work").glob("stage-*.pt"))) == 5
