@@ -159,7 +159,8 @@ class _Conversion:
             return self.stay(name, module, f"no packed module is registered for {kind}")
         if getattr(module, "max_norm", None) is not None:
             return self.stay(name, module, f"max_norm={module.max_norm} rewrites it on each use")
-        self.plans[name] = plans.plan(name, module, recorded, choice)
+        with naming(name):
+            self.plans[name] = plans.plan(module, recorded, choice)
 
     def _consider_packed(self, name: str, module: PackedModule, choice: Choice) -> None:
         packed = module.packed_weight.packed()
@@ -200,7 +201,7 @@ class _Conversion:
         for name, plan in list(self.plans.items()):
             module, whys, new = self.modules[name], [_reason(plan, self.modules[name])], None
             with naming(name):
-                packed = _pack(module, plan)
+                packed = plans.pack(module, plan)
                 for rule in rules[name]:
                     candidate = self._make(module, rule.target, packed)
                     taken, why = self._judge(rule, module, candidate, inputs.get(name))
@@ -363,31 +364,11 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     return owners
 
 
-def _pack(module: nn.Module, plan: Plan) -> PackedTensor:
-    if isinstance(module, PackedModule):
-        before = module.packed_weight.packed().to("cpu")
-        after = PackedTensor.pack(
-            before.unpack(), plan.layout, plan.number, plan.coding, before.params
-        )
-        # The count of a mask that is no longer there.
-        kept = {k: v for k, v in before.meta.items() if k == "kept"}
-        return replace(after, meta={**after.meta, **kept})
-    return PackedTensor.pack(
-        module.weight.detach().cpu(),
-        plan.layout,
-        plan.number,
-        plan.coding,
-        params=None if plan.params is None else {k: v.cpu() for k, v in plan.params.items()},
-        mask=None if plan.mask is None else plan.mask.cpu(),
-        lossy=plan.post_training,
-    )
-
-
 def _reason(plan: Plan, module: nn.Module) -> str:
     if isinstance(module, PackedModule):
         return "was packed before; repacked as asked"
     if plan.post_training:
-        return "quantized after training, as the config asks"
+        return "compressed after training, as the config asks"
     return "packed as it was compressed" if plan.recorded else "packed without loss"
 
 

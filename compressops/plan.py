@@ -1,16 +1,18 @@
-"""What `convert` is asked to do with each layer: its record, completed by the config."""
+"""What `convert` is asked to do with each layer: its record, completed by the config; and its
+packed weight."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from compressops.formats import Coding, Dense, Float, Layout, Number, Raw
+from compressops.formats import Coding, Dense, Float, Layout, LowRank, Number, PackedTensor, Raw
+from compressops.nn import PackedModule
 
 Config = Layout | Number | Coding | tuple | None
 
@@ -36,9 +38,10 @@ class Plan:
         layout, number, coding: the choice on each axis.
         params: the number's parameters as recorded; ``None`` fits them to the weight.
         mask: bool, of the weight's shape: the entries that pruning kept; ``None``: all.
-        post_training: the number comes from the config, so the weight is quantized now.
+        post_training: the number (or a low rank) comes from the config: the weight changes now.
         recorded: the layer was compressed, and its parametrizations are the record.
         shared: the weight also belongs to a layer of another type.
+        shape: of the weight.
     """
 
     layout: Layout
@@ -49,6 +52,7 @@ class Plan:
     post_training: bool = False
     recorded: bool = False
     shared: bool = False
+    shape: tuple[int, ...] = ()
 
 
 def resolve(config: Config | Mapping[str, Config], layers: Mapping[str, Any]) -> dict[str, Choice]:
@@ -93,26 +97,28 @@ def _choice(config: Config, leave: bool) -> Choice:
     return Choice(**axes)
 
 
-def plan(name: str, module: nn.Module, record: Any, choice: Choice) -> Plan:
+def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
     """The plan of a float layer from its `compress.record` (or ``None``) and its choice.
 
     Raises:
         ValueError: the layer is recorded with a number, and the config asks for another.
     """
+    shape, low_rank = tuple(module.weight.shape), isinstance(choice.layout, LowRank)
     if record is None:
         plain = Float(str(module.weight.dtype).removeprefix("torch."))
         return Plan(
             choice.layout or Dense(),
             choice.number or plain,
             choice.coding or Raw(),
-            post_training=choice.number is not None,
+            post_training=choice.number is not None or low_rank,
+            shape=shape,
         )
-    number, params, post_training = record.number, record.params, False
+    number, params, post_training = record.number, record.params, low_rank
     if choice.number not in (None, number):
         if not number.is_float:
             raise ValueError(
-                f"config: layer {name!r} was compressed to {number}, and {choice.number} would "
-                f"quantize it again; leave it out with filter_fn, or convert without a number"
+                f"it was compressed to {number}, and the config's {choice.number} would quantize "
+                f"it again; leave it out with filter_fn, or convert without a number"
             )
         number, params, post_training = choice.number, None, True
     return Plan(
@@ -123,7 +129,46 @@ def plan(name: str, module: nn.Module, record: Any, choice: Choice) -> Plan:
         record.mask,
         post_training,
         recorded=True,
+        shape=shape,
     )
+
+
+def pack(module: nn.Module, plan: Plan) -> PackedTensor:
+    """The packed weight of a float, compressed or already packed layer, on the CPU.
+
+    Raises:
+        ValueError: the weight does not fit the plan.
+    """
+    if isinstance(module, PackedModule):
+        return _repack(module.packed_weight.packed().to("cpu"), plan)
+    if module.weight.is_meta:
+        raise ValueError("its weight is on the meta device, and has no values")
+    return PackedTensor.pack(
+        module.weight.detach().cpu(),
+        plan.layout,
+        plan.number,
+        plan.coding,
+        params=None if plan.params is None else {k: v.cpu() for k, v in plan.params.items()},
+        mask=None if plan.mask is None else plan.mask.cpu(),
+        lossy=plan.post_training,
+    )
+
+
+def _repack(before: PackedTensor, plan: Plan) -> PackedTensor:
+    """The same weight in another layout or coding, without loss."""
+    if isinstance(before.layout, LowRank) and plan.layout == before.layout:
+        factors = [
+            PackedTensor.pack(f.unpack(), f.layout, f.number, plan.coding, f.params)
+            for f in before.factors()
+        ]
+        after = PackedTensor.from_factors(*factors, before.shape, before.dtype)
+    else:
+        after = PackedTensor.pack(
+            before.unpack(), plan.layout, plan.number, plan.coding, before.params or None
+        )
+    # The count of a mask that is no longer there.
+    kept = {k: v for k, v in before.meta.items() if k == "kept"}
+    return replace(after, meta={**after.meta, **kept})
 
 
 @contextlib.contextmanager

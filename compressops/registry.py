@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from compressops.formats import LowRank
 from compressops.nn import (
     Int8Linear,
     PackedConv1d,
@@ -16,6 +17,7 @@ from compressops.nn import (
     PackedModule,
 )
 from compressops.nn.linear import fits_int8
+from compressops.ops.int8_linear import MAX_IN_FEATURES
 from compressops.plan import Plan
 
 
@@ -86,13 +88,19 @@ def is_layer(module: nn.Module) -> bool:
     return "weight" in owned and getattr(module.weight, "ndim", 0) >= 2
 
 
+def _runs_int8(plan: Plan) -> bool:
+    """Its activations are quantized too, which a network trained otherwise was not asked about."""
+    return (
+        plan.post_training
+        and not plan.shared
+        and fits_int8(plan.number)
+        and not isinstance(plan.layout, LowRank)
+        and plan.shape[1] <= MAX_IN_FEATURES
+    )
+
+
 register(nn.Linear, PackedLinear)
-register(
-    nn.Linear,
-    Int8Linear,
-    lambda plan: plan.post_training and fits_int8(plan.number) and not plan.shared,
-    runs_dense=False,
-)
+register(nn.Linear, Int8Linear, _runs_int8, runs_dense=False)
 # The output projection of nn.MultiheadAttention, which reads .weight and .bias itself.
 register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
 register(nn.Conv1d, PackedConv1d)

@@ -98,14 +98,14 @@ def write(
     Args:
         path: of the file; its folder exists.
         tensors: by name, plain or packed. A tensor that is there under two names is stored once.
-        modules: JSON values to keep beside them, by module name.
+        modules: configs to keep beside them, by module name: JSON objects with a ``type``.
 
     Returns:
         the file's bytes.
 
     Raises:
-        ValueError: a name or dtype that safetensors does not know, modules that are no JSON, a
-            packed tensor that is corrupt.
+        ValueError: a name or dtype that safetensors does not know, modules that are no JSON or
+            have no type, a packed tensor that is corrupt.
     """
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
@@ -138,16 +138,21 @@ def write(
     stored = plain | blobs
     # Widest first, as the safetensors library does it, so that each tensor is aligned.
     names = sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name in blobs, name))
-    metadata = build(
-        {name: specs[name] for name in names if name in blobs},
-        {name: digest(_bytes(blobs[name])) for name in blobs},
-        decoded,
-        [digest(_bytes(plain[name])) for name in names if name in plain],
-        aliases,
-        dict(modules or {}),
-    )
+    modules = {name: dict(config) for name, config in (modules or {}).items()}
+    for name, config in modules.items():
+        if not isinstance(config.get("type"), str):
+            raise ValueError(f"module {name!r} has no type: {config}")
     layout = [(name, stored[name].dtype, tuple(stored[name].shape)) for name in names]
+    hashes = {name: digest(_bytes(stored[name])) for name in names}
     try:
+        metadata = build(
+            {name: specs[name] for name in names if name in blobs},
+            hashes,
+            decoded,
+            [hashes[name] for name in names if name in plain],
+            aliases,
+            modules,
+        )
         header = build_header(layout, metadata)
     except TypeError as error:
         raise ValueError(f"modules must be JSON values: {error}") from None
@@ -160,7 +165,7 @@ def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
 
     Args:
         path: of the file.
-        max_entries: how many entries the packed tensor of a name may decode to; see
+        max_entries: entries that the packed tensor of a name may have in any case; see
             :meth:`PackedTensor.from_spec`.
 
     Raises:
@@ -207,7 +212,7 @@ def verify(path: Path, max_entries: Mapping[str, int] | None = None) -> VerifyRe
 
     Args:
         path: of the file.
-        max_entries: how many entries the packed tensor of a name may decode to; see
+        max_entries: entries that the packed tensor of a name may have in any case; see
             :meth:`PackedTensor.from_spec`.
 
     Raises:
@@ -269,7 +274,8 @@ def load(
     from compressops.convert import from_packed
 
     float_model = model if isinstance(model, nn.Module) else model()
-    contents = read(path, _entries(float_model))
+    weights = _weights(float_model)
+    contents = read(path, {name: weight.numel() for name, weight in weights.items()})
     packed = contents.packed | {
         alias: contents.packed[name]
         for alias, name in contents.aliases.items()
@@ -282,6 +288,9 @@ def load(
             raise ValueError(f"{os.fspath(path)}: packed tensor {name!r} belongs to no module")
         modules[owner]["packed"][param] = tensor
     try:
+        for name, tensor in packed.items():
+            if name in weights:
+                _check_fit(name, tensor, weights[name])
         loaded = from_packed(float_model, modules, residency)
         plain = contents.tensors | {
             alias: contents.tensors[name]
@@ -321,18 +330,19 @@ def _plain_state(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _entries(model: nn.Module) -> dict[str, int]:
-    """Sizes of the model's tensors: a file that decodes to them is not out of proportion."""
-    sizes = {
-        name: tensor.numel()
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    }
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)  # of parametrized or packed modules too
-        if isinstance(weight, Tensor):
-            sizes[_join(name, "weight")] = weight.numel()
-    return sizes
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of layers by name, those of parametrized and packed layers too."""
+    named = model.named_modules(remove_duplicate=False)
+    weights = {_join(name, "weight"): getattr(module, "weight", None) for name, module in named}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def _check_fit(name: str, stored: Tensor | PackedTensor, target: Tensor) -> None:
+    if tuple(target.shape) != tuple(stored.shape) or target.dtype != stored.dtype:
+        raise ValueError(
+            f"{name} is {stored.dtype} {list(stored.shape)} in the file, "
+            f"{target.dtype} {list(target.shape)} in the model"
+        )
 
 
 def _load_plain(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -345,13 +355,8 @@ def _load_plain(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             raise ValueError(f"{what} {shown}")
     for name, tensor in tensors.items():
-        target = state[name]
-        if target.shape != tensor.shape or target.dtype != tensor.dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)} in the file, "
-                f"{target.dtype} {list(target.shape)} in the model"
-            )
-        if target.is_meta:
+        _check_fit(name, tensor, state[name])
+        if state[name].is_meta:
             raise ValueError(f"{name} of the model is on the meta device")
     with torch.no_grad():
         for name, tensor in tensors.items():

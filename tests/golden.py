@@ -26,7 +26,11 @@ from compressops.formats import (
 from compressops.serialize import write
 
 FILE = Path(__file__).parent / "data" / "golden_v1.safetensors"
-MODULES = {"sparse_gaps": {"type": "PackedConv2d", "note": 'any "JSON", ünïcode too'}}
+MODULES = {
+    "a": {"type": "PackedConv2d", "stride": [1, 1], "bias": False, "note": 'any "JSON", ünïcode'},
+    "b": {"type": "PackedConv2d", "stride": [1, 1], "bias": True, "note": None},
+    "c": {"type": "PackedLinear", "bias": False},
+}
 SHORT_CHUNKS = Huffman(max_length=9, chunk_size=50)
 
 

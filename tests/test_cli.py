@@ -112,7 +112,7 @@ def test_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("inspect", "missing.safetensors"), "missing.safetensors"),
         (("report", "{saved}", "-m", "ResNet"), "unknown model 'ResNet'"),
         (("report", "{saved}", "-m", "{CifarNet: {depth: 3}}"), "'depth'"),
-        (("report", "{saved}", "-m", "{CifarNet: {width: 0.2}}"), "out_channels"),
+        (("report", "{saved}", "-m", "{CifarNet: {width: 0.2}}"), "does not fit the model"),
         (("report", "{saved}", "-m", "os:nothing"), "no function 'nothing'"),
         (("report", "{saved}", "-m", "no_such_package:f"), "no_such_package"),
         (("report", "{saved}", "-m", "os:getcwd"), "makes a str"),

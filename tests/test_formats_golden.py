@@ -14,7 +14,7 @@ from compressops.formats import PackedTensor
 from compressops.serialize import inspect, read, verify, write
 
 # The file never changes; nor does this.
-SHA256 = "0e9998fdb220654b72e91c5963b8d4b5cb45b353fa7a3037312e3fea21fa6eca"
+SHA256 = "f50cbd733efb42c7bb34b388438e560e5771af280b7e0da2d3c840389a7834af"
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:

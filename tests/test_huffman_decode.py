@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressops.formats.huffman import huffman_encode, huffman_lengths
 from conftest import kernel_params
 from hypothesis import given
 from hypothesis import strategies as st
 
 import compressops as co
+from compressops.formats.huffman import huffman_encode, huffman_lengths
 
 ALL_KERNELS = pytest.mark.parametrize("kernel", kernel_params("huffman_decode"), indirect=True)
 

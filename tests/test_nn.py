@@ -258,6 +258,7 @@ def test_meta_device_and_back() -> None:
     hollow = copy.deepcopy(module).to("meta")
     assert all(b.device.type == "meta" for b in hollow.buffers())
     assert hollow(case.input().to("meta")).device.type == "meta"
+    assert "DynamicFixedPoint" in repr(hollow)
     hollow.to_empty(device="cpu")
     hollow.load_state_dict(state)
     x = case.input()
@@ -273,6 +274,13 @@ def test_compiles_in_one_graph(case: Case) -> None:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     x = case.input()
     torch.testing.assert_close(compiled(x), module(x))
+
+
+def test_packed_residency_works_under_compile() -> None:
+    torch.compiler.reset()
+    module, _, _ = packed_twin(CASES[0], "dfp6-sparse-huffman", "packed")
+    x = CASES[0].input()
+    torch.testing.assert_close(torch.compile(module, backend="aot_eager")(x), module(x))
 
 
 def test_gradient_reaches_the_input_and_the_bias() -> None:

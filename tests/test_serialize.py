@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressops.formats.container as container
-from compressops.formats import DynamicFixedPoint, Huffman, Int, PackedTensor, Sparse
+from compressops.formats import DynamicFixedPoint, Huffman, PackedTensor, Sparse, Ternary
 from compressops.formats.container import build_header, digest
 from compressops.serialize import (
     CorruptFileError,
@@ -46,9 +46,9 @@ def saved(tmp_path):
 def test_round_trip(tmp_path):
     tensors = small()
     path = tmp_path / "net.safetensors"
-    assert write(str(path), tensors, {"conv": {"bias": False}}) == path.stat().st_size
+    assert write(str(path), tensors, {"conv": {"type": "A", "bias": False}}) == path.stat().st_size
     contents = read(path)
-    assert contents.modules == {"conv": {"bias": False}}
+    assert contents.modules == {"conv": {"type": "A", "bias": False}}
     assert list(contents.packed) == ["conv.weight"]
     for name, tensor in contents.tensors.items():
         assert torch.equal(tensor, tensors[name])
@@ -263,8 +263,9 @@ def test_a_missing_file_is_an_os_error(tmp_path):
         ({"a": torch.zeros(1, device="meta")}, {}, "'a' cannot be stored: .* on meta"),
         ({"a": torch.zeros(2).to_sparse()}, {}, "'a' cannot be stored: .* torch.sparse_coo"),
         ({"a": torch.zeros(2, dtype=torch.complex128)}, {}, "torch.complex128"),
-        ({}, {"m": {"f": object()}}, "modules must be JSON values"),
-        ({}, {"m": {"f": float("nan")}}, "JSON"),
+        ({}, {"m": {"f": 1}}, "module 'm' has no type"),
+        ({}, {"m": {"type": "A", "f": object()}}, "modules must be JSON values"),
+        ({}, {"m": {"type": "A", "f": float("nan")}}, "JSON"),
     ],
 )
 def test_what_cannot_be_written_leaves_the_old_file(saved, tensors, modules, message):
@@ -337,10 +338,22 @@ def test_inspect_shows_ideal_and_stored(saved):
 
 def test_reading_a_large_weight_that_was_asked_for(tmp_path):
     path = tmp_path / "file"
-    u = PackedTensor.pack(torch.ones(5000, 1), number=Int(2))
-    v = PackedTensor.pack(torch.ones(1, 4000), number=Int(2))
-    write(path, {"w": PackedTensor.from_factors(u, v, (5000, 4000), torch.float32)})
-    assert verify(path).packed == 1  # 2^24 entries and 4096 a byte: 20 million are allowed
-    assert read(path, max_entries={"w": 20_000_000}).packed["w"].shape == (5000, 4000)
-    with pytest.raises(CorruptFileError, match=r"tensor 'w': .* more than the 100 allowed"):
-        read(path, max_entries={"w": 100})
+    u = PackedTensor.pack(torch.ones(4000, 1), number=Ternary())
+    v = PackedTensor.pack(torch.ones(1, 12_000), number=Ternary())
+    write(path, {"w": PackedTensor.from_factors(u, v, (4000, 12_000), torch.float32)})
+    limited = r"tensor 'w': .* takes 48000000 entries in memory, more than the"
+    for check in (verify, read):
+        with pytest.raises(CorruptFileError, match=limited):
+            check(path, {"w": 100})
+    assert read(path, {"w": 48_000_000}).packed["w"].shape == (4000, 12_000)
+
+
+def test_options_that_modules_share_are_written_once(tmp_path):
+    options = {"stride": [1, 1], "padding_mode": "zeros", "bias": False}
+    modules = {str(i): {"type": "Conv", "channels": i, **options} for i in range(9)}
+    modules["3"] = {"type": "Conv", "channels": 3, "stride": [2, 2], "bias": False, "extra": None}
+    modules["other"] = {"type": "Linear", "channels": 4}
+    write(tmp_path / "file", {}, modules)
+    assert read(tmp_path / "file").modules == inspect(tmp_path / "file").modules == modules
+    data = (tmp_path / "file").read_bytes()
+    assert data.count(b"stride") == 2

@@ -1,0 +1,1 @@
+"""Triton kernels, one module per op; each needs triton, this package alone does not."""

@@ -261,7 +261,8 @@ class PackedTensor:
         Args:
             spec: of ``to_spec``.
             parts: of those names, dtypes and shapes.
-            max_entries: refuse a weight of more entries. Default: 2^24, and 4096 per stored byte.
+            max_entries: allow a weight of so many entries, where that is more than the limit: 2^24,
+                and 4096 per stored byte.
 
         Raises:
             ValueError: which names what is wrong and its value.
@@ -348,8 +349,7 @@ class PackedTensor:
         return shapes | self.number.param_shapes(self.shape)
 
     def _check(self, max_entries: int | None) -> None:
-        limit = FREE_ENTRIES + ENTRIES_PER_BYTE * self.nbytes
-        limit = limit if max_entries is None else max_entries
+        limit = max(FREE_ENTRIES + ENTRIES_PER_BYTE * self.nbytes, max_entries or 0)
         low_rank = isinstance(self.layout, LowRank)
         size = math.prod(self.shape) if low_rank else self.layout.buffer_size(self.shape)
         if size > limit:

@@ -153,7 +153,11 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight, as the float layer has it (decoded on each access if packed)."""
-        return self.packed_weight()
+        # On each call of the layer, so not through Module's __getattr__ and __call__, which take
+        # a microsecond each.
+        held = self._modules["packed_weight"]
+        decoded = held._buffers.get("decoded")
+        return held() if decoded is None else decoded
 
     @property
     def residency(self) -> str:
@@ -174,15 +178,5 @@ class PackedModule(nn.Module):
 
     def extra_repr(self) -> str:
         config = self.get_config()
-        packed = self.packed_weight.packed()
         shown = [f"{k}={v}" for k, v in config.items() if k not in ("type", "input_quantizer")]
-        return ", ".join(
-            [
-                *shown,
-                f"{packed.layout}",
-                f"{packed.number}",
-                f"{packed.coding}",
-                f"{packed.nbytes} bytes",
-                f"residency={self.residency!r}",
-            ]
-        )
+        return ", ".join([*shown, *self.packed_weight.described(), f"residency={self.residency!r}"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressops import backends, ops, schema
-from compressops.formats import PackedTensor
+from compressops.formats import Coding, Layout, Number, PackedTensor
 
 RESIDENCIES = ("decoded", "packed")
 
@@ -78,6 +78,12 @@ class PackedWeight(nn.Module):
         """The weight as the value that is saved and measured; shares the buffers' memory."""
         parts = {name: self._buffers[name] for name in self._parts}
         return PackedTensor.from_spec(self._spec, parts, max_entries=_NO_LIMIT)
+
+    def described(self) -> list[str]:
+        """The three axes and the size as text; asks nothing of the parts, which may be on meta."""
+        axes = (("layout", Layout), ("number", Number), ("coding", Coding))
+        nbytes = sum(self._spec["parts"].values())
+        return [*(str(axis.from_spec(self._spec[name])) for name, axis in axes), f"{nbytes} bytes"]
 
     def _set_packed(self, packed: PackedTensor) -> None:
         for name in getattr(self, "_parts", ()):

@@ -1,0 +1,379 @@
+// int8_linear: y[M, N] = activation((q[M, K] @ weight[N, K].T) · x_scale[M] · weight_scale[N] +
+// bias)
+//
+// Kernel 1 quantizes each row of x to int8, x_scale = amax / 127. Kernel 2 is one of
+//   rows   M ≤ 16: the weight's N·K bytes are all the traffic that counts, so each is read once, by
+//          the warp that owns its row, and multiplied with dp4a;
+//   tile   an int8 GEMM on the tensor cores (mma.sync m16n8k32, sm_80 and newer): per block and
+//   step
+//          of 64 along K, (kBlockM + kBlockN) · 64 bytes come in and 2 · kBlockM · kBlockN · 64
+//          operations are done on them, 128 a byte for 128 × 128 tiles.
+// Sums are exact in int32 for K ≤ kInt8LinearMaxK; the caller refuses a larger K.
+#pragma once
+
+#include "device.cuh"
+#include "ptx.cuh"
+#include "quantize_rows.cuh"
+
+namespace compressops {
+
+// The sums of |q| ≤ 127 times |weight| ≤ 128 must fit 31 bits.
+constexpr int64_t kInt8LinearMaxK = 131072;
+static_assert(kInt8LinearMaxK * 127 * 128 <= 0x7fffffff);
+
+enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2 };
+
+// Which kernel serves a shape. The tests force each.
+enum class Int8LinearKernel : int { kAuto = -1, kRows1, kRows4, kRows16, kTile64, kTile128 };
+
+template <class T>
+struct Int8LinearArgs {
+  int64_t M, N, K;
+  Global<const T> x;  // [M, K], rows x_row_stride elements apart
+  int64_t x_row_stride;
+  Global<const int8_t> weight;        // [N, K]
+  Global<const float> weight_scales;  // [N]
+  Global<const float> bias;           // [N] or null
+  Activation activation;
+  Global<int8_t> q;        // scratch [M, padded_to_16(K)]
+  Global<float> x_scales;  // scratch [M]
+  Global<T> y;             // [M, N]
+};
+
+__device__ __forceinline__ int warp_sum(int value) {
+#pragma unroll
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, lanes);
+  }
+  return value;
+}
+
+// 16 weights of a row from column k on, zeros past K. kAligned: rows start on 16 bytes, K % 16 = 0.
+template <bool kAligned>
+__device__ __forceinline__ int4 load_16_weights(Global<const int8_t> row, int64_t k, int64_t K) {
+  if constexpr (kAligned) {
+    return load_nc<int4>(view_as<const int4>(row + k), 0);
+  } else {
+    unsigned words[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      if (k + i < K) {
+        const auto byte = static_cast<uint8_t>(load_nc<int8_t>(row, k + i));
+        words[i / 4] |= static_cast<unsigned>(byte) << (8 * (i % 4));
+      }
+    }
+    return make_int4(static_cast<int>(words[0]), static_cast<int>(words[1]),
+                     static_cast<int>(words[2]), static_cast<int>(words[3]));
+  }
+}
+
+// Separate roundings of product and sum, so that every backend gives the same bits.
+template <class T>
+__device__ __forceinline__ T int8_linear_epilogue(int sum, float scale, float bias,
+                                                  Activation activation) {
+  float value = __fadd_rn(__fmul_rn(__int2float_rn(sum), scale), bias);
+  if (activation == Activation::kRelu) {
+    value = value < 0.0f ? 0.0f : value;  // keeps NaN, as fmaxf would not
+  } else if (activation == Activation::kGelu) {
+    value = 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
+  }
+  return from_float<T>(value);
+}
+
+// A warp owns two rows of the weight: q is read half as often as with one, and with M ≤ 16 the 32
+// sums of a lane still fit its registers.
+constexpr int kRowsWarps = 4;
+constexpr int kRowsColumns = 2;
+
+template <class T, int kRows, bool kAligned>
+__global__ void __launch_bounds__(kRowsWarps* kWarpSize) int8_linear_rows(Int8LinearArgs<T> args) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int64_t first_n = (int64_t{blockIdx.x} * kRowsWarps + warp) * kRowsColumns;
+  const int64_t padded_k = padded_to_16(args.K);
+
+  int sums[kRows][kRowsColumns] = {};
+  for (int64_t k = int64_t{16} * lane; k < args.K; k += 16 * kWarpSize) {
+    int4 weights[kRowsColumns];
+#pragma unroll
+    for (int column = 0; column < kRowsColumns; ++column) {
+      weights[column] = make_int4(0, 0, 0, 0);
+      if (first_n + column < args.N) {
+        weights[column] =
+            load_16_weights<kAligned>(args.weight + (first_n + column) * args.K, k, args.K);
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) {
+      if (row < args.M) {
+        const int4 left = load_nc<int4>(
+            view_as<const int4>(Global<const int8_t>(args.q) + (row * padded_k + k)), 0);
+#pragma unroll
+        for (int column = 0; column < kRowsColumns; ++column) {
+          int& sum = sums[row][column];
+          sum = __dp4a(left.x, weights[column].x, sum);
+          sum = __dp4a(left.y, weights[column].y, sum);
+          sum = __dp4a(left.z, weights[column].z, sum);
+          sum = __dp4a(left.w, weights[column].w, sum);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+    for (int column = 0; column < kRowsColumns; ++column) {
+      const int sum = warp_sum(sums[row][column]);
+      const int64_t n = first_n + column;
+      // Another lane for each, so that their epilogues run side by side.
+      if (lane == row * kRowsColumns + column && row < args.M && n < args.N) {
+        const float scale = __fmul_rn(args.x_scales[row], args.weight_scales[n]);
+        const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
+        args.y[row * args.N + n] = int8_linear_epilogue<T>(sum, scale, bias, args.activation);
+      }
+    }
+  }
+}
+
+// A block computes a kBlockM × kBlockN tile of y, a warp kWarpM × 32 of it. K goes by in steps of
+// 64 bytes, kStages of them in shared memory, the copies of the later ones under way.
+template <int kBlockM_, int kBlockN_, int kWarpM_, int kStages_>
+struct Int8LinearTile {
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_;
+  static constexpr int kWarpM = kWarpM_, kWarpN = 32;
+  static constexpr int kWarpsN = kBlockN / kWarpN;
+  static constexpr int kThreads = kBlockM / kWarpM * kWarpsN * kWarpSize;
+  static constexpr int kChunks = 4;  // 16-byte chunks in a row of a stage
+  static constexpr int kStepK = 16 * kChunks;
+  static constexpr int kSharedBytes = kStages * (kBlockM + kBlockN) * kStepK;
+  static_assert(kBlockM * kChunks % kThreads == 0 && kBlockN * kChunks % kThreads == 0);
+};
+
+// Where chunk `chunk` of row `row` lies in a stage. Two rows share a 128-byte line of shared
+// memory; the XOR makes the eight rows that one ldmatrix matrix reads fall in eight different bank
+// groups.
+__device__ __forceinline__ int swizzled(int row, int chunk) {
+  return row * 4 + (chunk ^ (row / 2 % 4));
+}
+
+// Blocks that run at the same time should share rows of q and of the weight in L2: they take the
+// tiles in groups of 8 tile rows, down each column of a group first.
+__device__ __forceinline__ void tile_of_block(int64_t block_index, int64_t tiles_m, int64_t tiles_n,
+                                              int64_t* tile_m, int64_t* tile_n) {
+  constexpr int64_t kGroup = 8;
+  const int64_t group = block_index / (kGroup * tiles_n);
+  const int64_t rows = min(kGroup, tiles_m - group * kGroup);
+  const int64_t in_group = block_index - group * kGroup * tiles_n;
+  *tile_m = group * kGroup + in_group % rows;
+  *tile_n = in_group / rows;
+}
+
+template <class Tile, bool kAligned, class T>
+__device__ __forceinline__ void int8_linear_load_stage(const Int8LinearArgs<T>& args,
+                                                       Shared<int4> stage_q,
+                                                       Shared<int4> stage_weight, int64_t first_m,
+                                                       int64_t first_n, int64_t first_k) {
+  const int64_t padded_k = padded_to_16(args.K);
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < Tile::kBlockM * Tile::kChunks / Tile::kThreads; ++i) {
+    const int index = i * Tile::kThreads + thread;
+    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    const int64_t m = first_m + row, k = first_k + 16 * chunk;
+    const bool valid = m < args.M && k < padded_k;
+    const int64_t source = valid ? m * padded_k + k : 0;
+    cp_async_16(stage_q + swizzled(row, chunk),
+                view_as<const int4>(Global<const int8_t>(args.q) + source), valid);
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kBlockN * Tile::kChunks / Tile::kThreads; ++i) {
+    const int index = i * Tile::kThreads + thread;
+    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
+    const int64_t n = first_n + row, k = first_k + 16 * chunk;
+    const bool valid = n < args.N && k < args.K;
+    const int64_t source = valid ? n * args.K : 0;
+    if constexpr (kAligned) {
+      cp_async_16(stage_weight + swizzled(row, chunk),
+                  view_as<const int4>(args.weight + (source + (valid ? k : 0))), valid);
+    } else {
+      stage_weight[swizzled(row, chunk)] =
+          valid ? load_16_weights<false>(args.weight + source, k, args.K) : make_int4(0, 0, 0, 0);
+    }
+  }
+}
+
+template <class T, class Tile, bool kAligned>
+__global__ void __launch_bounds__(Tile::kThreads) int8_linear_tile(Int8LinearArgs<T> args) {
+  constexpr int kTilesM = Tile::kWarpM / 16, kTilesN = Tile::kWarpN / 8;
+  constexpr int kStageQ = Tile::kBlockM * Tile::kChunks;
+  constexpr int kStageWeight = Tile::kBlockN * Tile::kChunks;
+  COMPRESSOPS_DYNAMIC_SHARED(int4, shared, Tile::kSharedBytes);
+  const Shared<int4> shared_q = slice(shared, 0, Tile::kStages * kStageQ);
+  const Shared<int4> shared_weight =
+      slice(shared, Tile::kStages * kStageQ, Tile::kStages * kStageWeight);
+
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
+  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warp_m = warp / Tile::kWarpsN * Tile::kWarpM;
+  const int warp_n = warp % Tile::kWarpsN * Tile::kWarpN;
+  int64_t tile_m, tile_n;
+  tile_of_block(blockIdx.x, ceil_div<int64_t>(args.M, Tile::kBlockM),
+                ceil_div<int64_t>(args.N, Tile::kBlockN), &tile_m, &tile_n);
+  const int64_t first_m = tile_m * Tile::kBlockM, first_n = tile_n * Tile::kBlockN;
+  const int steps = static_cast<int>(ceil_div<int64_t>(args.K, Tile::kStepK));
+
+  const auto load_step = [&](int step) {
+    const int stage = step % Tile::kStages;
+    int8_linear_load_stage<Tile, kAligned>(args, slice(shared_q, stage * kStageQ, kStageQ),
+                                           slice(shared_weight, stage * kStageWeight, kStageWeight),
+                                           first_m, first_n, int64_t{step} * Tile::kStepK);
+  };
+
+#pragma unroll
+  for (int step = 0; step < Tile::kStages - 1; ++step) {
+    if (step < steps) load_step(step);
+    cp_async_commit();  // also when empty: the waits below count groups
+  }
+  int sums[kTilesM][kTilesN][4] = {};
+  for (int step = 0; step < steps; ++step) {
+    cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // everyone's copies of this step are there, and the stage before is free
+    if (step + Tile::kStages - 1 < steps) load_step(step + Tile::kStages - 1);
+    cp_async_commit();
+
+    const int stage = step % Tile::kStages;
+    const Shared<int4> stage_q = slice(shared_q, stage * kStageQ, kStageQ);
+    const Shared<int4> stage_weight = slice(shared_weight, stage * kStageWeight, kStageWeight);
+#pragma unroll
+    for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
+      uint32_t left[kTilesM][4];
+      uint32_t right[kTilesN][2];
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+        // Matrices: rows 0-7 and 8-15 of the first chunk, then of the second.
+        ldmatrix_x4(left[i], stage_q + swizzled(warp_m + 16 * i + lane % 16, chunk + lane / 16));
+      }
+#pragma unroll
+      for (int j = 0; j < kTilesN; j += 2) {
+        // Matrices: both chunks of rows 0-7, then of rows 8-15.
+        uint32_t loaded[4];
+        ldmatrix_x4(loaded, stage_weight + swizzled(warp_n + 8 * j + lane / 16 * 8 + lane % 8,
+                                                    chunk + lane / 8 % 2));
+        right[j][0] = loaded[0];
+        right[j][1] = loaded[1];
+        right[j + 1][0] = loaded[2];
+        right[j + 1][1] = loaded[3];
+      }
+#pragma unroll
+      for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) mma_m16n8k32_s8(sums[i][j], left[i], right[j]);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t m = first_m + warp_m + 16 * i + 8 * half + lane / 4;
+      if (m >= args.M) continue;
+      const float x_scale = args.x_scales[m];
+#pragma unroll
+      for (int j = 0; j < kTilesN; ++j) {
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          const int64_t n = first_n + warp_n + 8 * j + 2 * (lane % 4) + odd;
+          if (n >= args.N) continue;
+          const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
+          args.y[m * args.N + n] = int8_linear_epilogue<T>(
+              sums[i][j][2 * half + odd], __fmul_rn(x_scale, args.weight_scales[n]), bias,
+              args.activation);
+        }
+      }
+    }
+  }
+}
+
+using Int8LinearTile64 = Int8LinearTile<64, 64, 32, 4>;
+using Int8LinearTile128 = Int8LinearTile<128, 128, 64, 4>;
+
+struct Int8LinearChoice {
+  int64_t max_m;      // serves M up to this
+  int64_t min_tiles;  // and only if it makes so many blocks per multiprocessor
+  int64_t tile;       // rows and columns of a block's tile; 0: no tiles
+  Int8LinearKernel kernel;
+};
+
+// The first row that fits. Small M: the smallest kernel that holds all its rows. Then the largest
+// tile that still gives every multiprocessor a block: it reads each byte for the most operations.
+constexpr int64_t kAnyM = INT64_MAX;
+constexpr Int8LinearChoice kInt8LinearChoices[] = {
+    {1, 0, 0, Int8LinearKernel::kRows1},       {4, 0, 0, Int8LinearKernel::kRows4},
+    {16, 0, 0, Int8LinearKernel::kRows16},     {kAnyM, 1, 128, Int8LinearKernel::kTile128},
+    {kAnyM, 0, 64, Int8LinearKernel::kTile64},
+};
+
+inline Int8LinearKernel choose_int8_linear(int64_t M, int64_t N, int64_t multiprocessors) {
+  for (const Int8LinearChoice& choice : kInt8LinearChoices) {
+    if (M > choice.max_m) continue;
+    if (choice.tile == 0) return choice.kernel;
+    const int64_t tiles = ceil_div(M, choice.tile) * ceil_div(N, choice.tile);
+    if (tiles >= choice.min_tiles * multiprocessors) return choice.kernel;
+  }
+  return Int8LinearKernel::kTile64;
+}
+
+template <int kRows, class T>
+cudaError_t launch_int8_linear_rows(const Int8LinearArgs<T>& args, bool aligned,
+                                    cudaStream_t stream) {
+  if (args.M > kRows) return cudaErrorInvalidValue;
+  const int64_t blocks = ceil_div<int64_t>(args.N, kRowsWarps * kRowsColumns);
+  return launch(aligned ? int8_linear_rows<T, kRows, true> : int8_linear_rows<T, kRows, false>,
+                dim3(static_cast<unsigned>(blocks)), dim3(kRowsWarps * kWarpSize), 0, stream, args);
+}
+
+template <class Tile, bool kAligned, class T>
+cudaError_t launch_int8_linear_tile(const Int8LinearArgs<T>& args, cudaStream_t stream) {
+  const int64_t blocks =
+      ceil_div<int64_t>(args.M, Tile::kBlockM) * ceil_div<int64_t>(args.N, Tile::kBlockN);
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch(int8_linear_tile<T, Tile, kAligned>, dim3(static_cast<unsigned>(blocks)),
+                dim3(Tile::kThreads), Tile::kSharedBytes, stream, args);
+}
+
+// Runs both kernels. `kernel` other than kAuto forces one; `max_blocks` bounds the first grid.
+template <class T>
+cudaError_t launch_int8_linear(const Int8LinearArgs<T>& args, int64_t multiprocessors,
+                               cudaStream_t stream,
+                               Int8LinearKernel kernel = Int8LinearKernel::kAuto,
+                               int64_t max_blocks = 0x7fffffff) {
+  if (args.M == 0 || args.N == 0) return cudaSuccess;
+  const cudaError_t error = launch_quantize_rows<T>(args.x, args.x_row_stride, args.M, args.K,
+                                                    args.q, args.x_scales, stream, max_blocks);
+  if (error != cudaSuccess) return error;
+
+  if (kernel == Int8LinearKernel::kAuto) {
+    kernel = choose_int8_linear(args.M, args.N, multiprocessors);
+  }
+  const bool aligned = misalignment(args.weight, 16) == 0 && args.K % 16 == 0;
+  switch (kernel) {
+    case Int8LinearKernel::kRows1:
+      return launch_int8_linear_rows<1>(args, aligned, stream);
+    case Int8LinearKernel::kRows4:
+      return launch_int8_linear_rows<4>(args, aligned, stream);
+    case Int8LinearKernel::kRows16:
+      return launch_int8_linear_rows<16>(args, aligned, stream);
+    case Int8LinearKernel::kTile64:
+      return aligned ? launch_int8_linear_tile<Int8LinearTile64, true>(args, stream)
+                     : launch_int8_linear_tile<Int8LinearTile64, false>(args, stream);
+    case Int8LinearKernel::kTile128:
+      // Rows that must be read byte by byte would keep the larger tile waiting all the same.
+      return aligned ? launch_int8_linear_tile<Int8LinearTile128, true>(args, stream)
+                     : launch_int8_linear_tile<Int8LinearTile64, false>(args, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace compressops

@@ -1,0 +1,105 @@
+// The only place with inline PTX: each instruction behind a named function, with a host equivalent
+// that tests/cuda_on_cpu runs. Fragment layouts are those of the PTX ISA, "Matrix fragments for
+// mma.m16n8k32" and "ldmatrix".
+#pragma once
+
+#include "device.cuh"
+
+namespace compressops {
+
+// Reads through the non-coherent (texture) path: nobody may write the address during the launch.
+template <class T>
+__device__ __forceinline__ T load_nc(Global<const T> array, int64_t index) {
+  return __ldg(array + index);
+}
+
+#ifdef __CUDACC__
+
+__device__ __forceinline__ unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// Starts a copy of 16 bytes to shared memory past the registers and L1; zeros if not `valid`, and
+// then `source` is not read.
+__device__ __forceinline__ void cp_async_16(Shared<int4> target, Global<const int4> source,
+                                            bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(shared_address(target)),
+               "l"(source), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's groups are under way.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+// Four 8 x 16-byte matrices. Lane 8i + r gives the address of row r of matrix i; every lane gets
+// bytes [4 (lane % 4), + 4) of row lane / 4 of each.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], Shared<int4> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// c[16, 8] += a[16, 32] @ b[8, 32].T in int8 with exact int32 sums.
+__device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4],
+                                                const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+#else
+
+inline void cp_async_16(Shared<int4> target, Global<const int4> source, bool valid) {
+  cuda_on_cpu::start_copy(target, source, valid);
+}
+
+inline void cp_async_commit() { cuda_on_cpu::commit_copies(); }
+
+template <int kPending>
+void cp_async_wait() {
+  cuda_on_cpu::wait_copies(kPending);
+}
+
+inline void ldmatrix_x4(uint32_t (&fragment)[4], Shared<int4> row) {
+  const auto rows = cuda_on_cpu::exchange(kFullWarp, row, "ldmatrix");
+  const int lane = cuda_on_cpu::lane();
+  for (int i = 0; i < 4; ++i) {
+    fragment[i] = view_as<uint32_t>(rows[8 * i + lane / 4])[lane % 4];
+  }
+}
+
+inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Fragments {
+    uint32_t a[4], b[2];
+  };
+  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto all = cuda_on_cpu::exchange(kFullWarp, mine, "mma");
+  const int group = cuda_on_cpu::lane() / 4, in_group = cuda_on_cpu::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    // c[i] is row group + 8 (i / 2), column 2 in_group + i % 2.
+    const int row_half = i / 2, column = 2 * in_group + i % 2;
+    for (int quad = 0; quad < 4; ++quad) {
+      const Fragments& left = all[4 * group + quad];
+      const Fragments& right = all[4 * column + quad];
+      for (int k_half = 0; k_half < 2; ++k_half) {
+        c[i] = __dp4a(static_cast<int>(left.a[row_half + 2 * k_half]),
+                      static_cast<int>(right.b[k_half]), c[i]);
+      }
+    }
+  }
+}
+
+#endif
+
+}  // namespace compressops

@@ -1,0 +1,156 @@
+"""Builds the CUDA kernels for a CPU and calls them; see ``cuda_on_cpu.h`` for what that checks.
+
+Libraries are kept in ``build/cuda_on_cpu`` under a digest of all that goes into them. ``Plant``
+builds a kernel with a mistake in it, to show that the mistake is found.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+KERNELS = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "cuda_on_cpu"
+COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
+FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
+WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+# Otherwise the loader would merge the shim's variables of all the libraries of a process.
+UNMERGED = "-fno-gnu-unique"
+MESSAGE_BYTES = 1024
+# Threads and blocks run forwards, backwards, and shuffled anew between any two barriers.
+ORDERS = {"forward": (0, 0), "reverse": (1, 0), "random": (2, 1), "random2": (2, 2)}
+
+
+class KernelError(AssertionError):
+    """A kernel did what it would be wrong to do on a GPU; the message says where."""
+
+
+@dataclass(frozen=True)
+class Plant:
+    """A mistake: in the header ``file``, the one occurrence of ``old`` becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+
+
+def build(op: str, plant: Plant | None = None, defines: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The runner ``{op}.cpp`` as a library, compiled unless the same has been before."""
+    planted = None
+    if plant is not None:
+        text = (KERNELS / plant.file).read_text()
+        assert text.count(plant.old) == 1, f"{plant.file}: {text.count(plant.old)} × {plant.old!r}"
+        planted = text.replace(plant.old, plant.new)
+    flags = [*FLAGS, *WARNINGS, *(f"-D{name}" for name in defines)]
+    if "clang" not in Path(COMPILER).name:
+        flags.append(UNMERGED)
+    digest = hashlib.sha256(" ".join([COMPILER, *flags, planted or ""]).encode())
+    for source in sorted([*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), HERE / f"{op}.cpp"]):
+        digest.update(source.name.encode() + source.read_bytes())
+    target = CACHE / f"{op}-{digest.hexdigest()[:16]}.so"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            includes = [f"-I{HERE}", f"-I{KERNELS}"]
+            if plant is not None:
+                # All of them: a quoted include looks beside the including file first.
+                for header in KERNELS.glob("*.cuh"):
+                    shutil.copy(header, folder)
+                (Path(folder) / plant.file).write_text(planted)
+                includes = [f"-I{HERE}", f"-I{folder}"]
+            output = Path(folder) / target.name
+            command = [COMPILER, *flags, *includes, str(HERE / f"{op}.cpp"), "-o", str(output)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            output.replace(target)
+    return ctypes.CDLL(str(target))
+
+
+def _pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _call(function, *args, order: str) -> None:
+    message = ctypes.create_string_buffer(MESSAGE_BYTES)
+    mode, seed = ORDERS[order]
+    if function(*args, ctypes.c_int(mode), ctypes.c_uint(seed), message) != 0:
+        raise KernelError(message.value.decode())
+
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+c_int64 = ctypes.c_int64
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+INT8_LINEAR_KERNELS = {"auto": -1, "rows1": 0, "rows4": 1, "rows16": 2, "tile64": 3, "tile128": 4}
+
+
+def int8_linear(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    *,
+    kernel: str = "auto",
+    max_blocks: int = 2**31 - 1,
+    order: str = "forward",
+) -> torch.Tensor:
+    """The op on ``x`` ``[M, K]`` (dense rows), with its second kernel forced if named."""
+    (M, K), N = x.shape, weight.shape[0]
+    y = torch.full((M, N), 77.0, dtype=x.dtype)
+    _call(
+        library.run_int8_linear,
+        ctypes.c_int(DTYPES[x.dtype]),
+        *(ctypes.c_int64(size) for size in (M, N, K, x.stride(0))),
+        *map(_pointer, (x, weight, weight_scales, bias, y)),
+        ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(INT8_LINEAR_KERNELS[kernel]),
+        ctypes.c_int64(max_blocks),
+        order=order,
+    )
+    return y
+
+
+def huffman_decode(
+    library: ctypes.CDLL,
+    stream: np.ndarray,
+    offsets: np.ndarray,
+    lengths: np.ndarray,
+    num_symbols: int,
+    chunk_size: int,
+    *,
+    output_shift: int = 0,
+    order: str = "forward",
+) -> tuple[np.ndarray, int, int | None, int]:
+    """Output, table error, first bad chunk (None: all are sound) and that chunk's error."""
+    output = np.full(num_symbols + output_shift, 0x5A, np.uint8)[output_shift:]
+    status = np.zeros(2, np.uint64)
+    _call(
+        library.run_huffman_decode,
+        ctypes.c_void_p(stream.ctypes.data),
+        ctypes.c_int64(len(stream)),
+        ctypes.c_void_p(offsets.ctypes.data),
+        ctypes.c_int64(len(offsets) - 1),
+        ctypes.c_void_p(lengths.ctypes.data),
+        ctypes.c_int(len(lengths)),
+        ctypes.c_int64(num_symbols),
+        ctypes.c_int64(chunk_size),
+        ctypes.c_void_p(output.ctypes.data),
+        ctypes.c_void_p(status.ctypes.data),
+        order=order,
+    )
+    table, chunk = int(status[0]), int(status[1])
+    if chunk == 2**64 - 1:
+        return output, table, None, 0
+    return output, table, chunk >> 8, chunk & 255

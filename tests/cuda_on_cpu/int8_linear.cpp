@@ -1,0 +1,66 @@
+// Runs the CUDA kernels of int8_linear on buffers of a Python test.
+#include "int8_linear.cuh"
+
+#include <memory>
+#include <string>
+
+#include "runner.h"
+
+namespace {
+
+using namespace compressops;
+
+struct Buffers {
+  int64_t M, N, K, x_row_stride;
+  const void* x;
+  const int8_t* weight;
+  const float* weight_scales;
+  const float* bias;
+  void* y;
+};
+
+template <class T>
+cudaError_t run(const Buffers& b, int activation, int kernel, int64_t max_blocks) {
+  const int64_t x_count = b.M ? (b.M - 1) * b.x_row_stride + b.K : 0;
+  const int64_t q_count = b.M * padded_to_16(b.K);
+  // Vectors, so that the scratch is as aligned as torch's.
+  const std::unique_ptr<int4[]> q(new int4[q_count / 16 + 1]);
+  const std::unique_ptr<float[]> x_scales(new float[b.M + 1]);
+  Int8LinearArgs<T> args;
+  args.M = b.M;
+  args.N = b.N;
+  args.K = b.K;
+  args.x = Global<const T>(static_cast<const T*>(b.x), x_count, "x");
+  args.x_row_stride = b.x_row_stride;
+  args.weight = Global<const int8_t>(b.weight, b.N * b.K, "weight");
+  args.weight_scales = Global<const float>(b.weight_scales, b.N, "weight_scales");
+  if (b.bias) args.bias = Global<const float>(b.bias, b.N, "bias");
+  args.activation = static_cast<Activation>(activation);
+  args.q = Global<int8_t>(reinterpret_cast<int8_t*>(q.get()), q_count, "q");
+  args.x_scales = Global<float>(x_scales.get(), b.M, "x_scales");
+  args.y = Global<T>(static_cast<T*>(b.y), b.M * b.N, "y");
+  return launch_int8_linear(args, /*multiprocessors=*/2, nullptr,
+                            static_cast<Int8LinearKernel>(kernel), max_blocks);
+}
+
+}  // namespace
+
+CUDA_ON_CPU_EXPORT int run_int8_linear(int dtype, int64_t M, int64_t N, int64_t K,
+                                       int64_t x_row_stride, const void* x, const int8_t* weight,
+                                       const float* weight_scales, const float* bias, void* y,
+                                       int activation, int kernel, int64_t max_blocks, int order,
+                                       unsigned seed, char* message) {
+  return cuda_on_cpu::guarded(order, seed, message, [&] {
+    const Buffers buffers = {M, N, K, x_row_stride, x, weight, weight_scales, bias, y};
+    if (dtype == 0) return run<float>(buffers, activation, kernel, max_blocks);
+#ifndef CUDA_ON_CPU_FLOAT_ONLY  // compiles in half the time
+    if (dtype == 1) return run<__half>(buffers, activation, kernel, max_blocks);
+    if (dtype == 2) return run<__nv_bfloat16>(buffers, activation, kernel, max_blocks);
+#endif
+    throw cuda_on_cpu::Error("no dtype " + std::to_string(dtype));
+  });
+}
+
+CUDA_ON_CPU_EXPORT int choose_int8_linear_kernel(int64_t M, int64_t N, int64_t multiprocessors) {
+  return static_cast<int>(choose_int8_linear(M, N, multiprocessors));
+}

@@ -1,0 +1,109 @@
+"""save and load: a model comes back whole, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+
+import pytest
+import torch
+
+from compressops.formats import Huffman, Int, PackedTensor
+from compressops.serialize import CorruptFileError, inspect, load, save, write
+
+
+class PackedLayer(torch.nn.Module):
+    """The least that save and load ask of a packed module."""
+
+    def __init__(self, packed: PackedTensor, bias: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.spec, self.bias = packed.to_spec(), bias
+        for name, part in packed.parts.items():
+            self.register_buffer(f"weight_{name}", part)
+
+    def packed_tensors(self):
+        parts = {name: getattr(self, f"weight_{name}") for name in self.spec["parts"]}
+        return {"weight": PackedTensor.from_spec(self.spec, parts)}
+
+    def get_config(self):
+        return {"type": "PackedLayer", "bias": True}
+
+    def get_extra_state(self):
+        return self.spec
+
+
+def float_model(features: int = 8) -> torch.nn.Module:
+    return torch.nn.Sequential(
+        torch.nn.Linear(features, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 2)
+    )
+
+
+def packed_model() -> torch.nn.Module:
+    model = float_model()
+    weight = PackedTensor.pack(model[0].weight, number=Int(4), coding=Huffman(), lossy=True)
+    model[0] = PackedLayer(weight, model[0].bias)
+    return model
+
+
+@pytest.fixture
+def convert(monkeypatch):
+    """Stands for ``compressops.convert``, which is tested with real modules elsewhere."""
+
+    def from_packed(model, modules, residency):
+        model = copy.deepcopy(model)
+        for name, entry in modules.items():
+            assert entry["config"] == {"type": "PackedLayer", "bias": True}
+            bias = model.get_submodule(name).bias
+            model.set_submodule(name, PackedLayer(entry["packed"]["weight"], bias))
+        return model
+
+    module = types.ModuleType("compressops.convert")
+    module.from_packed = from_packed
+    monkeypatch.setitem(sys.modules, "compressops.convert", module)
+
+
+@pytest.mark.usefixtures("convert")
+def test_a_model_is_saved_and_loaded(tmp_path):
+    model, path = packed_model(), tmp_path / "net.safetensors"
+    assert save(model, path) == path.stat().st_size
+    info = inspect(path)
+    assert {t.name for t in info.tensors if t.layout} == {"0.weight"}
+    assert {t.name for t in info.tensors} == set(float_model().state_dict())
+    for source in (float_model(), float_model, packed_model()):
+        loaded = load(path, source)
+        for name, value in model.state_dict(keep_vars=True).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(loaded.state_dict()[name], value), name
+        assert loaded is not source
+
+
+@pytest.mark.usefixtures("convert")
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (float_model(9), r"0.weight is torch.float32 \[6, 8\] in the file, .* \[6, 9\] in the"),
+        (float_model().half(), r"in the file, torch.float16 \[6, 8\] in the model"),
+        (float_model()[:2], "the model lacks 2.bias, 2.weight"),
+        (float_model().append(torch.nn.Linear(2, 3)), "the file lacks 3.bias, 3.weight"),
+        (float_model().to("meta"), "of the model is on the meta device"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused(tmp_path, model, message):
+    save(packed_model(), tmp_path / "net.safetensors")
+    with pytest.raises(ValueError, match=rf"net\.safetensors does not fit the model: .*{message}"):
+        load(tmp_path / "net.safetensors", model)
+
+
+@pytest.mark.usefixtures("convert")
+def test_an_altered_file_is_never_loaded(tmp_path):
+    path = tmp_path / "net.safetensors"
+    save(packed_model(), path)
+    data = path.read_bytes()
+    for position in range(len(data) - 300, len(data)):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
+        with pytest.raises(CorruptFileError):
+            load(path, float_model)
+    write(path, {"0.weight": PackedTensor.pack(torch.zeros(6, 8))})
+    with pytest.raises(ValueError, match=r"packed tensor '0\.weight' belongs to no module"):
+        load(path, float_model)

@@ -1,0 +1,245 @@
+"""The Triton kernels: in the interpreter, and compiled ahead of time for sm_80 and sm_90."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
+
+import numpy as np
+import pytest
+import torch
+from cuda_on_cpu.huffman_streams import decode_chunk
+from test_cuda_on_cpu import ALPHABETS, Case, assert_same, make, make_stream, reference
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def load(op: str):
+    """The module of this source tree, whatever is installed, in a package of another name."""
+    package = importlib.util.spec_from_file_location(
+        "triton_under_test",
+        ROOT / "triton_kernels" / "__init__.py",
+        submodule_search_locations=[str(ROOT / "triton_kernels")],
+    )
+    sys.modules.setdefault("triton_under_test", importlib.util.module_from_spec(package))
+    return importlib.import_module(f"triton_under_test.{op}")
+
+
+@pytest.fixture(scope="module")
+def int8_linear():
+    module = load("int8_linear")
+
+    def call(x, weight, scales, bias=None, activation="none"):
+        sums = torch.zeros(scales.shape, dtype=torch.int32)  # not used here
+        return module.int8_linear(x, weight, scales, sums, bias, activation)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def huffman_decode():
+    return load("huffman_decode").huffman_decode
+
+
+needs_interpreter = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available(),
+    reason="needs TRITON_INTERPRET=1 or a GPU",
+)
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(Case(M, N, K) for M, N, K in ((0, 3, 4), (3, 0, 4), (3, 4, 0), (1, 1, 1), (17, 64, 129))),
+        *(Case(M, 65, 16, bias=False) for M in (7, 16, 129)),
+        *(
+            Case(5, 18, 80, dtype, activation=activation)
+            for dtype in (torch.float32, torch.float16, torch.bfloat16)
+            for activation in ("none", "relu", "gelu")
+        ),
+        Case(2, 3, 5000),
+    ],
+    ids=str,
+)
+def test_int8_linear(int8_linear, case):
+    args = make(case)
+    assert_same(
+        int8_linear(*args, case.activation), reference(*args, case.activation), case.activation
+    )
+
+
+# 127 / amax overflows where a row is that small, as it may.
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+@needs_interpreter
+def test_int8_linear_of_strided_batches_and_special_values(int8_linear):
+    x, weight, scales, bias = make(Case(12, 5, 20))
+    x[0, 3], x[1, 19], x[2] = torch.nan, -torch.inf, 0
+    x[3] *= 1e-38
+    x[4] = torch.arange(20) - 10 + 0.5
+    x[4, 0] = 127
+    expected = reference(x, weight, scales, bias, "relu")
+    assert_same(int8_linear(x, weight, scales, bias, "relu"), expected, "relu")
+    strided = x.T.contiguous().T.reshape(3, 2, 2, 20).transpose(0, 2)
+    y = int8_linear(strided, weight.T.contiguous().T, scales, bias, "relu")
+    assert_same(y.transpose(0, 2).reshape(12, 5), expected, "relu")
+
+
+@pytest.mark.parametrize(
+    ("weight_shape", "activation", "message"),
+    [
+        ((2, 5, 16, 4), "none", r"'weight' must be int8 \[5, 20\].* shape \[2, 5, 16, 4\]"),
+        ((5, 20), "tanh", "'activation' must be one of .* got 'tanh'"),
+    ],
+)
+def test_int8_linear_refuses(int8_linear, weight_shape, activation, message):
+    weight = torch.zeros(weight_shape, dtype=torch.int8)
+    with pytest.raises(ValueError, match=message):
+        int8_linear(torch.zeros(2, 20), weight, torch.ones(5), None, activation)
+
+
+@needs_interpreter
+def test_int8_linear_on_a_packed_weight(int8_linear):
+    x, weight, scales, bias = make(Case(3, 21, 10))
+    padded = torch.nn.functional.pad(weight, (0, 2, 0, 11))
+    packed = padded.view(2, 16, 3, 4).transpose(1, 2).contiguous()
+    assert torch.equal(int8_linear(x, packed, scales, bias), int8_linear(x, weight, scales, bias))
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", ALPHABETS)
+@pytest.mark.parametrize(("n", "chunk_size"), [(1, 1), (50, 7), (2000, 64), (300, 300)])
+def test_huffman_decode(huffman_decode, name, n, chunk_size):
+    symbols, lengths, stream, offsets = make_stream(name, n, chunk_size)
+    arguments = map(torch.from_numpy, (stream, offsets, lengths))
+    np.testing.assert_array_equal(huffman_decode(*arguments, n, chunk_size).numpy(), symbols)
+
+
+@needs_interpreter
+def test_huffman_decode_of_corrupt_streams(huffman_decode):
+    random = np.random.default_rng(3)
+    n, chunk_size = 200, 64
+    _, lengths, stream, offsets = make_stream("normal", n, chunk_size)
+    for trial in range(12):
+        broken = stream.copy()
+        if trial % 2:
+            broken[random.integers(len(broken))] ^= 1 << random.integers(8)
+        else:
+            broken[:] = random.integers(0, 256, len(broken))
+        chunks = [
+            decode_chunk(
+                broken[offsets[c] : offsets[c + 1]], lengths, min(chunk_size, n - c * chunk_size)
+            )
+            for c in range(len(offsets) - 1)
+        ]
+        arguments = [*map(torch.from_numpy, (broken, offsets, lengths)), n, chunk_size]
+        bad = [c for c, symbols in enumerate(chunks) if symbols is None]
+        if bad:
+            with pytest.raises(ValueError, match=f"got chunk {bad[0]}: "):
+                huffman_decode(*arguments)
+        else:
+            np.testing.assert_array_equal(huffman_decode(*arguments), np.concatenate(chunks))
+
+
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("data", "offsets", "lengths", "n", "message"),
+    [
+        ([0], [0, 1], [1, 13], 4, "'lengths' must be code lengths of at most 12 bits, got 13"),
+        ([0], [0, 1], [1, 2], 4, "'lengths' must be a complete prefix code .* got 3072"),
+        ([0], [0, 2], [1, 1], 4, r"'offsets' must be from 0 to the stream's 1 bytes, got \[0, 2\]"),
+        (
+            [0, 0, 0],
+            [0, 9, 3],
+            [1, 1],
+            17,
+            "'offsets' must be non-decreasing, got chunk 0: offsets",
+        ),
+        ([0, 0], [0, 2], [1, 1], 8, "chunk 0: whole bytes are left over"),
+        ([0xF0], [0, 1], [1, 1], 4, "chunk 0: padding bits"),
+        ([0x04], [0, 1], [1], 4, "chunk 0: a bit pattern that is no code"),
+        ([0xFF], [0, 1], [1, 2, 2], 5, "chunk 0: the codes run past"),
+    ],
+)
+def test_huffman_decode_refuses(huffman_decode, data, offsets, lengths, n, message):
+    stream, lengths = torch.tensor(data).byte(), torch.tensor(lengths).byte()
+    with pytest.raises(ValueError, match=message):
+        huffman_decode(stream, torch.tensor(offsets), lengths, n, 16)
+
+
+COMPILE = """
+import json, re, sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton_kernels import huffman_decode, int8_linear
+
+def build(capability, kernel, types, constants, **options):
+    signature = dict(types) | dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    instructions = re.findall(r"wgmma\\.mma_async|mma\\.sync", built.asm["ptx"])
+    return {"cubin": len(built.asm["cubin"]), "matrix": sorted(set(instructions)),
+            "shared": built.metadata.shared}
+
+results = {}
+for capability in (80, 90):
+    exact = {"enable_fp_fusion": False}
+    for dtype in ("fp32", "fp16", "bf16"):
+        results[f"quantize {dtype} {capability}"] = build(
+            capability, int8_linear.quantize_rows_kernel,
+            {"x": f"*{dtype}", "q": "*i8", "x_scales": "*fp32", "x_stride": "i64", "K": "i32"},
+            {"BLOCK_K": 1024}, **exact)
+    names = ("q", "weight", "x_scales", "weight_scales", "bias", "y", "M", "N", "K")
+    for M, dtype in ((1, "bf16"), (16, "fp32"), (256, "fp16"), (4096, "bf16")):
+        types = dict(zip(names, ("*i8", "*i8", *["*fp32"] * 3, f"*{dtype}", *["i32"] * 3)))
+        constants = int8_linear.block_sizes(M, 4096)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | exact
+        constants |= {"HAS_BIAS": M > 16, "ACTIVATION": 2, "GROUP_M": 8}
+        if M == 1:  # Triton makes a constant of an integer argument that is 1
+            del types["M"]
+            constants["M"] = 1
+        results[f"matmul {M} {dtype} {capability}"] = build(
+            capability, int8_linear.int8_linear_kernel, types, constants, **options)
+    types = {"stream": "*u8", "offsets": "*i64", "table": "*i16", "output": "*u8",
+             "errors": "*i32", "stream_bytes": "i64", "chunks": "i64", "num_symbols": "i64",
+             "chunk_size": "i64"}
+    results[f"huffman {capability}"] = build(
+        capability, huffman_decode.huffman_decode_kernel, types, {"BLOCK": 32}, num_warps=1)
+    for name in ("chunks", "num_symbols", "chunk_size"):
+        del types[name]
+    results[f"huffman of one symbol {capability}"] = build(
+        capability, huffman_decode.huffman_decode_kernel, types,
+        {"BLOCK": 32, "chunks": 1, "num_symbols": 1, "chunk_size": 1}, num_warps=1)
+results["touched CUDA"] = torch.cuda.is_initialized()
+print(json.dumps(results))
+"""
+
+
+def test_compiles_ahead_of_time():
+    """In a process of its own: this one interprets. It runs no driver, so it needs no GPU."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert results.pop("touched CUDA") is False
+    assert len(results) == 2 * (3 + 4 + 2)
+    for name, built in results.items():
+        assert built["cubin"] > 0
+        assert built["shared"] <= 163 * 1024  # what a block may take on sm_80
+        if name.startswith("matmul"):
+            assert built["matrix"], f"{name}: no tensor-core instruction"
