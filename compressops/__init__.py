@@ -7,7 +7,6 @@ result into drop-in modules on packed weights, ``save`` and ``load`` move it to 
 from . import backends, ops
 from .backends import BackendError, backend
 from .compress import (
-    Cast,
     Encode,
     Equalize,
     Prune,
@@ -39,7 +38,6 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BlockSparse",
-    "Cast",
     "Dense",
     "DynamicFixedPoint",
     "Encode",

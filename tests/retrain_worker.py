@@ -108,7 +108,7 @@ def main() -> None:
     result = compress_images(workdir=sys.argv[1] + ".work")
     rows = [(row.top1, row.top5) for row in result.table]
     state = {"model": result.model.state_dict(), "rows": rows}
-    torch.save(state, f"{sys.argv[1]}.{os.environ['RANK']}.of{os.environ['WORLD_SIZE']}")
+    torch.save(state, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
 
 
 if __name__ == "__main__":

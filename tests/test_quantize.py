@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressops.compress import Cast, Encode, Equalize, Prune, Quantize, record
-from compressops.compress.cast import small_tensors
+from compressops.compress import Encode, Equalize, Prune, Quantize, record
 from compressops.compress.parametrizations import FakeQuantize, find
 from compressops.compress.quantize import InputQuantizer, Refit
 from compressops.compress.select import weight_layers
@@ -272,8 +271,6 @@ def test_bad_arguments() -> None:
         Quantize(FixedPoint(4), refit="step")
     with pytest.raises(ValueError, match="'head' matches no layer"):
         Quantize(Int(4), layers="head").attach(network())
-    with pytest.raises(ValueError, match="dtype must be one of 'bfloat16', 'float16', got 'int8'"):
-        Cast("int8")
     with pytest.raises(ValueError, match=r"rms must be in \(0, inf\], got -1"):
         Equalize(-1)
 
@@ -327,32 +324,6 @@ def test_equalize_must_come_before_quantize() -> None:
         Equalize().validate(model, [])
     with pytest.raises(ValueError, match="'3' matches no layer; the model's layers are 0"):
         Equalize(layers="3").validate(_trained_network(), [])
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_cast_rounds_all_but_the_weights(dtype: str) -> None:
-    model = _trained_network()
-    Equalize().attach(model)
-    Prune(0.5).attach(model)
-    Quantize(Int(4), activations=Int(8)).attach(model)
-    weights = {n: m.weight.clone() for n, m in weight_layers(model).items()}
-    small = small_tensors(model)
-    assert sorted(small) == [
-        *("1.bias", "1.running_mean", "1.running_var", "1.weight"),
-        *("3.bias", "5.bias"),
-    ]
-    Cast(dtype).attach(model)
-    for tensor in small.values():
-        assert torch.equal(tensor.to(getattr(torch, dtype)).float(), tensor)
-    for name, module in weight_layers(model).items():
-        assert torch.equal(module.weight, weights[name])
-
-
-def test_cast_refuses_what_overflows() -> None:
-    model = _trained_network()
-    model[1].running_var[0] = 1e6
-    with pytest.raises(ValueError, match=r"1\.running_var has values too large for float16"):
-        Cast("float16").attach(model)
 
 
 def test_sizes() -> None:

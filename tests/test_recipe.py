@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from retrain_worker import Points, network
 
 from compressops.compress import (
-    Cast,
     Encode,
     Equalize,
     Prune,
@@ -49,7 +48,6 @@ FULL = Recipe(
         Quantize(Ternary(), layers="4"),
         Retrain(steps=7),
         Encode(Huffman(max_length=10)),
-        Cast("bfloat16"),
     ],
     model={"CifarNet": {"width": 0.5}},
     data={"Cifar10": {}},
@@ -73,7 +71,6 @@ stages:
 - Quantize: {number: {Int: {bits: 4}}}
 - Equalize
 - Encode: Huffman
-- Cast: bfloat16
 """
     assert Recipe.from_yaml(text).stages == (
         Prune(0.5),
@@ -82,7 +79,6 @@ stages:
         Quantize(Int(4)),
         Equalize(),
         Encode(Huffman()),
-        Cast("bfloat16"),
     )
 
 
@@ -105,7 +101,7 @@ def test_pruned_recipes_share_their_first_stages() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("stages:\n- Prun: {}", r"stage 1: unknown 'Prun'; known are Cast, Encode, .*Retrain"),
+        ("stages:\n- Prun: {}", r"stage 1: unknown 'Prun'; known are Encode, Equalize, .*Retrain"),
         ("stage:\n- Prune: 0.5", "unknown key 'stage'; allowed are version, model"),
         ("stages:\n- Prune: 0.5\n- Prune: {densty: 1}", r"stage 2 \(Prune\): unknown key 'densty'"),
         ("stages:\n- Prune: {density: 1.2}", r"stage 1 \(Prune\): density .* got 1.2"),
@@ -146,7 +142,6 @@ def test_a_recipe_that_is_not_there() -> None:
         ([Retrain(1)], {"train_data": None}, r"stage 1 \(Retrain\) needs train_data"),
         ([Retrain(1, distill=LogitsKD())], {}, r"stage 1 \(Retrain\) distils, which needs a tea"),
         ([Quantize(Int(4), activations=Int(8))], {"train_data": None}, "needs train_data to find"),
-        ([Cast("bfloat16"), Retrain(1)], {}, "Cast must come after the last Retrain"),
         ([Retrain(1), Retrain(1, mixed_precision="bf16")], {}, "share one mixed_precision"),
         ([Quantize(Int(4)), Equalize()], {}, r"stage 2 \(Equalize\): layer '0' is quantized"),
     ],

@@ -1,6 +1,5 @@
 """Lossy compression by parametrizations, and the recipes that chain it."""
 
-from compressops.compress.cast import Cast
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
 from compressops.compress.parametrizations import WeightRecord, record
@@ -12,7 +11,6 @@ from compressops.compress.run import Result, compress, run_recipe
 from compressops.compress.table import Row, Table
 
 __all__ = [
-    "Cast",
     "Encode",
     "Equalize",
     "Prune",

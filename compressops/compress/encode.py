@@ -1,4 +1,4 @@
-"""Lossless coding of the packed weights, and narrower storage of the small tensors."""
+"""Lossless coding of the packed weights."""
 
 from __future__ import annotations
 

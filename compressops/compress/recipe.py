@@ -14,7 +14,6 @@ from typing import Any
 import yaml
 from torch import nn
 
-from compressops.compress.cast import Cast
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
 from compressops.compress.prune import Prune
@@ -29,7 +28,7 @@ from compressops.zoo.registry import build_data, build_model
 
 VERSION = 1
 STAGES: dict[str, type[Stage]] = {
-    stage.__name__: stage for stage in (Cast, Encode, Equalize, Prune, Quantize, Retrain)
+    stage.__name__: stage for stage in (Encode, Equalize, Prune, Quantize, Retrain)
 }
 # The fields whose value is a member of an axis, {TypeName: {field: …}} in YAML.
 _AXES: dict[str, type[Axis]] = {
@@ -45,7 +44,7 @@ class Recipe:
     """What to do to a model, stage by stage.
 
     Args:
-        stages: `Prune`, `Equalize`, `Quantize`, `Retrain`, `Encode`, `Cast`, in order.
+        stages: `Prune`, `Equalize`, `Quantize`, `Retrain`, `Encode`, in order.
         version: of the recipe's form; 1.
         model, data: names from the zoo with their arguments, as ``{"CifarNet": {…}}``, so that a
             file says all that its run needs; ``None`` where the caller brings them.

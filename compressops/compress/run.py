@@ -173,7 +173,10 @@ class _Run:
             self.model.to(device)
         table = Table(self.rows)
         if self.console is not None:
-            self.console.print(table)
+            # A log has no width to fit into.
+            self.console.print(
+                table if self.console.is_terminal else str(table), soft_wrap=True, highlight=False
+            )
         return Result(self.model.eval(), table, self.history)
 
     def stage(self, number: int) -> None:
