@@ -16,6 +16,7 @@ from .compress import (
     Retrain,
     compress,
 )
+from .convert import convert
 from .distill import LogitsKD
 from .formats import (
     BlockSparse,
@@ -31,6 +32,7 @@ from .formats import (
     Sparse,
     Ternary,
 )
+from .report import report
 from .serialize import inspect, load, save, verify
 
 __version__ = "0.1.0"
@@ -61,9 +63,11 @@ __all__ = [
     "backend",
     "backends",
     "compress",
+    "convert",
     "inspect",
     "load",
     "ops",
+    "report",
     "save",
     "verify",
 ]
