@@ -33,7 +33,7 @@ class BackendError(RuntimeError):
 
 _eager: dict[str, Kernel] = {}
 _override: ContextVar[str | None] = ContextVar("compressops_backend", default=None)
-_chosen: dict[tuple[str, str, str | None], Kernel] = {}
+_chosen: dict[tuple[str, str, str | None], tuple[str, Kernel]] = {}
 
 
 def _checked_name(name: str, source: str) -> str:
@@ -128,39 +128,47 @@ def choose(op: str, device: str) -> Kernel:
     Raises:
         BackendError: a backend was asked for by name and cannot serve.
     """
+    return _serving(op, device)[1]
+
+
+def name(op: str, device: str) -> str:
+    """The name of the backend that serves ``op`` on a device type now; raises as `choose`."""
+    return _serving(op, device)[0]
+
+
+def _serving(op: str, device: str) -> tuple[str, Kernel]:
     asked = _override.get() or _environment
     key = (op, device, asked)
-    kernel = _chosen.get(key)
-    if kernel is None:
-        kernel = _chosen[key] = _choose(op, device, asked)
-    return kernel
+    chosen = _chosen.get(key)
+    if chosen is None:
+        chosen = _chosen[key] = _choose(op, device, asked)
+    return chosen
 
 
-def _choose(op: str, device: str, asked: str | None) -> Kernel:
+def _choose(op: str, device: str, asked: str | None) -> tuple[str, Kernel]:
     if asked is not None:
         kernel, reason = _find(op, asked, device)
         if kernel is None:
             others = "; ".join(
-                f"{name}: {why or 'can'}"
-                for name in BACKENDS
-                if name != asked
-                for _, why in [_find(op, name, device)]
+                f"{other}: {_find(op, other, device)[1] or 'can'}"
+                for other in BACKENDS
+                if other != asked
             )
             raise BackendError(
                 f"{op}: backend {asked!r} cannot serve {device} tensors: {reason}. Others: {others}"
             )
-        return kernel
-    for name in ORDER.get(device, ("eager",)):
-        kernel, reason = _find(op, name, device)
+        return asked, kernel
+    for candidate in ORDER.get(device, ("eager",)):
+        kernel, reason = _find(op, candidate, device)
         if kernel is not None:
-            return kernel
-        _warn_once(f"compressops: backend {name!r} does not serve {device} tensors: {reason}")
+            return candidate, kernel
+        _warn_once(f"compressops: backend {candidate!r} does not serve {device} tensors: {reason}")
     raise AssertionError("eager serves everywhere")
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message + "; falling back", RuntimeWarning, stacklevel=5)
+    warnings.warn(message + "; falling back", RuntimeWarning, stacklevel=6)
 
 
 def table() -> list[tuple[str, str, str, str | None]]:

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops import ops
+from compressops import backends, ops
 from compressops.formats import Int, PackedTensor
 from compressops.nn.base import PackedModule
-from compressops.nn.weight import PackedWeight, as_bytes, decode, serving
+from compressops.nn.weight import PackedWeight, as_bytes, decode, outside_graphs
 
 
 class PackedLinear(PackedModule):
@@ -55,7 +55,7 @@ class Int8Weight(PackedWeight):
             for name, value in zip(self._resident(), self._decode_kernel(), strict=True):
                 self.register_buffer(name, value, persistent=False)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _decode_kernel(self) -> tuple[Tensor, Tensor, Tensor]:
         device = self._probe.device
         rows, columns = self.shape
@@ -105,7 +105,7 @@ class Int8Linear(PackedModule):
         return ops.int8_linear(self.quantize_input(input), weight, scales, sums, self.bias)
 
     def backend(self) -> str:
-        return serving("int8_linear", self.packed_weight.device.type)
+        return backends.name("int8_linear", self.packed_weight.device.type)
 
 
 def fits_int8(number: object) -> bool:

@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compressops import backends, ops, schema
+from compressops import ops
 from compressops.formats import Coding, Layout, Number, PackedTensor
 
 RESIDENCIES = ("decoded", "packed")
+
+
+def outside_graphs(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Keeps a method out of compiled graphs: ``torch.compiler.disable``, which would import the
+    whole compiler (over a second) even where nothing is ever compiled."""
+
+    @functools.cache
+    def disabled() -> Callable[..., Any]:
+        return torch.compiler.disable(method)
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Any:
+        return (disabled() if "torch._dynamo" in sys.modules else method)(*args)
+
+    call._torchdynamo_disable = True
+    return call
 
 
 class PackedWeight(nn.Module):
@@ -111,7 +129,7 @@ class PackedWeight(nn.Module):
         if self.residency == "decoded":
             self.register_buffer("decoded", self._decode(), persistent=False)
 
-    @torch.compiler.disable
+    @outside_graphs
     def _decode(self) -> Tensor:
         device, dtype = self._probe.device, self._probe.dtype
         out = torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
@@ -244,14 +262,6 @@ def as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     vector of bytes it is neither cast nor given another memory format."""
     flat = fn(tensor.reshape(-1).view(torch.uint8))
     return flat.view(tensor.dtype).view(tensor.shape)
-
-
-def serving(op: str, device: str) -> str:
-    """Name of the backend that serves ``op`` on a device type now."""
-    kernel = backends.choose(op, device)
-    if kernel is schema.native_op(op):
-        return device
-    return "triton" if "triton_kernels" in getattr(kernel, "__module__", "") else "eager"
 
 
 # The shape is known and wanted, however small the parts are.
