@@ -8,7 +8,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 TESTS  ?= tests
 
-.PHONY: install demo test lint format cuda-compile bench clean
+.PHONY: install demo test lint format cuda-compile clean
 
 install: $(VENV)/.installed
 

@@ -3,7 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
-#include "cpu/features.h"
+#include "cpu/cpu_features.h"
 
 #define COMPRESSOPS_STRING_(x) #x
 #define COMPRESSOPS_STRING(x) COMPRESSOPS_STRING_(x)

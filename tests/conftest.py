@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 
-# Triton reads this when it is imported; the interpreter runs its kernels where no GPU is.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
+
+# Triton reads this when it is imported: where no GPU is, its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from hypothesis import settings
 
 from compressops import backends

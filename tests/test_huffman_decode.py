@@ -137,7 +137,7 @@ def test_corrupt_streams_are_errors(kernel: torch.device) -> None:
     rejects("huffman", lengths=torch.zeros_like(lengths))
     rejects("huffman", lengths=lengths[:0])
     # Counts that lie.
-    for wrong_count in (-1, count - chunk_size, count + chunk_size, 2**62):
+    for wrong_count in (-1, count - chunk_size, count + chunk_size, 2**62, 2**63 - 1):
         rejects("num_symbols|offsets", num_symbols=wrong_count)
     rejects("huffman", num_symbols=count - 1)
     rejects("chunk_size", chunk_size=0)

@@ -151,7 +151,8 @@ Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor&
   COMPRESSOPS_CHECK(chunk_size > 0, kOp, "chunk_size", "positive", chunk_size);
   // Every symbol takes at least one bit: a lying count cannot ask for more memory than this.
   COMPRESSOPS_CHECK(
-      num_symbols >= 0 && (num_symbols + 7) / 8 <= stream.numel(), kOp, "num_symbols",
+      num_symbols >= 0 && num_symbols / 8 + (num_symbols % 8 != 0) <= stream.numel(), kOp,
+      "num_symbols",
       "between 0 and 8 times the " + std::to_string(stream.numel()) + " bytes of the stream",
       num_symbols);
   const int64_t chunks = num_symbols == 0 ? 0 : (num_symbols - 1) / chunk_size + 1;

@@ -17,7 +17,7 @@
 #include <vector>
 
 #include "../check.h"
-#include "features.h"
+#include "cpu_features.h"
 
 namespace compressops::cpu {
 namespace {
@@ -44,15 +44,33 @@ Activation parse_activation(const std::string& name) {
   return Activation::kGelu;
 }
 
-float activate(float y, Activation activation) {
-  switch (activation) {
-    case Activation::kRelu:
-      return y < 0.0f ? 0.0f : y;  // keeps NaN, as torch does
-    case Activation::kGelu:
-      return 0.5f * y * (1.0f + std::erf(y * 0.70710678118654752f));
-    default:
-      return y;
+template <Activation kActivation>
+float activate(float y) {
+  if constexpr (kActivation == Activation::kRelu) return y < 0.0f ? 0.0f : y;  // keeps NaN
+  if constexpr (kActivation == Activation::kGelu)
+    return 0.5f * y * (1.0f + std::erf(y * 0.70710678118654752f));
+  return y;
+}
+
+// One row of sums to outputs. `bias` may be null.
+template <Activation kActivation, typename T>
+void finish_row(const int32_t* sums, const int32_t* weight_sums, float x_scale, const float* scales,
+                const float* bias, int64_t columns, T* out) {
+  for (int64_t n = 0; n < columns; ++n) {
+    // The rows were shifted by 128 to be unsigned; unsigned arithmetic may wrap.
+    const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) -
+                                          128u * static_cast<uint32_t>(weight_sums[n]));
+    float y = static_cast<float>(sum) * (x_scale * scales[n]);
+    if (bias != nullptr) y += bias[n];
+    out[n] = static_cast<T>(activate<kActivation>(y));
   }
+}
+
+template <typename T>
+auto row_finisher(Activation activation) {
+  return activation == Activation::kRelu   ? finish_row<Activation::kRelu, T>
+         : activation == Activation::kGelu ? finish_row<Activation::kGelu, T>
+                                           : finish_row<Activation::kNone, T>;
 }
 
 // Calls f with a null pointer of the element type of `tensor`.
@@ -130,13 +148,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const Activation activation = parse_activation(activation_name);
 
   std::vector<int64_t> out_sizes;
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    out_sizes.push_back(x.size(i));
-    M *= x.size(i);
-  }
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) out_sizes.push_back(x.size(i));
   out_sizes.push_back(N);
-  Tensor out = torch::stable::new_empty(x, out_sizes);
+  Tensor out = torch::stable::new_empty(x, out_sizes);  // refuses sizes whose product overflows
+  const int64_t M = N == 0 ? 0 : out.numel() / N;
   with_element_type(x, "x", [](auto*) {});
   const std::vector<float> biases = bias ? to_float(*bias, "bias") : std::vector<float>();
   if (M == 0 || N == 0) return out;
@@ -158,6 +173,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     using T = std::remove_pointer_t<decltype(type)>;
     const T* input = static_cast<const T*>(dense_x.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());
+    const auto finish = row_finisher<T>(activation);
 
     // A thread is worth starting for about 16 K elements.
     const int64_t rows_grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
@@ -198,16 +214,9 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                        panels_start + first_panel * packed.k_blocks * kColumns * kDepth,
                        packed.k_blocks, rows, panel_count, accumulators);
           for (int r = 0; r < rows; ++r) {
-            const int32_t* line = accumulators + r * panel_count * kColumns;
-            T* to = output + (m + r) * N + n0;
-            const float x_scale = x_scales[m + r];
-            for (int64_t n = 0; n < columns; ++n) {
-              // The rows were shifted by 128 to be unsigned; unsigned arithmetic may wrap.
-              const int32_t sum = (int32_t)((uint32_t)line[n] - 128u * (uint32_t)sums[n0 + n]);
-              float y = (float)sum * (x_scale * scales[n0 + n]);
-              if (!biases.empty()) y += biases[n0 + n];
-              to[n] = static_cast<T>(activation == Activation::kNone ? y : activate(y, activation));
-            }
+            finish(accumulators + r * panel_count * kColumns, sums + n0, x_scales[m + r],
+                   scales + n0, biases.empty() ? nullptr : biases.data() + n0, columns,
+                   output + (m + r) * N + n0);
           }
         }
       }

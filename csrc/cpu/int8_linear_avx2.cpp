@@ -15,12 +15,14 @@
 namespace compressops::cpu {
 namespace {
 
+// All ones in the first `rest` lanes.
+__m256i tail_mask(int64_t rest) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)rest),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
 float quantize_row(const float* x, uint8_t* q, int64_t K) {
   const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  const auto tail_mask = [](int64_t rest) {
-    return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)rest),
-                              _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  };
   __m256i largest = _mm256_setzero_si256();
   int64_t k = 0;
   for (; k + 8 <= K; k += 8) {

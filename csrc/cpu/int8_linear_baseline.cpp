@@ -34,13 +34,15 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
   const int64_t panel_stride = k_blocks * kColumns * kDepth;
   for (int m = 0; m < rows; ++m) {
     for (int p = 0; p < panels; ++p) {
-      int32_t sums[kColumns] = {};
+      // Unsigned, because the shift of q by 128 may carry a sum past 2^31; it is undone modulo
+      // 2^32.
+      uint32_t sums[kColumns] = {};
       const int8_t* weight = panels_start + p * panel_stride;
       for (int64_t b = 0; b < k_blocks; ++b, weight += kColumns * kDepth) {
         const uint8_t* x = q + m * q_stride + b * kDepth;
         for (int n = 0; n < kColumns; ++n) {
           const int8_t* w = weight + n * kDepth;
-          sums[n] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+          sums[n] += (uint32_t)(x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3]);
         }
       }
       memcpy(accumulators + (m * panels + p) * kColumns, sums, sizeof(sums));

@@ -83,13 +83,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   std::vector<int64_t> y_sizes;
-  int64_t M = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
-    y_sizes.push_back(x.size(i));
-    M *= x.size(i);
-  }
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) y_sizes.push_back(x.size(i));
   y_sizes.push_back(N);
-  const Tensor y = torch::stable::new_empty(x, y_sizes);
+  const Tensor y = torch::stable::new_empty(x, y_sizes);  // refuses sizes whose product overflows
+  const int64_t M = N == 0 ? 0 : y.numel() / N;
   if (M == 0 || N == 0) return y;
 
   // A matrix whose rows are dense is read where it is; all else is copied.
