@@ -31,6 +31,13 @@ from compressops.formats.manifest import (
     parse,
 )
 from compressops.formats.packed import PackedTensor
+from compressops.model_state import (
+    check_all_packed,
+    join,
+    packed_modules,
+    plain_state,
+    weights_of,
+)
 
 __all__ = [
     "Contents",
@@ -238,15 +245,17 @@ def save(model: nn.Module, path: Path) -> int:
         the file's bytes.
 
     Raises:
-        ValueError: a state that is no tensor, or that safetensors cannot store.
+        ValueError: a compressed layer that is not packed, which names it and the reason; a state
+            that is no tensor, or that safetensors cannot store. Nothing was written then.
     """
+    check_all_packed(model)
     tensors: dict[str, Tensor | PackedTensor] = {}
     modules: dict[str, dict[str, Any]] = {}
-    for name, module in _packed_modules(model):
+    for name, module in packed_modules(model):
         modules[name] = module.get_config()
         for param, packed in module.packed_tensors().items():
-            tensors[_join(name, param)] = packed
-    for name, value in _plain_state(model).items():
+            tensors[join(name, param)] = packed
+    for name, value in plain_state(model).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"state {name!r} is no tensor: {type(value).__name__}")
         tensors[name] = value.detach()
@@ -274,7 +283,7 @@ def load(
     from compressops.convert import from_packed
 
     float_model = model if isinstance(model, nn.Module) else model()
-    weights = _weights(float_model)
+    weights = weights_of(float_model)
     contents = read(path, {name: weight.numel() for name, weight in weights.items()})
     packed = contents.packed | {
         alias: contents.packed[name]
@@ -303,40 +312,6 @@ def load(
     return loaded
 
 
-def _join(module: str, name: str) -> str:
-    return f"{module}.{name}" if module else name
-
-
-def _packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    named = model.named_modules(remove_duplicate=False)
-    return [(name, module) for name, module in named if hasattr(module, "packed_tensors")]
-
-
-def _plain_state(model: nn.Module) -> dict[str, Any]:
-    """The state dict, live, without what packed modules keep of their packed tensors."""
-    owners = _packed_modules(model)
-    parts = {
-        id(part)
-        for _, module in owners
-        for packed in module.packed_tensors().values()
-        for part in packed.parts.values()
-    }
-    prefixes = tuple(_join(name, "") for name, _ in owners)
-    return {
-        name: value
-        for name, value in model.state_dict(keep_vars=True).items()
-        if id(value) not in parts
-        and not (name.endswith("_extra_state") and name.startswith(prefixes))
-    }
-
-
-def _weights(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of layers by name, those of parametrized and packed layers too."""
-    named = model.named_modules(remove_duplicate=False)
-    weights = {_join(name, "weight"): getattr(module, "weight", None) for name, module in named}
-    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
-
-
 def _check_fit(name: str, stored: Tensor | PackedTensor, target: Tensor) -> None:
     if tuple(target.shape) != tuple(stored.shape) or target.dtype != stored.dtype:
         raise ValueError(
@@ -346,7 +321,7 @@ def _check_fit(name: str, stored: Tensor | PackedTensor, target: Tensor) -> None
 
 
 def _load_plain(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    state = _plain_state(model)
+    state = plain_state(model)
     for names, what in (
         (sorted(set(state) - set(tensors)), "the file lacks"),
         (sorted(set(tensors) - set(state)), "the model lacks"),
@@ -370,7 +345,9 @@ def _identity(tensor: Tensor | PackedTensor) -> Any:
         return None if all(p is None for p in parts) else (repr(tensor.to_spec()), parts)
     if not tensor.numel():
         return None
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+    # A conjugate or negative view is at the address of its base, with other values.
+    lazy = tensor.is_conj(), tensor.is_neg()
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -87,6 +87,18 @@ def test_an_empty_file_and_tied_tensors(tmp_path):
     assert torch.equal(contents.tensors["half"], shared[:25])
 
 
+def test_views_that_conjugate_or_negate_are_tensors_of_their_own(tmp_path):
+    z = torch.randn(5, dtype=torch.complex64)
+    tensors = {"a": z, "b": z.conj(), "c": z.imag, "d": z.conj().imag, "e": z.conj()}
+    assert tensors["d"].is_neg()
+    assert tensors["d"].data_ptr() == tensors["c"].data_ptr()
+    write(tmp_path / "file", tensors)
+    contents = read(tmp_path / "file")
+    assert contents.aliases == {"e": "b"}
+    for name, tensor in contents.tensors.items():
+        assert torch.equal(tensor, tensors[name].resolve_conj().resolve_neg()), name
+
+
 def test_every_flipped_byte_is_found(saved):
     data = saved.read_bytes()
     for position in range(len(data)):

@@ -9,6 +9,8 @@ import types
 import pytest
 import torch
 
+from compressops.compress import Prune, Quantize
+from compressops.convert import convert as convert_model
 from compressops.formats import Huffman, Int, PackedTensor
 from compressops.serialize import CorruptFileError, inspect, load, save, write
 
@@ -107,3 +109,61 @@ def test_an_altered_file_is_never_loaded(tmp_path):
     write(path, {"0.weight": PackedTensor.pack(torch.zeros(6, 8))})
     with pytest.raises(ValueError, match=r"packed tensor '0\.weight' belongs to no module"):
         load(path, float_model)
+
+
+class Scaled(torch.nn.Linear):
+    """A subclass, whose forward no packed module stands for."""
+
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+def tied(a: torch.nn.Module, b: torch.nn.Module) -> torch.nn.Module:
+    b.weight = a.weight
+    return torch.nn.Sequential(a, b)
+
+
+@pytest.mark.parametrize(
+    ("model", "layer"),
+    [
+        (torch.nn.Sequential(torch.nn.ConvTranspose2d(3, 4, 3)), "'0' (ConvTranspose2d): "),
+        (torch.nn.Sequential(torch.nn.Linear(4, 4), Scaled(4, 4)), "'1' (Scaled): "),
+        (Scaled(4, 4), "'(the model)' (Scaled): "),
+    ],
+    ids=["transposed", "subclass", "root"],
+)
+def test_a_layer_that_convert_left_compressed_is_refused(tmp_path, model, layer):
+    for stage in (Prune(density=0.5), Quantize(Int(bits=4))):
+        stage.attach(model)
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"before")
+    with pytest.raises(ValueError, match="the model was not converted") as caught:
+        save(model, path)
+    assert "compressops.convert(model)" in str(caught.value)
+    packed = convert_model(model)
+    with pytest.raises(ValueError, match="compressed layer is not packed") as caught:
+        save(packed, path)
+    assert layer in str(caught.value)
+    assert "remove_parametrizations" in str(caught.value)
+    assert "not converted" not in str(caught.value)
+    assert path.read_bytes() == b"before"
+
+
+def test_tied_weights_of_which_one_stays_are_refused_too(tmp_path):
+    model = tied(torch.nn.Linear(6, 6), Scaled(6, 6))
+    Quantize(Int(bits=4), layers="0").attach(model)
+    packed = convert_model(model)
+    with pytest.raises(ValueError, match=r"'0' \(Linear\): "):
+        save(packed, tmp_path / "net.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parametrization_of_the_architecture_is_saved_and_loaded(tmp_path):
+    def make():
+        first = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(4, 5))
+        return torch.nn.Sequential(first, torch.nn.Linear(5, 3))
+
+    packed = convert_model(make(), {"1": Int(bits=4)})
+    save(packed, tmp_path / "net.safetensors")
+    x = torch.randn(2, 4)
+    assert torch.equal(load(tmp_path / "net.safetensors", make)(x), packed(x))

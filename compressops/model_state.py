@@ -1,0 +1,86 @@
+"""What of a model goes into its file as packed weights, and what as plain tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+_SHOWN = 5
+
+
+def join(module: str, name: str) -> str:
+    """``module.name``; the model itself has the name ``""``."""
+    return f"{module}.{name}" if module else name
+
+
+def packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that hold packed weights, under each of their names."""
+    named = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in named if hasattr(module, "packed_tensors")]
+
+
+def plain_state(model: nn.Module) -> dict[str, Any]:
+    """The state dict, live, without what packed modules keep of their packed tensors."""
+    owners = packed_modules(model)
+    parts = {
+        id(part)
+        for _, module in owners
+        for packed in module.packed_tensors().values()
+        for part in packed.parts.values()
+    }
+    prefixes = tuple(join(name, "") for name, _ in owners)
+    return {
+        name: value
+        for name, value in model.state_dict(keep_vars=True).items()
+        if id(value) not in parts
+        and not (name.endswith("_extra_state") and name.startswith(prefixes))
+    }
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of layers by name, those of parametrized and packed layers too."""
+    named = model.named_modules(remove_duplicate=False)
+    weights = {join(name, "weight"): getattr(module, "weight", None) for name, module in named}
+    return {name: weight for name, weight in weights.items() if isinstance(weight, Tensor)}
+
+
+def check_all_packed(model: nn.Module) -> None:
+    """Refuse a model with a layer that was compressed and not packed: what its file would hold
+    of it, masks and originals, has no place in the float model that `load` fills.
+
+    Raises:
+        ValueError: which names the layers, the reasons that `convert` left them, and what to do.
+    """
+    left = {name: kind for name, module in model.named_modules() if (kind := _compressed(module))}
+    if not left:
+        return
+    notes = getattr(model, "conversion_notes", {})
+    reasons = [
+        f"{name or '(the model)'!r} ({kind}): "
+        + (notes[name].why if name in notes else "the model was not converted")
+        for name, kind in left.items()
+    ]
+    more = f" and {len(reasons) - _SHOWN} more" if reasons[_SHOWN:] else ""
+    first = next(iter(left))
+    layer = f"model.get_submodule({first!r})" if first else "model"
+    raise ValueError(
+        f"{len(left)} compressed layer{'s are' if left.keys() - {first} else ' is'} not packed, "
+        f"and a file of their masks and originals could not be loaded: "
+        f"{'; '.join(reasons[:_SHOWN])}{more}. Save what compressops.convert(model) returns; "
+        f"a layer that convert leaves has to be excluded from the recipe, or made plain: "
+        f"torch.nn.utils.parametrize.remove_parametrizations({layer}, 'weight')"
+    )
+
+
+def _compressed(module: nn.Module) -> str:
+    """The class of a layer that holds parametrizations of ours; ``""`` if it holds none."""
+    if not parametrize.is_parametrized(module):
+        return ""
+    # Loading a file needs no recipes, and importing them takes the trainer along.
+    from compressops.compress import record
+
+    if any(record(module, name) is not None for name in module.parametrizations):
+        return parametrize.type_before_parametrizations(module).__name__
+    return ""
