@@ -25,6 +25,7 @@ from compressops.formats.manifest import (
     FileInfo,
     TensorInfo,
     build,
+    check_work,
     inspect,
     naming,
     opened,
@@ -186,6 +187,7 @@ def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
     with opened(path) as (file, size):
         header = read_header(file, size)
         manifest = parse(header)
+        check_work(header, manifest, limits)
         for entry in header.entries:
             # Read one by one: the file is never held twice.
             data = bytearray(entry.end - entry.begin)

@@ -199,3 +199,52 @@ print("whole")
         check=False,
     )
     assert result.stdout == "whole\n", result.stderr
+
+
+def low_rank(rank: int, rows: int = 1, columns: int = 1) -> tuple[dict, torch.Tensor]:
+    """Spec and blob of factors that store nothing but empty indices."""
+    u, v = (
+        PackedTensor.pack(torch.zeros(s), Sparse("gaps"), Ternary(), Huffman())
+        for s in ((rows, rank), (rank, columns))
+    )
+    parts = {f"{n}_{k}": p for n, f in (("u", u), ("v", v)) for k, p in f.parts.items()}
+    spec = u.to_spec() | {"shape": [rows, columns], "layout": {"type": "LowRank", "rank": rank}}
+    spec["meta"] = {"u": u.to_spec(), "v": v.to_spec()}
+    spec["parts"] = {name: part.nbytes for name, part in parts.items()}
+    return spec, torch.cat([part.flatten().view(torch.uint8) for part in parts.values()])
+
+
+def test_a_rank_above_that_of_the_matrix_is_refused():
+    assert PackedTensor.from_blob(*low_rank(3, 3, 4)).unpack().shape == (3, 4)
+    for rank, rows, columns in ((2**20, 1, 1), (4, 3, 4), (4, 4, 3)):
+        spec, blob = low_rank(rank, rows, columns)
+        for read in (PackedTensor.describe, lambda s, b=blob: PackedTensor.from_blob(s, b)):
+            with pytest.raises(ValueError, match=f"rank {rank} of a {rows} × {columns} matrix"):
+                read(spec)
+    u, v = (PackedTensor.pack(torch.zeros(s)) for s in ((2, 3), (3, 2)))
+    with pytest.raises(ValueError, match="rank 3 of a 2 × 2 matrix"):
+        PackedTensor.from_factors(u, v, (2, 2), torch.float32)
+
+
+def test_the_products_of_a_low_rank_weight_count():
+    spec, blob = low_rank(4096, 4096, 4096)
+    with pytest.raises(ValueError, match="takes 1073741824 entries' worth of work, more than the"):
+        PackedTensor.from_blob(spec, blob)
+    assert PackedTensor.from_blob(spec, blob, max_entries=2**24).layout.rank == 4096
+
+
+def test_messages_repeat_no_huge_values():
+    number = 10**4000
+    blob = torch.tensor([34, 1, 0, 0, 128, 63], dtype=torch.uint8)
+    for changes in (
+        {"shape": [number]},
+        {"shape": list(range(10**5))},
+        {"meta": {"count": number, "gaps": 1}},
+        {"dtype": "x" * 10**6},
+        {"layout": {"type": "x" * 10**6}},
+        {"layout": list(range(10**5))},
+        {"number": {"type": "Int", "bits": number}},
+    ):
+        with pytest.raises(ValueError, match=".") as caught:
+            PackedTensor.from_blob(hostile(**changes), blob)
+        assert len(str(caught.value)) < 1000, changes.keys()

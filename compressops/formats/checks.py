@@ -8,11 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressops.formats.number import FLOAT_DTYPES
-from compressops.formats.registry import check_choice, check_int
+from compressops.formats.number import FLOAT_DTYPES, matrix_shape
+from compressops.formats.registry import check_choice, check_int, shown
 
 MAX_DIMENSIONS = 16
 MAX_DIMENSION = 2**40
+# What a tensor may decode to: 16M entries whatever it was stored in, and 4096 more per byte. (An
+# index of gaps, Huffman coded, reaches 2040 entries a byte where nothing but zeros is left.)
+FREE_ENTRIES = 1 << 24
+ENTRIES_PER_BYTE = 4096
+# So many products of a low-rank weight count as one entry; they take about as long.
+PRODUCTS_PER_ENTRY = 64
+FACTORS = ("u", "v")
 SPEC_KEYS = {"shape", "dtype", "layout", "number", "coding", "meta", "parts"}
 
 
@@ -24,20 +31,65 @@ def check_spec(spec: Any) -> tuple[tuple[int, ...], torch.dtype]:
     """
     if not isinstance(spec, dict) or set(spec) != SPEC_KEYS:
         got = sorted(spec) if isinstance(spec, dict) else spec
-        raise ValueError(f"a packed tensor's spec has {sorted(SPEC_KEYS)}, got {got!r}")
+        raise ValueError(f"a packed tensor's spec has {sorted(SPEC_KEYS)}, got {shown(got)}")
     shape = spec["shape"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
-        raise ValueError(f"shape must be a list of at most {MAX_DIMENSIONS}, got {shape!r}")
+        raise ValueError(f"shape must be a list of at most {MAX_DIMENSIONS}, got {shown(shape)}")
     for size in shape:
-        check_int("shape", f"each of {shape}", size, 0, MAX_DIMENSION)
+        check_int("shape", f"each of {shown(shape)}", size, 0, MAX_DIMENSION)
     # Zeros left out: torch multiplies strides, which must not overflow for an empty tensor either.
     if math.prod(max(1, size) for size in shape) > 2**62:
         raise ValueError(f"shape {shape} is too large")
     for key in ("meta", "parts"):
         if not isinstance(spec[key], dict):
-            raise ValueError(f"{key} must be an object, got {spec[key]!r}")
+            raise ValueError(f"{key} must be an object, got {shown(spec[key])}")
     dtype = check_choice("spec", "dtype", spec["dtype"], tuple(FLOAT_DTYPES))
     return tuple(shape), FLOAT_DTYPES[dtype]
+
+
+def entries_limit(nbytes: int) -> int:
+    """Entries that ``nbytes`` bytes may decode to."""
+    return FREE_ENTRIES + ENTRIES_PER_BYTE * nbytes
+
+
+def check_entries(
+    shape: tuple[int, ...], entries: int, rank: int, nbytes: int, max_entries: int | None
+) -> None:
+    """Raise a ``ValueError`` if a weight of ``nbytes`` bytes is out of proportion to them: its
+    ``entries`` in memory, or the work of ``rank`` products for each of them."""
+    limit = entries_limit(nbytes)
+    work = decoding_work(entries, rank)
+    if work > limit and entries > (max_entries or 0):
+        takes = "entries in memory" if work == entries else "entries' worth of work"
+        raise ValueError(
+            f"a weight {list(shape)} takes {work} {takes}, more than the "
+            f"{max(limit, max_entries or 0)} allowed for {nbytes} stored bytes; "
+            f"max_entries raises the limit"
+        )
+
+
+def decoding_work(entries: int, rank: int) -> int:
+    """What decoding takes, counted in entries."""
+    return entries * max(1, -(-rank // PRODUCTS_PER_ENTRY))
+
+
+def check_rank(rank: int, shape: tuple[int, ...]) -> None:
+    """Raise a ``ValueError`` for more than a matrix of this shape can have: a tiny weight could
+    have factors of any size."""
+    rows, columns = matrix_shape(shape)
+    if rank > min(rows, columns):
+        raise ValueError(f"LowRank: rank {rank} of a {rows} × {columns} matrix")
+
+
+def check_factors(meta: dict[str, Any]) -> None:
+    """Raise a ``ValueError`` unless ``meta`` describes two factors that are not low-rank."""
+    if not set(FACTORS) <= set(meta) <= {*FACTORS, "kept"}:
+        raise ValueError(f"LowRank has meta u and v, got {shown(sorted(meta))}")
+    for name in FACTORS:
+        factor = meta[name]
+        inner = factor.get("layout") if isinstance(factor, dict) else None
+        if isinstance(inner, dict) and inner.get("type") == "LowRank":
+            raise ValueError(f"factor {name} is low-rank itself")
 
 
 def check_mask(weight: Tensor, mask: Tensor) -> None:

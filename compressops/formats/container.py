@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from compressops.formats.registry import shown
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,6 +46,14 @@ HASH_LENGTH = 16
 _ZEROS = b'"' + b"0" * HASH_LENGTH + b'"'
 # The limit of the safetensors library.
 MAX_HEADER = 100_000_000
+# JSON takes some twenty times its size in memory: a header has this much, and so much for each
+# byte of data. (The smallest packed layers, of 30 bytes, have 15 bytes of header to a byte.)
+FREE_HEADER = 1 << 22
+HEADER_PER_BYTE = 16
+
+
+# More than any layer has; safetensors files of others may have more, and are not read here.
+MAX_DIMENSIONS = 64
 
 
 class CorruptFileError(ValueError):
@@ -111,8 +121,8 @@ def build_header(
     text = to_json(table).encode()
     # Data starts on a multiple of 8, as the safetensors library writes it.
     text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise ValueError(f"the header takes {len(text)} bytes, safetensors allows {MAX_HEADER}")
+    if len(text) > (most := _header_limit(begin)):
+        raise ValueError(f"the header of {begin} bytes of data takes {len(text)}, more than {most}")
     # The first one: __metadata__ is the first key, the digest the first in it.
     text = text.replace(_ZEROS, f'"{digest(text)}"'.encode(), 1)
     return len(text).to_bytes(8, "little") + text
@@ -128,7 +138,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
     if size < 8:
         raise CorruptFileError(f"{size} bytes are too few for a header")
     length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, MAX_HEADER):
+    if length > size - 8 or length > _header_limit(size - 8 - length):
         raise CorruptFileError(f"header of {length} bytes in a file of {size}")
     text = file.read(length)
     try:
@@ -139,11 +149,7 @@ def read_header(file: BinaryIO, size: int) -> Header:
         raise CorruptFileError(f"header is no valid JSON: {error}") from None
     if not isinstance(table, dict):
         raise CorruptFileError("header is no JSON object")
-    metadata = table.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or set(metadata) != {DIGEST_KEY, METADATA_KEY}:
-        raise UnsupportedFormatError(
-            f"no file of compressops: its metadata has no {METADATA_KEY!r} and {DIGEST_KEY!r}"
-        )
+    metadata = _metadata(table)
     _check_digest(text, metadata[DIGEST_KEY])
     try:
         inner = json.loads(
@@ -153,17 +159,40 @@ def read_header(file: BinaryIO, size: int) -> Header:
         raise CorruptFileError(f"metadata is no valid JSON: {error}") from None
     if not isinstance(inner, dict):
         raise CorruptFileError("metadata is no JSON object")
-    entries = tuple(_entry(name, value) for name, value in table.items())
+    data = size - 8 - length
+    entries = tuple(_entry(name, value, data) for name, value in table.items())
     begin = 0
     for entry in entries:
         if entry.begin != begin:
             raise CorruptFileError(
-                f"tensor {entry.name!r} begins at {entry.begin}, the one before ends at {begin}"
+                f"tensor {shown(entry.name)} begins at {entry.begin}, "
+                f"the one before ends at {begin}"
             )
         begin = entry.end
     if 8 + length + begin != size:
         raise CorruptFileError(f"{size} bytes, the header describes {8 + length + begin}")
     return Header(8 + length, entries, inner)
+
+
+def _header_limit(data: int) -> int:
+    return min(MAX_HEADER, FREE_HEADER + HEADER_PER_BYTE * data)
+
+
+def _metadata(table: dict[str, Any]) -> dict[str, Any]:
+    """Takes the metadata out of the header; one key of ours tells that the file is ours."""
+    keys = {DIGEST_KEY, METADATA_KEY}
+    metadata = table.pop("__metadata__", None)
+    if isinstance(metadata, dict) and set(metadata) == keys:
+        return metadata
+    if isinstance(metadata, dict) and keys & set(metadata):
+        for key in sorted(keys - set(metadata)):
+            raise CorruptFileError(f"the metadata key {key!r} is missing or damaged")
+        raise CorruptFileError(f"the metadata has keys {shown(sorted(metadata))}")
+    if any(isinstance(value, dict) and keys & set(value) for value in table.values()):
+        raise CorruptFileError("the header key '__metadata__' is missing or damaged")
+    raise UnsupportedFormatError(
+        f"no file of compressops: its metadata has no {METADATA_KEY!r} and {DIGEST_KEY!r}"
+    )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -182,26 +211,34 @@ def _check_digest(text: bytes, stated: Any) -> None:
     actual = digest(text.replace(field, _ZEROS, 1))
     # Once: the strings inside the manifest are escaped, their quotes have a backslash.
     if len(field) != len(_ZEROS) or text.count(field) != 1 or stated != actual:
-        raise CorruptFileError(f"header has digest {actual}, it says {stated!r}")
+        raise CorruptFileError(f"header has digest {actual}, it says {shown(stated)}")
 
 
-def _entry(name: str, value: Any) -> Entry:
+def _entry(name: str, value: Any, most: int) -> Entry:
+    """The entry ``name`` of a header whose data has ``most`` bytes."""
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise CorruptFileError(f"tensor {name!r} is described by {value!r}")
+        raise CorruptFileError(f"tensor {shown(name)} is described by {shown(value)}")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UnsupportedFormatError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-    for numbers, what in ((shape, "shape"), (offsets, "data_offsets")):
-        if not isinstance(numbers, list) or any(
-            isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in numbers
+        raise UnsupportedFormatError(f"tensor {shown(name)} has the unknown dtype {shown(dtype)}")
+    # Before anything is multiplied: the product of a million numbers takes minutes.
+    for numbers, what, count, top in (
+        (shape, "shape", MAX_DIMENSIONS, 2**62),
+        (offsets, "data_offsets", 2, most),
+    ):
+        if (
+            not isinstance(numbers, list)
+            or len(numbers) > count
+            or any(type(n) is not int or not 0 <= n <= top for n in numbers)
         ):
-            raise CorruptFileError(f"tensor {name!r} has {what} {numbers!r}")
+            raise CorruptFileError(f"tensor {shown(name)} has {what} {shown(numbers)}")
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     # torch multiplies strides, which must not overflow for an empty tensor either.
     too_large = math.prod(max(1, n) for n in shape) > 2**62
     if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes or too_large:
         raise CorruptFileError(
-            f"tensor {name!r}: {dtype} {shape} takes {nbytes} bytes, its offsets are {offsets}"
+            f"tensor {shown(name)}: {dtype} {shown(shape)} takes {shown(nbytes)} bytes, "
+            f"its offsets are {offsets}"
         )
     return Entry(name, DTYPES[dtype], tuple(shape), *offsets)
 

@@ -301,7 +301,7 @@ class LowRank(Layout):
     packed tensor of its own; the product is :func:`low_rank_product`.
 
     Args:
-        rank: 1 or more.
+        rank: 1 or more, at most the rows and the columns.
     """
 
     rank: int

@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
 
+from compressops.formats.checks import entries_limit
 from compressops.formats.container import (
     CorruptFileError,
     Header,
@@ -20,7 +21,7 @@ from compressops.formats.container import (
     to_json,
 )
 from compressops.formats.packed import PackedTensor
-from compressops.formats.registry import UnknownTypeError
+from compressops.formats.registry import UnknownTypeError, shown
 
 FORMAT_VERSION = 1
 # The oldest reader that reads what this version writes.
@@ -38,6 +39,9 @@ KEYS = {
 }
 # What of a packed tensor's spec is written once for all tensors that share it.
 AXES = ("dtype", "layout", "number", "coding")
+# Keys of a module's config that can be written once for its type. Without a limit a small file
+# could name thousands of modules of thousands of keys each.
+MAX_DEFAULTS = 16
 
 
 @dataclass(frozen=True)
@@ -169,12 +173,11 @@ def _defaults(modules: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     defaults = {}
     for kind, configs in by_type.items():
         shared = [key for key in configs[0] if all(key in config for config in configs)]
+        shared = [key for key in shared if key != "type"][:MAX_DEFAULTS]
         values = {key: Counter(to_json(config[key]) for config in configs) for key in shared}
         common = {key: counter.most_common(1)[0] for key, counter in values.items()}
         defaults[kind] = {
-            key: json.loads(value)
-            for key, (value, count) in common.items()
-            if count > 1 and key != "type"
+            key: json.loads(value) for key, (value, count) in common.items() if count > 1
         }
     return {kind: values for kind, values in defaults.items() if values}
 
@@ -212,34 +215,38 @@ def parse(header: Header) -> Manifest:
     data = header.metadata
     for key in ("format_version", "min_reader"):
         if type(data.get(key)) is not int or data[key] < 1:
-            raise CorruptFileError(f"{key} is {data.get(key)!r}")
+            raise CorruptFileError(f"{key} is {shown(data.get(key))}")
     if data["min_reader"] > FORMAT_VERSION:
         raise UnsupportedFormatError(
-            f"the file has format {data['format_version']} and needs a reader of format "
-            f"{data['min_reader']}; this one reads up to format {FORMAT_VERSION}"
+            f"the file has format {shown(data['format_version'])} and needs a reader of format "
+            f"{shown(data['min_reader'])}; this one reads up to format {FORMAT_VERSION}"
         )
     # A newer format that we may read can have keys that we need not know.
     if not set(data) >= KEYS or (data["format_version"] == FORMAT_VERSION and set(data) != KEYS):
-        raise CorruptFileError(f"the metadata has {sorted(data)}, expected {sorted(KEYS)}")
+        raise CorruptFileError(f"the metadata has {shown(sorted(data))}, expected {sorted(KEYS)}")
     for key in ("packed", "aliases", "defaults", "modules"):
         if not isinstance(data[key], dict):
-            raise CorruptFileError(f"{key} is {data[key]!r}")
+            raise CorruptFileError(f"{key} is {shown(data[key])}")
     packed, encoded, decoded = _packed(header)
     names = [entry.name for entry in header.entries if entry.name not in packed]
     hashes = data["plain"]
     if not isinstance(hashes, list) or len(hashes) != len(names):
-        raise CorruptFileError(f"plain must be {len(names)} hashes, got {hashes!r}")
+        raise CorruptFileError(f"plain must be {len(names)} hashes, got {shown(hashes)}")
     stored = {*packed, *names}
     for alias, name in data["aliases"].items():
         if alias in stored or not isinstance(name, str) or name not in stored:
-            raise CorruptFileError(f"alias {alias!r} of {name!r}")
+            raise CorruptFileError(f"alias {shown(alias)} of {shown(name)}")
+    for kind, shared in data["defaults"].items():
+        if not isinstance(shared, dict) or len(shared) > MAX_DEFAULTS:
+            raise CorruptFileError(
+                f"defaults of {shown(kind)} must be at most {MAX_DEFAULTS}, got {shown(shared)}"
+            )
     modules = {}
     for name, config in data["modules"].items():
         kind = config.get("type") if isinstance(config, dict) else None
-        shared = data["defaults"].get(kind, {}) if isinstance(kind, str) else None
-        if not isinstance(shared, dict):
-            raise CorruptFileError(f"module {name!r} has the config {config!r}")
-        modules[name] = shared | config
+        if not isinstance(kind, str):
+            raise CorruptFileError(f"module {name!r} has the config {shown(config)}")
+        modules[name] = data["defaults"].get(kind, {}) | config
     return Manifest(
         data["format_version"],
         data["min_reader"],
@@ -260,21 +267,44 @@ def _packed(
     if not isinstance(formats, list) or any(
         not isinstance(axes, dict) or set(axes) != set(AXES) for axes in formats
     ):
-        raise CorruptFileError(f"formats must be a list of {list(AXES)}, got {formats!r}")
+        raise CorruptFileError(f"formats must be a list of {list(AXES)}, got {shown(formats)}")
     entries = {entry.name: entry for entry in header.entries}
     for name, value in header.metadata["packed"].items():
         entry = entries.get(name)
         if entry is None or entry.dtype != torch.uint8 or len(entry.shape) != 1:
             raise CorruptFileError(f"packed tensor {name!r} is no vector of bytes", [name])
         if not isinstance(value, dict) or not {"format", "encoded", "decoded"} <= set(value):
-            raise CorruptFileError(f"packed tensor {name!r} is described by {value!r}", [name])
+            raise CorruptFileError(f"packed tensor {name!r} is described by {shown(value)}", [name])
         spec = dict(value)
         encoded[name], decoded[name] = spec.pop("encoded"), spec.pop("decoded")
         index = spec.pop("format")
         if type(index) is not int or not 0 <= index < len(formats):
-            raise CorruptFileError(f"packed tensor {name!r} has format {index!r}", [name])
+            raise CorruptFileError(f"packed tensor {name!r} has format {shown(index)}", [name])
         specs[name] = formats[index] | spec
     return specs, encoded, decoded
+
+
+def check_work(header: Header, manifest: Manifest, max_entries: Mapping[str, int]) -> None:
+    """Refuse a file whose tensors together take out of all proportion to decode, each of them
+    within what is allowed for one; those within ``max_entries`` don't count.
+
+    Raises:
+        CorruptFileError: naming both numbers.
+    """
+    total, size = 0, header.size
+    for entry in header.entries:
+        size += (nbytes := entry.end - entry.begin)
+        # What is wrong with one tensor is said where it is read, with all others.
+        with contextlib.suppress(ValueError):
+            if (spec := manifest.packed.get(entry.name)) is not None:
+                work = PackedTensor.describe(spec).work(max_entries.get(entry.name, 0))
+                total += work if work <= entries_limit(nbytes) else 0
+    if total > (limit := entries_limit(size)):
+        raise CorruptFileError(
+            f"its {len(manifest.packed)} packed tensors take {total} entries' worth of work "
+            f"together, more than the {limit} allowed for {size} bytes; max_entries raises the "
+            f"limit"
+        )
 
 
 def inspect(path: str | os.PathLike[str]) -> FileInfo:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressops.formats.checks import bits_of, check_mask, check_same_bits, check_spec
+from compressops.formats import checks
 from compressops.formats.coding import Coding, Decoder, Raw, huffman_decode_reference
 from compressops.formats.layout import Dense, Layout, LowRank, low_rank_product
 from compressops.formats.number import (
@@ -21,13 +21,7 @@ from compressops.formats.number import (
 )
 from compressops.formats.registry import check_int
 
-# What a tensor may decode to: 16M entries whatever it was stored in, and 4096 more per byte. (An
-# index of gaps, Huffman coded, reaches 2040 entries a byte where nothing but zeros is left.)
-FREE_ENTRIES = 1 << 24
-ENTRIES_PER_BYTE = 4096
-
 _PART_DTYPES = {"bytes": torch.uint8, "sizes": torch.uint16}
-_FACTORS = ("u", "v")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -89,7 +83,7 @@ class PackedTensor:
         number = number or Float(check_dtype(weight.dtype))
         (check_dtype(weight.dtype) if number.is_float else check_weight(weight))
         if mask is not None:
-            check_mask(weight, mask)
+            checks.check_mask(weight, mask)
         if isinstance(layout, LowRank):
             if params is not None:
                 raise ValueError("LowRank: params belong to a factor; use from_factors")
@@ -101,7 +95,7 @@ class PackedTensor:
             if mask is not None:
                 packed.meta["kept"] = int(mask.sum())
             if not lossy:
-                check_same_bits(weight, packed.unpack(), packed.layout)
+                checks.check_same_bits(weight, packed.unpack(), packed.layout)
             return packed
         params = number.fit(weight) if params is None else params
         shape, device = tuple(weight.shape), weight.device
@@ -109,8 +103,8 @@ class PackedTensor:
         codes = number.quantize(weight, params)
         values = number.dequantize(codes, params, weight.dtype)
         if not lossy:
-            check_same_bits(weight, values, number)
-        keep = bits_of(values) != 0
+            checks.check_same_bits(weight, values, number)
+        keep = checks.bits_of(values) != 0
         layout, parts, meta = layout.encode(codes.cpu(), keep.cpu(), number.bits, coding)
         parts = {name: part.to(device) for name, part in parts.items()}
         # A copy: what is packed doesn't change with what is trained on.
@@ -134,7 +128,8 @@ class PackedTensor:
             dtype: of the weight.
 
         Raises:
-            ValueError: the factors don't fit each other or ``shape``, or are low-rank themselves.
+            ValueError: the factors don't fit each other or ``shape``, have a rank above that of
+                any such matrix, or are low-rank themselves.
         """
         rows, columns = matrix_shape(shape)
         rank = u.shape[-1] if u.shape else 0
@@ -143,7 +138,8 @@ class PackedTensor:
                 f"factors {list(u.shape)} and {list(v.shape)} don't make a weight {list(shape)}, "
                 f"a {rows} × {columns} matrix"
             )
-        factors = dict(zip(_FACTORS, (u, v), strict=True))
+        checks.check_rank(rank, shape)
+        factors = dict(zip(checks.FACTORS, (u, v), strict=True))
         for name, factor in factors.items():
             if isinstance(factor.layout, LowRank):
                 raise ValueError(f"factor {name} is low-rank itself")
@@ -159,7 +155,7 @@ class PackedTensor:
         """
         if not isinstance(self.layout, LowRank):
             raise ValueError(f"only LowRank has factors, this layout is {self.layout}")
-        u, v = (_from_spec_unchecked(self.meta[n], _subset(self.parts, n)) for n in _FACTORS)
+        u, v = (_from_spec_unchecked(self.meta[n], _subset(self.parts, n)) for n in checks.FACTORS)
         return u, v
 
     def unpack(self, decode: Decoder | None = None) -> Tensor:
@@ -322,6 +318,17 @@ class PackedTensor:
         packed._check_kept()
         return packed
 
+    def work(self, allowed: int = 0) -> int:
+        """Entries that decoding takes in memory, more for a low-rank weight; 0 if ``allowed``."""
+        entries, rank = self._size()
+        return 0 if entries <= allowed else checks.decoding_work(entries, rank)
+
+    def _size(self) -> tuple[int, int]:
+        """Entries in memory, and the rank, 0 where there is none."""
+        if isinstance(self.layout, LowRank):
+            return math.prod(self.shape), self.layout.rank
+        return self.layout.buffer_size(self.shape), 0
+
     def _check_kept(self) -> None:
         if "kept" in self.meta:
             check_int("meta", "kept", self.meta["kept"], 0, math.prod(self.shape))
@@ -337,7 +344,7 @@ class PackedTensor:
         if isinstance(self.layout, LowRank):
             return {
                 f"{n}_{part}": value
-                for n in _FACTORS
+                for n in checks.FACTORS
                 for part, value in _from_spec_unchecked(self.meta[n], {})
                 ._part_shapes(set(_subset(dict.fromkeys(present), n)))
                 .items()
@@ -349,19 +356,13 @@ class PackedTensor:
         return shapes | self.number.param_shapes(self.shape)
 
     def _check(self, max_entries: int | None) -> None:
-        limit = max(FREE_ENTRIES + ENTRIES_PER_BYTE * self.nbytes, max_entries or 0)
-        low_rank = isinstance(self.layout, LowRank)
-        size = math.prod(self.shape) if low_rank else self.layout.buffer_size(self.shape)
-        if size > limit:
-            raise ValueError(
-                f"a weight {list(self.shape)} takes {size} entries in memory, more than the "
-                f"{limit} allowed for {self.nbytes} stored bytes; max_entries raises the limit"
-            )
+        entries, rank = self._size()
+        checks.check_entries(self.shape, entries, rank, self.nbytes, max_entries)
         self._check_kept()
-        if low_rank:
+        if rank:
             u, v = (
                 PackedTensor.from_spec(self.meta[n], _subset(self.parts, n), max_entries)
-                for n in _FACTORS
+                for n in checks.FACTORS
             )
             rebuilt = PackedTensor.from_factors(u, v, self.shape, self.dtype)
             given = (self.layout, self.number, self.coding)
@@ -384,17 +385,12 @@ def _subset(parts: dict[str, Any], factor: str) -> dict[str, Any]:
 
 def _from_spec_unchecked(spec: dict[str, Any], parts: dict[str, Tensor]) -> PackedTensor:
     """Axes, shape and meta are checked by themselves; whether they fit ``parts`` is not."""
-    shape, dtype = check_spec(spec)
+    shape, dtype = checks.check_spec(spec)
     meta = spec["meta"]
     layout = Layout.from_spec(spec["layout"])
     number = Number.from_spec(spec["number"])
     coding = Coding.from_spec(spec["coding"])
     if isinstance(layout, LowRank):
-        if not set(_FACTORS) <= set(meta) <= {*_FACTORS, "kept"}:
-            raise ValueError(f"LowRank has meta u and v, got {sorted(meta)}")
-        for name in _FACTORS:
-            factor = meta[name]
-            inner = factor.get("layout") if isinstance(factor, dict) else None
-            if isinstance(inner, dict) and inner.get("type") == "LowRank":
-                raise ValueError(f"factor {name} is low-rank itself")
+        checks.check_rank(layout.rank, shape)
+        checks.check_factors(meta)
     return PackedTensor(shape, dtype, layout, number, coding, parts, meta)

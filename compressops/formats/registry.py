@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from typing import Any, ClassVar, TypeVar
 
 A = TypeVar("A", bound="Axis")
@@ -42,7 +43,8 @@ class Axis:
         """
         if not isinstance(name, str) or name not in cls.members:
             raise UnknownTypeError(
-                f"unknown {cls.axis_name()} {name!r}: known are {', '.join(sorted(cls.members))}"
+                f"unknown {cls.axis_name()} {shown(name)}: "
+                f"known are {', '.join(sorted(cls.members))}"
             )
         return cls.members[name]
 
@@ -55,19 +57,21 @@ class Axis:
                 range.
         """
         if not isinstance(spec, dict) or "type" not in spec:
-            raise ValueError(f"{cls.axis_name()} must be an object with a 'type', got {spec!r}")
+            raise ValueError(
+                f"{cls.axis_name()} must be an object with a 'type', got {shown(spec)}"
+            )
         member = cls.resolve(spec["type"])
         known = {field.name for field in dataclasses.fields(member)}
         values = {key: value for key, value in spec.items() if key != "type"}
         if unknown := sorted(set(values) - known):
             raise ValueError(
-                f"{member.__name__} has no field {unknown[0]!r}: "
+                f"{member.__name__} has no field {shown(unknown[0])}: "
                 f"known are {', '.join(sorted(known)) or 'none'}"
             )
         try:
             return member(**values)
         except TypeError as error:  # a field without a default is missing
-            raise ValueError(f"{cls.axis_name()} {spec!r}: {error}") from None
+            raise ValueError(f"{cls.axis_name()} {shown(spec)}: {error}") from None
 
     def __str__(self) -> str:
         """The class name and the fields that are not their defaults: ``Int(bits=4)``."""
@@ -88,22 +92,35 @@ class Axis:
         return {"type": type(self).__name__, **listed}
 
 
+def shown(value: object) -> str:
+    """``repr(value)``, cut where it is long: a file can hold numbers of thousands of digits and
+    lists of millions of them, which no message should repeat."""
+    return _SHORT.repr(value)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = _SHORT.maxdict = 20
+_SHORT.maxstring = _SHORT.maxother = 200
+
+
 def check_int(owner: str, name: str, value: object, low: int, high: int) -> int:
     """``value`` if it is an int within ``[low, high]``, else a ``ValueError`` that says so."""
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ValueError(f"{owner}: {name} must be an integer from {low} to {high}, got {value!r}")
+        raise ValueError(
+            f"{owner}: {name} must be an integer from {low} to {high}, got {shown(value)}"
+        )
     return value
 
 
 def check_choice(owner: str, name: str, value: object, choices: tuple[str, ...]) -> str:
     """``value`` if it is one of ``choices``, else a ``ValueError`` that lists them."""
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{owner}: {name} must be one of {', '.join(choices)}, got {shown(value)}")
     return value
 
 
 def check_fraction(owner: str, name: str, value: object, low: float, high: float) -> float:
     """``value`` as a float if it is a number within ``[low, high)``, else a ``ValueError``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high:
-        raise ValueError(f"{owner}: {name} must be a number in [{low}, {high}), got {value!r}")
+        raise ValueError(f"{owner}: {name} must be a number in [{low}, {high}), got {shown(value)}")
     return float(value)
