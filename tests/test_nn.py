@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compressops import ops
 from compressops.formats import (
     BlockSparse,
     Dense,
@@ -27,7 +26,6 @@ from compressops.formats import (
     Ternary,
 )
 from compressops.nn import (
-    Int8Linear,
     PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
@@ -302,55 +300,6 @@ def test_extra_repr_says_what_it_is() -> None:
     assert f"{packed.nbytes} bytes" in text
 
 
-INT8 = Int(bits=8)
-
-
-@RESIDENCY
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("coding", [Raw(), Huffman()], ids=["raw", "huffman"])
-def test_int8_linear_runs_the_op(residency: str, bias: bool, coding: object) -> None:
-    layer = nn.Linear(70, 33, bias=bias)
-    module = Int8Linear.from_float(layer, Dense(), INT8, coding, residency=residency)
-    x = torch.randn(4, 5, 70)
-    packed = module.packed_tensors()["weight"]
-    codes = packed.dense_codes().view(33, 70)
-    scales = packed.params["scales"].view(33)
-    expected = ops.int8_linear(x, codes, scales, codes.sum(1, dtype=torch.int32), layer.bias)
-    assert torch.equal(module(x), expected)
-    assert (module(x) - layer(x)).norm() < 0.02 * layer(x).norm()
-    again = Int8Linear.from_packed(module.get_config(), module.packed_tensors(), residency)
-    again.load_state_dict(module.state_dict())
-    assert torch.equal(again(x), expected)
-    assert torch.equal(copy.deepcopy(module)(x), expected)
-    assert torch.equal(pickle.loads(pickle.dumps(module))(x), expected)
-    assert torch.equal(module.weight, packed.unpack())
-
-
-def test_int8_linear_gradient() -> None:
-    module = Int8Linear.from_float(nn.Linear(24, 10), Dense(), INT8)
-    x = torch.randn(6, 24, requires_grad=True)
-    grad = torch.randn(6, 10)
-    module(x).backward(grad)
-    torch.testing.assert_close(x.grad, grad @ module.weight)
-
-
-def test_int8_linear_in_half_precision_and_compiled() -> None:
-    module = Int8Linear.from_float(nn.Linear(24, 10), Dense(), INT8)
-    x = torch.randn(6, 24)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), module(x))
-    parts = {k: v.clone() for k, v in module.packed_tensors()["weight"].parts.items()}
-    module.bfloat16()
-    assert module(x.bfloat16()).dtype == torch.bfloat16
-    for name, part in module.packed_tensors()["weight"].parts.items():
-        assert torch.equal(part, parts[name])
-
-
-def test_int8_linear_refuses_other_numbers() -> None:
-    with pytest.raises(ValueError, match="Int\\(bits=4"):
-        Int8Linear.from_float(nn.Linear(24, 10), Dense(), Int(bits=4))
-
-
 def test_set_residency_frees_and_restores() -> None:
     module, _, _ = packed_twin(CASES[6], "dfp6-sparse-huffman")
     x = CASES[6].input()
@@ -362,6 +311,60 @@ def test_set_residency_frees_and_restores() -> None:
     assert torch.equal(module(x), expected)
     module.packed_weight.set_residency("decoded")
     assert torch.equal(module(x), expected)
+
+
+@RESIDENCY
+def test_parts_are_checked_once_until_they_change(
+    residency: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[6]
+    module, _, _ = packed_twin(case, "dfp6-sparse-huffman", residency)
+    other, _, _ = packed_twin(case, "int4-groups", residency)
+    checks = []
+    check = PackedTensor.from_spec
+    monkeypatch.setattr(
+        PackedTensor, "from_spec", lambda *args, **kw: checks.append(1) or check(*args, **kw)
+    )
+    x = case.input()
+    held, expected = module.packed_weight, module(x)
+    first = held.packed()
+    checks.clear()
+    for _ in range(3):
+        assert torch.equal(module(x), expected)
+        assert held.packed() is first
+    assert not checks
+
+    # Whatever changes the parts is seen: another state, a cast, a move, copies, a write.
+    twin, pickled = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    module.load_state_dict(other.state_dict())
+    assert torch.equal(module(x), other(x))
+    assert held.packed().to_spec() == other.packed_weight.packed().to_spec()
+    for copied in (twin, pickled):
+        assert torch.equal(copied(x), expected)
+        mine = copied.packed_weight.packed()
+        for name, part in copied.packed_weight.named_buffers():
+            assert name not in mine.parts or mine.parts[name] is part
+    twin.to("meta").to_empty(device="cpu").load_state_dict(other.state_dict())
+    assert torch.equal(twin(x), other(x))
+    held.scales.fill_(torch.nan)
+    with pytest.raises(ValueError, match="scales holds NaN"):
+        held.packed()
+
+
+def test_packed_residency_works_in_inference_mode() -> None:
+    with torch.inference_mode():
+        module, layer, _ = packed_twin(CASES[0], "dfp6-sparse-huffman", "packed")
+        x = CASES[0].input()
+        assert torch.equal(module(x), layer(x))
+        assert torch.equal(module(x), layer(x))
+
+
+def test_packed_residency_breaks_a_full_graph_as_its_docstring_says() -> None:
+    torch.compiler.reset()
+    module, _, _ = packed_twin(CASES[0], "dfp6-sparse-huffman", "packed")
+    assert "fullgraph=True" in PackedLinear.__mro__[1].__doc__
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        torch.compile(module, fullgraph=True, backend="aot_eager")(CASES[0].input())
 
 
 def test_an_input_quantizer_is_applied_and_saved() -> None:

@@ -71,7 +71,7 @@ def test_huge_values_in_a_header_are_refused_at_once(saved, change):
 
 def test_a_header_is_not_all_of_a_large_file(tmp_path):
     names = {f"{i:0100}": torch.zeros(0) for i in range(40_000)}
-    with pytest.raises(ValueError, match="the header of 0 bytes of data takes .*, more than 419"):
+    with pytest.raises(ValueError, match=r"the header of 0 bytes of data takes .*, more than 419"):
         write(tmp_path / "file", names)
     (tmp_path / "file").write_bytes((5 << 20).to_bytes(8, "little") + b" " * (5 << 20))
     with pytest.raises(CorruptFileError, match="header of 5242880 bytes in a file of 5242888"):

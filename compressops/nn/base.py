@@ -14,6 +14,10 @@ from compressops.nn.weight import PackedWeight
 class PackedModule(nn.Module):
     """Base of the drop-in modules: options of the layer, a `PackedWeight`, a bias.
 
+    With ``residency="decoded"`` every one of them compiles into one graph. With ``"packed"`` the
+    decoding stays outside: the graph breaks at the layer, and ``torch.compile(fullgraph=True)``
+    raises.
+
     A subclass names its float layer (``source``), the constructor arguments that it takes over
     (``options``), and has a ``forward``.
     """
@@ -21,6 +25,8 @@ class PackedModule(nn.Module):
     source: ClassVar[type[nn.Module]]
     options: ClassVar[tuple[str, ...]]
     weight_type: ClassVar[type[PackedWeight]] = PackedWeight
+    # The op that runs instead of the float layer's own kernel, if one does.
+    op: ClassVar[str | None] = None
 
     def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
         super().__init__()

@@ -64,6 +64,8 @@ class PackedConv1d(_PackedConv):
 
     Bit for bit the result of a `Conv1d` that holds ``packed.unpack()``.
 
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
     Shape: input ``[N, in_channels, L]`` or ``[in_channels, L]``.
     """
 
@@ -76,6 +78,8 @@ class PackedConv2d(_PackedConv):
     """`torch.nn.Conv2d` with a packed weight ``[out_channels, in_channels / groups, kh, kw]``.
 
     Bit for bit the result of a `Conv2d` that holds ``packed.unpack()`` in the same memory format.
+
+    Packed residency breaks compiled graphs, see `PackedModule`.
 
     Shape: input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
     """

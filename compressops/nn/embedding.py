@@ -17,6 +17,8 @@ class PackedEmbedding(PackedModule):
     ``max_norm`` is refused: it renormalises the table in place on each use, which a packed table
     cannot follow.
 
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
     Shape: input integer ``[...]``, output ``[..., embedding_dim]``.
     """
 

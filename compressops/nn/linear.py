@@ -20,6 +20,8 @@ class PackedLinear(PackedModule):
     Runs the dense kernel on the decoded weight: bit for bit the result of a `Linear` that holds
     ``packed.unpack()``.
 
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
 
@@ -91,7 +93,10 @@ class Int8Linear(PackedModule):
 
     Runs `ops.int8_linear`, with a gradient with respect to the input. The result differs from the
     float layer by the rounding of weight and activations; a row of the input that holds NaN or
-    Inf gives a row of NaN. ``weight`` decodes the dense weight on each access.
+    Inf gives a row of NaN. ``weight`` decodes the dense weight on each access. Under autocast the
+    input is cast as `Linear` casts it, and so is the result.
+
+    Packed residency breaks compiled graphs, see `PackedModule`.
 
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
@@ -99,13 +104,23 @@ class Int8Linear(PackedModule):
     source = nn.Linear
     options = ("in_features", "out_features")
     weight_type = Int8Weight
+    op = "int8_linear"
 
     def forward(self, input: Tensor) -> Tensor:
         weight, scales, sums = self.packed_weight.kernel()
-        return ops.int8_linear(self.quantize_input(input), weight, scales, sums, self.bias)
+        input = self.quantize_input(input)
+        kind = input.device.type
+        # As autocast treats the arguments of F.linear: float64 stays.
+        if (
+            torch.is_autocast_enabled(kind)
+            and input.is_floating_point()
+            and input.dtype != torch.float64
+        ):
+            input = input.to(torch.get_autocast_dtype(kind))
+        return ops.int8_linear(input, weight, scales, sums, self.bias)
 
     def backend(self) -> str:
-        return backends.name("int8_linear", self.packed_weight.device.type)
+        return backends.name(self.op, self.packed_weight.device.type)
 
 
 def fits_int8(number: object) -> bool:

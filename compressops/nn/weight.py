@@ -43,7 +43,8 @@ class PackedWeight(nn.Module):
     Args:
         packed: the weight.
         residency: ``"decoded"`` keeps a dense copy beside the parts, decoded once;
-            ``"packed"`` decodes on every use and drops the copy.
+            ``"packed"`` decodes on every use and drops the copy. Decoding is no part of a compiled
+            graph: such a layer breaks it, and ``torch.compile(fullgraph=True)`` refuses it.
         like: tensor whose dtype, device and strides the decoded weight takes. ``None``: the
             packed tensor's own dtype, its parts' device, contiguous.
 
@@ -93,9 +94,21 @@ class PackedWeight(nn.Module):
     # The parts.
 
     def packed(self) -> PackedTensor:
-        """The weight as the value that is saved and measured; shares the buffers' memory."""
+        """The weight as the value that is saved and measured; shares the buffers' memory.
+
+        Raises:
+            ValueError: the buffers were written to, and are no valid parts any more.
+        """
         parts = {name: self._buffers[name] for name in self._parts}
-        return PackedTensor.from_spec(self._spec, parts, max_entries=_NO_LIMIT)
+        state = [(part, _version(part)) for part in parts.values()]
+        if self._checked is not None:
+            packed, seen = self._checked
+            # Checking takes longer than decoding a small weight, and waits for a GPU.
+            if all(a is b and v == w for (a, v), (b, w) in zip(state, seen, strict=True)):
+                return packed
+        packed = PackedTensor.from_spec(self._spec, parts, max_entries=_NO_LIMIT)
+        self._checked = packed, state
+        return packed
 
     def described(self) -> list[str]:
         """The three axes and the size as text; asks nothing of the parts, which may be on meta."""
@@ -107,6 +120,7 @@ class PackedWeight(nn.Module):
         for name in getattr(self, "_parts", ()):
             del self._buffers[name]
         self._spec = packed.to_spec()
+        self._checked: tuple[PackedTensor, list[tuple[Tensor, int]]] | None = None
         self._parts = tuple(packed.parts)  # in the file's order
         for name in self._parts:
             self.register_buffer(name, packed.parts[name])
@@ -232,7 +246,7 @@ class PackedWeight(nn.Module):
         # What can be decoded is not pickled: torch.save(model) stays as small as the parts.
         resident = self._resident()
         buffers = {k: v for k, v in self._buffers.items() if k not in resident}
-        return {**self.__dict__, "_buffers": buffers}
+        return {**self.__dict__, "_buffers": buffers, "_checked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -255,6 +269,11 @@ def decode(
 ) -> Tensor:
     """`ops.huffman_decode` in the form that `PackedTensor.unpack` takes."""
     return ops.huffman_decode(stream, offsets, lengths, num_symbols, chunk_size)
+
+
+def _version(tensor: Tensor) -> int:
+    """Changes when the tensor is written to; tensors of inference mode don't count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
