@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="compressops",
-    help="Chain-compress PyTorch networks, pack them into one file, and run that.",
+    help="Chain-compress PyTorch networks, pack them into one file, and run that.\n\n"
+    "An error is one line and exit code 2; with COMPRESSOPS_TRACEBACK=1 in the environment it is "
+    "a Python traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,7 +37,10 @@ class Layer:
         ideal: weights × density × bits / 8, the accounting of papers.
         stored: exact bytes of the packed weight, with indices, scales and tables.
         memory: bytes of the weight's buffers now; 0 if another layer, listed before, holds them.
-        backend: what runs the layer.
+        kernel: ``"dense"``, torch's own, or the op that runs instead.
+        backend: whose kernel that is: ``"torch"``, or the backend of the op.
+        residency: how the weight is held: ``"decoded"`` or ``"packed"``; ``"parametrized"`` if it
+            is compressed and not packed; ``"plain"``.
     """
 
     name: str
@@ -52,7 +56,9 @@ class Layer:
     ideal: float
     stored: int
     memory: int
+    kernel: str
     backend: str
+    residency: str
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,8 @@ class Report:
         legend = Table(box=None, pad_edge=False, show_header=False)
         for note, mark in notes.items():
             legend.add_row(Text(mark), Text(note))
-        return Group(table, Text(), legend, Text(), _totals_table(self.totals))
+        remarks = (Text(remark) for remark in self.remarks())
+        return Group(table, Text(), legend, Text(), _totals_table(self.totals), Text(), *remarks)
 
     def __str__(self) -> str:
         out = io.StringIO()
@@ -103,7 +110,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All figures as JSON values."""
-        return asdict(self)
+        return {**asdict(self), "remarks": self.remarks()}
+
+    def remarks(self) -> list[str]:
+        """What to expect of run time and memory, a sentence or two each."""
+        return [_run_time(self.layers), *_memory(self.totals, self.layers)]
 
     def to_html(self) -> str:
         """A self-contained page."""
@@ -121,7 +132,7 @@ class Report:
         document.section(
             "Where the bytes are", page.bars(size_bars(totals)), "Weights of the layers only."
         )
-        document.section("Layers", layer_table(self.layers))
+        document.section("Layers", layer_table(self.layers), " ".join(self.remarks()))
         return document.html()
 
 
@@ -168,10 +179,12 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
         axes = (_axis(packed.layout), _axis(packed.number), _axis(packed.coding))
         ideal, stored = packed.ideal_nbytes, packed.nbytes
         dense = packed.dtype.itemsize * module.packed_weight.shape.numel()
-        backend = module.backend()
+        kernel, backend = module.op or "dense", module.backend()
+        residency = module.residency
     else:
         weight = module.weight.detach()
-        shape, dense, backend = tuple(weight.shape), weight.nbytes, "torch"
+        shape, dense = tuple(weight.shape), weight.nbytes
+        kernel, backend, residency = "dense", "torch", "plain"
         density, ideal, stored = 1.0, float(dense), dense
         axes = ("–", "–", "–")
         done = record(module)
@@ -180,6 +193,7 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
             density = 1.0 if done.mask is None else done.mask.float().mean().item()
             ideal = weight.numel() * density * done.number.bits / 8
             why = why or "compressed; convert() packs it"
+            residency = "parametrized"
     if shared:
         dense, ideal, stored = 0, 0.0, 0
         why = "; ".join(filter(None, [why, "its weight is counted with the layer that shares it"]))
@@ -195,8 +209,52 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
         ideal,
         stored,
         memory,
+        kernel,
         backend,
+        residency,
     )
+
+
+def _run_time(layers: tuple[Layer, ...]) -> str:
+    """How many layers run what, and what that means for the time of a call."""
+    if not layers:
+        return "Run time: no layers with a weight."
+    held = Counter(layer.residency for layer in layers)
+    others = Counter((la.kernel, la.backend) for la in layers if la.kernel != "dense")
+    text = f"Run time: {len(layers) - others.total()} of {len(layers)} layers run the dense kernel"
+    if others.total() < len(layers) and not held.keys() & _EACH_CALL.keys():
+        text += ": same speed as before"
+    for (kernel, backend), count in others.items():
+        text += f"; {count} run{'s' * (count == 1)} {kernel} ({backend})"
+    text += "."
+    for residency, what in _EACH_CALL.items():
+        if held[residency]:
+            text += f" {held[residency]} of {len(layers)} {what} on each call: slower than before."
+    if all(backend == "eager" for _, backend in others):
+        text += " No layer runs a faster kernel."
+    return text
+
+
+_EACH_CALL = {
+    "packed": "decode the weight",
+    "parametrized": "compute the weight from what was trained",
+}
+
+
+def _memory(totals: Totals, layers: tuple[Layer, ...]) -> list[str]:
+    dense, memory = totals.dense + totals.other, totals.memory + totals.other
+    if not dense:
+        return []
+    figures = f"{nbytes(memory)}, {nbytes(dense)} dense"
+    if memory < dense:
+        return [f"Memory: {figures}: {dense / memory:.2f}× smaller."]
+    text = f"Memory: not smaller than before ({figures})."
+    if any(layer.residency == "decoded" for layer in layers):
+        text += (
+            " Decoded residency keeps the packed parts beside the dense weights; "
+            "residency='packed' keeps the parts alone, and is slower."
+        )
+    return [text]
 
 
 def _weight_tensors(module: nn.Module) -> list[Tensor]:
@@ -234,7 +292,9 @@ _NUMERIC = ("density", "ideal", "stored", "memory")
 
 def _cells(layer: Layer) -> list[str]:
     axes = (layer.layout, layer.number, layer.coding)
-    runs = layer.became if layer.backend == "torch" else f"{layer.became}, {layer.backend}"
+    runs = layer.kernel if layer.kernel == "dense" else f"{layer.kernel} ({layer.backend})"
+    if layer.residency == "packed":
+        runs += ", decoded on each call"
     return [
         layer.name,
         "×".join(map(str, layer.shape)),
@@ -243,7 +303,7 @@ def _cells(layer: Layer) -> list[str]:
         nbytes(layer.stored),
         nbytes(layer.memory),
         " · ".join(axis for axis in axes if axis not in ("Dense", "Raw", "–")) or "–",
-        runs,
+        f"{layer.became}: {runs}",
         layer.why,
     ]
 

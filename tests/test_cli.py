@@ -42,6 +42,7 @@ def call(*words: object, code: int = 0) -> str:
 
 def test_help_names_every_command() -> None:
     text = call("--help")
+    assert "COMPRESSOPS_TRACEBACK=1" in text
     for name in ("compress", "convert", "inspect", "verify", "bench", "report"):
         assert name in text
         assert "--help" in call(name, "--help")

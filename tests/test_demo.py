@@ -105,6 +105,7 @@ def test_the_demo_end_to_end(run, capsys: pytest.CaptureFixture) -> None:
     assert tags.seen["svg"] >= 11  # a histogram for each of the nine layers, accuracy, confusion
     assert "script" not in tags.seen
     assert "http" not in text  # self-contained
+    assert "9 of 9 layers run the dense kernel: same speed as before" in text
     assert "nan" not in text.lower().replace("finance", "")
     for stage in ("Prune", "Retrain", "Quantize", "Encode"):
         assert stage in text
@@ -127,6 +128,18 @@ def test_a_difference_is_reported_and_fresh_starts_anew(
     assert run("--fresh")[0] == 1
     assert "NOT EQUAL" in capsys.readouterr().out
     assert not old.exists()
+
+
+def test_a_missing_checkpoint_is_one_line(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "net.safetensors").unlink()
+    code, out = run()
+    assert code == 2
+    assert not out.exists()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("compressops.demo: error: model CifarNet: checkpoint ")
+    assert line.endswith("net.safetensors does not exist")
 
 
 def test_png_is_a_png() -> None:

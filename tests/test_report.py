@@ -61,6 +61,11 @@ def test_a_compressed_model_says_what_convert_would_do() -> None:
     assert {layer.why for layer in found.layers} == {"compressed; convert() packs it"}
     assert found.layers[1].density == pytest.approx(0.2, abs=0.01)
     assert found.totals.file is None
+    (run_time, memory) = found.remarks()
+    assert "same speed" not in run_time
+    assert "9 of 9 compute the weight from what was trained on each call" in run_time
+    assert "not smaller" in memory
+    assert "Decoded residency" not in memory
     # The originals, and masks beside them, are what is in memory.
     assert found.totals.memory > found.totals.dense
 
@@ -99,6 +104,45 @@ def test_int8_linear_holds_no_dense_copy() -> None:
     assert layer.memory < 0.6 * layer.dense
     (lean,) = report(convert(model, Int(bits=8), prefer="size", residency="packed")).layers
     assert lean.memory < 0.3 * lean.dense
+
+
+def test_what_to_expect_is_said_plainly() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    dense = "Run time: 3 of 3 layers run the dense kernel: same speed as before. "
+    plain = report(model).remarks()
+    assert plain == [
+        dense + "No layer runs a faster kernel.",
+        "Memory: not smaller than before (49.92 KB, 49.92 KB dense).",
+    ]
+    config = {"0": Int(bits=4), "2": Int(bits=4), "3": Int(bits=8)}
+    found = report(convert(model, Int(bits=4)))
+    assert found.remarks()[0] == plain[0]
+    assert "not smaller than before" in found.remarks()[1]
+    assert "keeps the packed parts beside the dense weights" in found.remarks()[1]
+
+    found = report(convert(model, config, prefer="size"))
+    assert [layer.kernel for layer in found.layers] == ["dense", "dense", "int8_linear"]
+    backend = found.layers[2].backend
+    expected = (
+        f"2 of 3 layers run the dense kernel: same speed as before; 1 runs int8_linear ({backend})"
+    )
+    assert expected in found.remarks()[0]
+    assert ("No layer runs a faster kernel" in found.remarks()[0]) == (backend == "eager")
+    text = " ".join(str(found).split())
+    for remark in found.remarks():
+        assert remark in text
+    assert f"Int8Linear: int8_linear ({backend})" in text
+    assert "PackedLinear: dense" in text
+    assert found.to_dict()["remarks"] == found.remarks()
+    assert found.layers[0].residency == "decoded"
+
+    found = report(convert(model, config, prefer="size", residency="packed"))
+    first, second = found.remarks()
+    assert "3 of 3 decode the weight on each call: slower than before." in first
+    assert "same speed" not in first
+    assert second.startswith("Memory: ")
+    assert second.endswith("× smaller.")
+    assert "Run time: 2 of 3" in found.to_html()
 
 
 def test_text_and_page(tmp_path: Path) -> None:

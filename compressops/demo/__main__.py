@@ -29,15 +29,21 @@ CLASSIFY = (sys.executable, "-m", "compressops.demo.classify")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run all of it; 0 if the file's accuracy is the compressed model's to the last digit."""
+    """Run all of it; 0 if the file's accuracy is the compressed model's to the last digit, 2 if
+    what the recipe names is not there."""
     args = _parse_args(arguments)
     console = Console()
     began = time.monotonic()
+    try:
+        recipe = Recipe.from_yaml(args.recipe)
+        model, train_data, eval_data, teacher = recipe.load()
+    except (OSError, ValueError) as error:
+        # A checkpoint, data or recipe that is not there: nothing that a traceback explains.
+        print(f"compressops.demo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     if args.fresh and args.out.exists():
         shutil.rmtree(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe.from_yaml(args.recipe)
-    model, train_data, eval_data, teacher = recipe.load()
 
     console.rule("[bold]1 of 4: compress")
     console.print(f"{args.recipe}: " + " → ".join(type(stage).__name__ for stage in recipe.stages))

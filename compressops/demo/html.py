@@ -117,7 +117,7 @@ def render(found: Findings) -> str:
     document.section("Weights before and after", page.grid(_histograms(found)), _HISTOGRAMS)
     document.section("What it confuses", _confusion(found), _CONFUSION)
     document.section("Where it is sure, and wrong", _mistakes(found))
-    document.section("Layers", layer_table(found.report.layers))
+    document.section("Layers", layer_table(found.report.layers), " ".join(found.report.remarks()))
     document.footer(f"Made by python -m compressops.demo in {found.seconds / 60:.1f} minutes.")
     return document.html()
 
