@@ -94,9 +94,9 @@ def test_bench(saved: Path) -> None:
 
 
 def test_compress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_demo import RECIPE, noise
+    from test_demo import RECIPE, sample
 
-    monkeypatch.setitem(registry.DATA, "Noise", noise)
+    monkeypatch.setitem(registry.DATA, "Sample", sample)
     save_file(dict(small().state_dict()), tmp_path / "net.safetensors")
     recipe, out = tmp_path / "recipe.yaml", tmp_path / "packed.safetensors"
     recipe.write_text(RECIPE)
