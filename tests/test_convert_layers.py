@@ -28,6 +28,7 @@ from compressops.nn import (
     PackedLinear,
 )
 from compressops.registry import register
+from compressops.report import report
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -166,3 +167,14 @@ def test_a_parametrization_of_another_kind_is_packed_over() -> None:
     assert isinstance(packed[0], PackedLinear)
     assert not parametrize.is_parametrized(packed[0])
     assert torch.equal(packed(x), expected)
+
+
+def test_the_notes_say_where_no_speed_is_gained() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    dense = "runs the dense kernel on decoded weights"
+    packed = convert(model, {"0": Int(bits=8), "1": Int(bits=4)}, prefer="size")
+    assert dense not in packed.conversion_notes["0"].why
+    assert packed.conversion_notes["1"].why.endswith(dense)
+    (_, second) = report(packed).layers
+    assert dense in second.why
+    assert dense in convert(compressed(model)).conversion_notes["0"].why

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from compressops.compress import Encode, Prune, Quantize, Recipe, compress, record
+from compressops.compress import Encode, Equalize, Prune, Quantize, Recipe, compress, record
 from compressops.compress.parametrizations import Mask, find
 from compressops.compress.select import weight_layers
 from compressops.compress.sizes import sizes
@@ -114,9 +114,19 @@ def test_weight_norm_is_named(kind: type) -> None:
     assert sizes(model).stored_bytes == 4 * 2 * (36 + 6)
 
 
+def test_equalize_names_what_it_cannot_scale() -> None:
+    model = nn.Sequential(parametrizations.weight_norm(nn.Linear(6, 6)), nn.BatchNorm1d(6))
+    with pytest.raises(ValueError, match="layer '0': its weight is computed by WeightNorm already"):
+        check(model, Equalize())
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    parametrize.register_parametrization(model[0], "bias", Half())
+    with pytest.raises(ValueError, match="layer '0': its bias is parametrized"):
+        check(model, Equalize())
+
+
 def test_the_old_weight_norm_is_named() -> None:
     model = nn.Sequential(prune.l1_unstructured(nn.Linear(6, 6), "weight", 0.5))
-    with pytest.raises(ValueError, match="layer '0': its weight is no parameter.*make it permane"):
+    with pytest.raises(ValueError, match=r"layer '0': its weight is no param.*make it permane"):
         check(model, Prune(0.5))
 
 

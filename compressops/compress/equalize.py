@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.nn.utils import parametrize
 
 from compressops.compress import checks
 from compressops.compress.parametrizations import FakeQuantize, find
-from compressops.compress.select import match
+from compressops.compress.select import check_plain, match, original
 from compressops.compress.stage import Stage
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -46,6 +47,9 @@ class Equalize(Stage):
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         for name, (layer, _) in self._pairs(model).items():
+            check_plain(name, layer)
+            if parametrize.is_parametrized(layer, "bias"):
+                raise ValueError(f"layer {name!r}: its bias is parametrized, and cannot be scaled")
             if find(layer, FakeQuantize) is not None:
                 raise ValueError(f"layer {name!r} is quantized already: Equalize must come before")
 
@@ -66,7 +70,7 @@ class Equalize(Stage):
         found = (rows.square().sum(1) / count).sqrt()
         # A filter of zeros alone stays as it is.
         scale = torch.where(found > 0, self.rms / found, 1.0)
-        _original(layer).mul_(scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
+        original(layer).mul_(scale.to(weight.dtype).view(-1, *[1] * (weight.dim() - 1)))
         if layer.bias is not None:
             layer.bias.mul_(scale)
         norm.running_mean.mul_(scale)
@@ -94,9 +98,3 @@ def normed_layers(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
             ):
                 pairs[f"{prefix}.{name}" if prefix else name] = (layer, norm)
     return pairs
-
-
-def _original(layer: nn.Module) -> Tensor:
-    if hasattr(layer, "parametrizations"):
-        return layer.parametrizations["weight"].original
-    return layer.weight

@@ -40,12 +40,7 @@ def select(
         )
     found = {name: module for name, module in candidates.items() if name in chosen}
     for name, module in found.items():
-        foreign = _foreign(module)
-        if foreign is not None:
-            raise ValueError(
-                f"layer {name!r}: its weight is computed by {foreign} already; make it plain with "
-                f"parametrize.remove_parametrizations(layer, 'weight'), or exclude it"
-            )
+        check_plain(name, module)
     _check_ties(model, found)
     return found
 
@@ -95,14 +90,17 @@ def match(
     return found
 
 
-def _foreign(module: nn.Module) -> str | None:
-    """The parametrization of the weight that is none of ours, e.g. weight_norm."""
+def check_plain(name: str, module: nn.Module) -> None:
+    """Refuse a weight with a parametrization that is none of ours, e.g. weight_norm."""
     if not parametrize.is_parametrized(module, "weight"):
-        return None
+        return
     for part in module.parametrizations["weight"]:
         if not getattr(part, "is_compression", False):
-            return type(part).__name__.lstrip("_")
-    return None
+            raise ValueError(
+                f"layer {name!r}: its weight is computed by {type(part).__name__.lstrip('_')} "
+                f"already; make it plain with parametrize.remove_parametrizations(layer, "
+                f"'weight'), or exclude it"
+            )
 
 
 def _check_ties(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
