@@ -28,7 +28,7 @@ test: install
 	$(PY) -m pytest $(TESTS)
 
 lint: install
-	$(PY) -m ruff check .
+	$(PY) -m ruff check --no-cache .
 	$(PY) -m ruff format --check .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 

@@ -14,9 +14,9 @@ import zlib
 
 import torch
 from common import interleaved, median_ratio, parser, report
-from compressops.formats.huffman import huffman_encode, huffman_lengths
 
 import compressops as co
+from compressops.formats.huffman import huffman_encode, huffman_lengths
 
 
 def gaussian_codes(bits: int, count: int) -> torch.Tensor:
