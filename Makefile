@@ -33,7 +33,7 @@ lint: install
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 
 format: install
-	$(PY) -m ruff check --fix .
+	$(PY) -m ruff check --no-cache --fix .
 	$(PY) -m ruff format .
 	git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' | xargs $(VENV)/bin/clang-format -i
 
