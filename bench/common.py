@@ -92,7 +92,8 @@ def context(arguments: argparse.Namespace) -> dict:
     return {
         "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        # Folders of the machine that it ran on mean nothing elsewhere.
+        "command": "python bench/" + " ".join(Path(word).name for word in sys.argv),
         "cpu": cpu,
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
