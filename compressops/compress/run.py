@@ -194,7 +194,7 @@ class _Run:
         began = time.monotonic()
         if isinstance(stage, Retrain):
             self.history.append(self.retrain(number, stage))
-            # Earlier sessions of a resumed run count too.
+            # What ran before a resume counts too.
             began = time.monotonic() - self.history[-1][-1]["seconds"]
         else:
             stage.attach(self.model)

@@ -103,7 +103,7 @@ def train(
         checkpoint: file to resume from if it is there, and to write to.
 
     Returns:
-        One entry per epoch: ``epoch``, ``loss``, ``lr``, ``seconds`` (all sessions together).
+        One entry per epoch: ``epoch``, ``loss``, ``lr``, ``seconds`` (since the start).
 
     Raises:
         FloatingPointError: a loss is NaN or infinite; names the step.
