@@ -80,7 +80,10 @@ def train(
 
     Args:
         dataset: a map-style data set of ``(inputs, labels)``. Before each epoch its
-            ``set_epoch(epoch, seed)`` is called, if it has one, and ``set_size`` as asked for.
+            ``set_epoch(epoch, seed)`` is called, if it has one, and ``set_size`` as asked for;
+            in the end its ``size`` is what it was. Random numbers that it draws from the global
+            generators of torch, numpy and ``random`` are seeded for each batch, in the workers
+            too.
         teacher: required by ``options.distill``; it is put into eval mode.
         controllers: act on the model after each step.
         checkpoint: file to resume from if it is there, and to write to.
@@ -110,7 +113,13 @@ def train(
             console if accelerator.is_main_process else None, title, plan.total_steps, run.step
         ) as bar,
     ):
-        run.all(dataset, bar)
+        native = dataset.size if options.image_sizes else None
+        try:
+            run.all(dataset, bar)
+        finally:
+            # The next stage, and the caller, want the images as they were.
+            if native is not None:
+                dataset.set_size(native)
     return run.history
 
 
@@ -172,7 +181,8 @@ class _Run:
                 dataset.set_epoch(epoch, self.seed)
             rank, world = accelerator.process_index, accelerator.num_processes
             parts = plan.batches(epoch, first, end, rank, world, options.accumulate)
-            batches = iter(data.loader(dataset, parts, options.workers))
+            seeds = plan.seeds(epoch, first, end, rank, options.accumulate)
+            batches = iter(data.loader(dataset, parts, options.workers, seeds))
             for _ in range(first, end):
                 self.one(batches)
                 bar.advance(f"loss {self.losses[-1]:.4f}" if self.losses else "")
