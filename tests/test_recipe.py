@@ -29,6 +29,7 @@ from compressops.compress.select import weight_layers
 from compressops.compress.sizes import sizes
 from compressops.distill import LogitsKD
 from compressops.formats import DynamicFixedPoint, FixedPoint, Huffman, Int, Ternary
+from compressops.train import Accuracy
 from compressops.zoo.cifarnet import CifarNet
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -296,3 +297,17 @@ def test_run_recipe_needs_model_and_data(tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"the recipe names no {missing}"):
             run_recipe(tmp_path / "r.yaml", tmp_path / "work")
+
+
+def test_a_cubic_prune_is_not_measured_twice(monkeypatch) -> None:
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs["title"])
+        return Accuracy(50.0, 60.0, 1)
+
+    monkeypatch.setattr(run_module, "evaluate", counting)
+    stages = [Prune(0.5, schedule="cubic"), Retrain(steps=2, batch_size=16)]
+    result, _ = _compress(stages)
+    assert calls == ["stage 0/2 evaluate", "stage 2/2 evaluate"]
+    assert result.table[1].top1 == 50.0
