@@ -350,6 +350,17 @@ def test_evaluation_counts() -> None:
     assert evaluate(nn.Linear(12, 6).train(), Points(20)).top5 <= 100
 
 
+def test_evaluation_leaves_every_module_in_its_mode() -> None:
+    model = network().train()
+    model[1].eval()
+    before = [m.training for m in model.modules()]
+    evaluate(model, Points(20))
+    assert [m.training for m in model.modules()] == before
+    with pytest.raises(RuntimeError):
+        evaluate(model, Points(20, (7,)))
+    assert [m.training for m in model.modules()] == before
+
+
 def test_int_scales_follow_the_weights() -> None:
     model = network()
     Quantize(Int(4)).attach(model)

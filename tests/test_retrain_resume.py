@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import retrain_worker
 from retrain_worker import Points, compress_images, network
 
-from compressops.compress import Retrain
+from compressops.compress import Prune, Recipe, Retrain, compress
 from compressops.train import checkpoint, make_accelerator, train
 
 # The whole of what is promised is 20; a few of them keep the suite short.
@@ -106,19 +106,53 @@ def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch) -> None
     path = tmp_path / "c.pt"
     checkpoint.save(path, {"value": 1})
 
-    def broken(*args, **kwargs):
-        args[1].write(b"half")
+    def broken(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, {"value": 2})
+    for place in ("fsync", "replace"):
+        monkeypatch.setattr(os, place, broken)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(path, {"value": 2})
+        monkeypatch.undo()
+        assert checkpoint.load(path)["value"] == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    checkpoint.save(path, {})
     monkeypatch.undo()
-    assert checkpoint.load(path)["value"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-    torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
+    with pytest.raises(ValueError, match="has format 99, this version reads 2"):
         checkpoint.load(path)
+
+
+def test_a_damaged_checkpoint_is_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"value": torch.arange(50.0)})
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"checkpoint {path} cannot be read"):
+            checkpoint.load(path)
+    path.write_bytes(content)
+    assert torch.equal(checkpoint.load(path)["value"], torch.arange(50.0))
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    (tmp_path / f".{path.name}.0123456789abcdef.tmp").write_bytes(b"half")
+    others = {".d.pt.0123456789abcdef.tmp", "mine.tmp", ".c.pt.partial.0123456789abcdef.tmp"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"half")
+    options = Retrain(steps=1, batch_size=16)
+    train(network(), Points(32), options, accelerator=make_accelerator(), checkpoint=path)
+    assert {p.name for p in tmp_path.iterdir()} == {"c.pt", *others}
+    # A run that has nothing left to do cleans up too.
+    work = tmp_path / "work"
+    compress(network(), Recipe([Prune(0.5)]), workdir=work, log=False)
+    (last,) = work.glob("stage-01-*.pt")
+    (work / f".{last.name}.0123456789abcdef.tmp").write_bytes(b"half")
+    compress(network(), Recipe([Prune(0.5)]), workdir=work, log=False)
+    assert not list(work.glob(".*.tmp"))
 
 
 def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:

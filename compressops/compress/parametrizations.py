@@ -35,6 +35,9 @@ class _MaskedStraightThrough(torch.autograd.Function):
 
 
 class _Parametrization(nn.Module):
+    # Tells ours from torch's, or a user's.
+    is_compression = True
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """``module.weight = value`` sets the original."""
         return weight

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressops.compress import checks
 from compressops.compress.parametrizations import Mask, find, input_of, register
-from compressops.compress.select import select
+from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Controller, Stage
 
 
@@ -95,17 +95,24 @@ class Prune(Stage):
             )
 
     def attach(self, model: nn.Module) -> None:
-        layers = select(model, self.layers, self.exclude)
-        for module in layers.values():
-            if find(module, Mask) is None:
-                keep = torch.ones_like(module.weight, dtype=torch.bool)
-                register(module, Mask(keep, self._block))
+        for group in tied_groups(select(model, self.layers, self.exclude)):
+            if find(group[0], Mask) is None:
+                keep = torch.ones_like(group[0].weight, dtype=torch.bool)
+                mask = Mask(keep, self._block)
+                # One for all that share the weight, so that they cannot part.
+                for module in group:
+                    register(module, mask)
+        layers = self.weights(model)
         if self.schedule != "cubic":
             self.prune(layers, self.density)
         else:
-            for module in layers.values():
+            for module in layers:
                 mask = find(module, Mask)
                 mask.start = (self._units(mask.mask.float()) > 0).float().mean().item()
+
+    def weights(self, model: nn.Module) -> list[nn.Module]:
+        """The selected layers, one of those that share a weight."""
+        return [group[0] for group in tied_groups(select(model, self.layers, self.exclude))]
 
     def controller(self) -> Controller | None:
         return None if self.schedule == "one_shot" else _Schedule(self)
@@ -122,7 +129,7 @@ class Prune(Stage):
     @torch.no_grad()
     def prune(
         self,
-        layers: dict[str, nn.Module],
+        layers: list[nn.Module],
         density: float | list[float],
         recover: bool = False,
     ) -> None:
@@ -131,9 +138,9 @@ class Prune(Stage):
 
         Entries that are pruned already stay so, unless they may ``recover``.
         """
-        masks = [find(module, Mask) for module in layers.values()]
+        masks = [find(module, Mask) for module in layers]
         scores, living = [], []
-        for module, mask in zip(layers.values(), masks, strict=True):
+        for module, mask in zip(layers, masks, strict=True):
             magnitude = self._units(input_of(module, mask))
             alive = torch.ones_like(magnitude, dtype=torch.bool)
             if not recover:
@@ -145,14 +152,14 @@ class Prune(Stage):
         for mask, keep, alive in zip(masks, self._best(scores, density), living, strict=True):
             mask.mask.copy_(self._entries(keep & alive, mask.mask))
 
-    def cubic(self, layers: dict[str, nn.Module], done: float) -> float | list[float]:
+    def cubic(self, layers: list[nn.Module], done: float) -> float | list[float]:
         """The densities when the part ``done`` of the schedule is over (Zhu & Gupta, eq. 1, with
         the sparsity that each layer began with as s_i)."""
 
         def at(start: float) -> float:
             return self.density + max(0.0, start - self.density) * (1 - done) ** 3
 
-        masks = [find(module, Mask) for module in layers.values()]
+        masks = [find(module, Mask) for module in layers]
         if self.scope == "layer":
             return [at(mask.start) for mask in masks]
         counts = [self._units(mask.mask.float()).numel() for mask in masks]
@@ -160,12 +167,11 @@ class Prune(Stage):
         return at(alive / max(1, sum(counts)))
 
     @torch.no_grad()
-    def operate(self, layers: dict[str, nn.Module]) -> None:
+    def operate(self, layers: list[nn.Module]) -> None:
         """One update of dynamic network surgery."""
-        masks = [find(module, Mask) for module in layers.values()]
+        masks = [find(module, Mask) for module in layers]
         scores = [
-            self._units(input_of(module, mask))
-            for module, mask in zip(layers.values(), masks, strict=True)
+            self._units(input_of(module, mask)) for module, mask in zip(layers, masks, strict=True)
         ]
         kept = self._best(scores, self.density)
         for mask, score, best in zip(masks, scores, kept, strict=True):
@@ -222,9 +228,9 @@ class _Schedule:
         self.stage = stage
 
     def begin(self, model: nn.Module, step: int, total_steps: int) -> None:
-        self.layers = select(model, self.stage.layers, self.stage.exclude)
+        self.layers = self.stage.weights(model)
         recover = self.stage.schedule == "surgery" and step < self._last(total_steps)
-        for module in self.layers.values():
+        for module in self.layers:
             find(module, Mask).recover = recover
 
     def _last(self, total_steps: int) -> int:
@@ -246,7 +252,7 @@ class _Schedule:
             self.stage.prune(self.layers, self.stage.cubic(self.layers, step / last))
 
     def _stop_recovery(self) -> None:
-        for module in self.layers.values():
+        for module in self.layers:
             find(module, Mask).recover = False
 
 

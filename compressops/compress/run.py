@@ -25,7 +25,7 @@ from compressops.compress.table import Row, Table
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
 from compressops.train.evaluate import evaluate
-from compressops.train.loop import make_accelerator, train
+from compressops.train.loop import make_accelerator, plan_of, train
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,12 @@ def compress(
     retrains = [stage for stage in recipe.stages if isinstance(stage, Retrain)]
     if accelerator is None and retrains:
         accelerator = make_accelerator(retrains[0].mixed_precision)
+    for i, stage in enumerate(recipe.stages, 1):
+        if isinstance(stage, Retrain):
+            try:
+                plan_of(stage, train_data, accelerator, seed)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"stage {i} (Retrain): {error}") from None
     console = log if isinstance(log, Console) else Console(stderr=True) if log else None
     if accelerator is not None and not accelerator.is_main_process:
         console = None
@@ -275,6 +281,9 @@ class _Run:
         """Go to the last stage that is kept; its number, −1 if there is none."""
         if self.workdir is None:
             return -1
+        if self.accelerator is None or self.accelerator.is_main_process:
+            for number in range(len(self.keys)):
+                checkpoints.remove_stale(self.path(number))
         kept = [n for n in range(len(self.stages) + 1) if self.path(n).exists()]
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
@@ -308,7 +317,11 @@ class _Run:
         for path in others:
             if path.suffixes != [".pt"]:
                 continue
-            found = checkpoints.load(path)["stages"]
+            try:
+                found = checkpoints.load(path)["stages"]
+            except ValueError:
+                # It is not needed, only talked about.
+                continue
             if found[:done] == before:
                 self.console.print(
                     f"stage {done + 1} is {self.stages[done]}; {self.workdir} also holds "

@@ -59,6 +59,20 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
 _SUPPORTED = {f"DistributedType.{name}" for name in ("NO", "MULTI_CPU", "MULTI_GPU")}
 
 
+def plan_of(options: Retrain, dataset: Any, accelerator: Accelerator, seed: int) -> data.Plan:
+    """The steps that `train` takes; raises as `data.plan` does, before any work."""
+    return data.plan(
+        dataset,
+        epochs=options.epochs,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        image_sizes=options.image_sizes,
+        world=accelerator.num_processes,
+        accumulate=options.accumulate,
+        seed=seed,
+    )
+
+
 def train(
     model: nn.Module,
     dataset: Any,
@@ -94,16 +108,7 @@ def train(
     Raises:
         FloatingPointError: a loss is NaN or infinite; names the step.
     """
-    plan = data.plan(
-        dataset,
-        epochs=options.epochs,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        image_sizes=options.image_sizes,
-        world=accelerator.num_processes,
-        accumulate=options.accumulate,
-        seed=seed,
-    )
+    plan = plan_of(options, dataset, accelerator, seed)
     if options.distill and teacher is None:
         raise ValueError("distill needs a teacher")
     run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint)
@@ -155,6 +160,8 @@ class _Run:
         self.step, self.history, self.losses, self.seconds = 0, [], [], 0.0
         scaler = None
         self.unchecked: list[tuple[int, Tensor]] = []
+        if checkpoint is not None and accelerator.is_main_process:
+            checkpoints.remove_stale(checkpoint)
         if checkpoint is not None and checkpoint.exists():
             state = checkpoints.load(checkpoint)
             model.load_state_dict(state["model"])
