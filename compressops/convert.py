@@ -14,13 +14,16 @@ from torch.nn.utils import parametrize
 
 from compressops import plan as plans
 from compressops.compress import record
-from compressops.compress.quantize import InputQuantizer, _quantize_input
+from compressops.compress.quantize import InputQuantizer, quantize_first_input
 from compressops.formats import Number, PackedTensor
 from compressops.measure import captured_inputs, median_times
 from compressops.nn import PackedModule, PackedWeight
 from compressops.nn.weight import check_residency
 from compressops.plan import Choice, Config, Plan, naming
-from compressops.registry import Rule, is_layer, rules_for, targets
+from compressops.registry import Rule, is_layer, rules_for, targets, why_not
+
+# That a packed layer takes less room does not make it faster.
+DENSE = "runs the dense kernel on decoded weights"
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,11 @@ def convert(
             faster. Without ``example_inputs`` a compiled kernel is assumed faster, and the eager
             one slower. ``"size"``: modules that need least memory, without measuring.
         residency: ``"decoded"`` keeps a decoded weight beside the packed one; ``"packed"``
-            decodes on every use: least memory, and slower.
-        inplace: change ``model`` itself. On an error nothing was changed.
+            decodes on every use: least memory, and slower; not for ``torch.compile`` with
+            ``fullgraph=True``, because decoding stays out of graphs.
+        inplace: change ``model`` itself. On an error nothing was changed. References to its
+            layers or their weights that are held outside its tree of modules (a list, an
+            optimizer) go on naming the old ones.
 
     Returns:
         The converted model, with the reasons for `report`. Unless ``inplace``, ``model`` is
@@ -151,14 +157,11 @@ class _Conversion:
             return self.stay(name, module, "left as it is by the config")
         if isinstance(module, PackedModule):
             return self._consider_packed(name, module, choice)
+        if (why := why_not(module)) is not None:
+            return self.stay(name, module, why)
         recorded = record(module)
         if recorded is None and not choice:
             return self.stay(name, module, "not compressed, and no config asks for it")
-        if not rules_for(_kind(module)):
-            kind = _kind(module).__name__
-            return self.stay(name, module, f"no packed module is registered for {kind}")
-        if getattr(module, "max_norm", None) is not None:
-            return self.stay(name, module, f"max_norm={module.max_norm} rewrites it on each use")
         with naming(name):
             self.plans[name] = plans.plan(module, recorded, choice)
 
@@ -208,6 +211,7 @@ class _Conversion:
                     whys += [why] if why else []
                     if taken:
                         new = candidate
+                        whys += [DENSE] if rule.runs_dense else []
                         break
             if new is None:
                 self.stay(name, module, "; ".join([*whys[1:], "no other module can run it"]))
@@ -332,7 +336,7 @@ def _carry_over(old: nn.Module, new: PackedModule, memo: dict[int, Any] | None) 
         value = getattr(old, name, None)
         if name == "_forward_pre_hooks":
             # Packed modules quantize their inputs themselves, because a file holds no hooks.
-            value = type(value)((k, v) for k, v in value.items() if v is not _quantize_input)
+            value = type(value)((k, v) for k, v in value.items() if v is not quantize_first_input)
         if value is not None:
             setattr(new, name, value if memo is None else copy.deepcopy(value, memo))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from compressops.formats import LowRank
 from compressops.nn import (
@@ -32,6 +33,8 @@ class Rule:
 
 
 _rules: list[Rule] = []
+# A weight that scales elements one by one gains nothing from any of this, whatever its shape.
+_NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
 def register(
@@ -80,12 +83,37 @@ def rules_for(source: type[nn.Module], plan: Plan | None = None) -> list[Rule]:
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether `convert` and `report` have something to say about ``module``: it has a weight
-    of two or more dimensions."""
+    """Whether `convert`, `report` and the stages of a recipe have something to say about
+    ``module``: it is packed, or has a weight of two or more dimensions and is no norm."""
     if isinstance(module, PackedModule):
         return True
-    owned = getattr(module, "parametrizations", None) or module._parameters
-    return "weight" in owned and getattr(module.weight, "ndim", 0) >= 2
+    if isinstance(module, _NORMS):
+        return False
+    # Of its own: a property would belong to a layer inside. Hooks (as of the old weight_norm)
+    # leave it as a plain attribute.
+    owners = (getattr(module, "parametrizations", ()), module._parameters, vars(module))
+    if not any("weight" in owner for owner in owners):
+        return False
+    weight = module.weight
+    return isinstance(weight, Tensor) and weight.ndim >= 2
+
+
+def why_not(module: nn.Module) -> str | None:
+    """Why no packed module can take the place of this layer (see `is_layer`); ``None``: one can.
+
+    What cannot be packed is not compressed either: it could not be saved as what it is.
+    """
+    kind = parametrize.type_before_parametrizations(module)
+    if not rules_for(kind):
+        return f"no packed module is registered for {kind.__name__}"
+    if getattr(module, "max_norm", None) is not None:
+        return f"max_norm={module.max_norm} rewrites it on each use"
+    if "weight" in vars(module):
+        return "its weight is no parameter: a hook computes it"
+    for name in getattr(module, "parametrizations", ()):
+        if name != "weight":
+            return f"its {name} is parametrized, which a packed module has no place for"
+    return None
 
 
 def _runs_int8(plan: Plan) -> bool:

@@ -41,6 +41,19 @@ class Points(torch.utils.data.Dataset):
         return self.centres[label] + noise, label
 
 
+class Sized(Points):
+    """Points of which only the first ``size`` features are told; the others are 0."""
+
+    size = 12
+
+    def set_size(self, size: int) -> None:
+        self.size = size
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        x, label = super().__getitem__(index)
+        return torch.where(torch.arange(len(x)) < self.size, x, 0.0), label
+
+
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -59,6 +72,7 @@ def recipe() -> Recipe:
                 ema=0.9,
                 checkpoint_seconds=0.02,
                 distill=(LogitsKD(2.0),),
+                image_sizes=((6, 0.5), (9, 0.5)),
             ),
             Quantize(DynamicFixedPoint(4)),
             Retrain(steps=12, batch_size=16, optimizer="muon", checkpoint_seconds=0.02),
@@ -72,7 +86,7 @@ def compress_tiny(workdir: str, out: str, pause: float = 0.0) -> None:
     torch.set_num_threads(1)
     model = network()
     result = compress(
-        model, recipe(), Points(160, pause=pause), Points(60), model, workdir, log=False
+        model, recipe(), Sized(160, pause=pause), Points(60), model, workdir, log=False
     )
     torch.save({"model": result.model.state_dict(), "history": result.history}, out)
 

@@ -151,6 +151,7 @@ def test_a_glob_that_matches_nothing(argument: str) -> None:
         ({"density": 0.5, "scope": "all"}, "scope must be one of .* got 'all'"),
         ({"density": 0.5, "schedule": "slow"}, "schedule must be one of .* got 'slow'"),
         ({"density": 0.5, "block": (0, 4)}, "block must be in .* got 0"),
+        ({"density": 0.5, "block": (4, 1025)}, r"block must be in \[1, 1024\], got 1025"),
         ({"density": 0.5, "hysteresis": 1.0}, "hysteresis must be in .* got 1.0"),
         ({"density": 0.5, "updates": 0}, "updates must be in .* got 0"),
     ],
@@ -254,3 +255,46 @@ def test_masks_hold_and_travel() -> None:
     for other in (model, fresh, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert all(torch.equal(a, b) for a, b in zip(masks(other), before, strict=True))
         assert torch.equal(other.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("block", [None, (2, 3)])
+def test_cubic_schedule_starts_from_what_is_alive(scope: str, block: tuple | None) -> None:
+    """Also after a resume, which finds masks that are on their way already."""
+    grain = {} if block is None else {"granularity": "block", "block": block}
+    stage = Prune(0.1, scope=scope, schedule="cubic", updates=20, ends=1.0, **grain)
+    model = network()
+    Prune(0.4, scope=scope, **grain).attach(model)
+    before = [m.clone() for m in masks(model)]
+    stage.attach(model)
+    assert all(torch.equal(a, b) for a, b in zip(masks(model), before, strict=True))
+    counts = []
+    for steps in (range(1, 11), range(11, 21)):
+        resumed = network()
+        Prune(0.7, **grain).attach(resumed)
+        stage.attach(resumed)
+        resumed.load_state_dict(model.state_dict())
+        model, controller = resumed, stage.controller()
+        controller.begin(model, steps[0] - 1, 20)
+        for step in steps:
+            controller.update(model, step, 20, False)
+            for new, old in zip(masks(model), before, strict=True):
+                assert not (new & ~old).any()
+            before = [m.clone() for m in masks(model)]
+            count, total = kept(model)
+            counts.append(count / total)
+    wanted = [0.1 + 0.3 * (1 - step / 20) ** 3 for step in range(1, 21)]
+    assert counts == pytest.approx(wanted, abs=0.03 if block else 0.002)
+
+
+@pytest.mark.parametrize("schedule", ["one_shot", "cubic"])
+def test_a_higher_density_brings_nothing_back(schedule: str) -> None:
+    model = network()
+    Prune(0.2, layers=("0", "3")).attach(model)
+    before = masks(copy.deepcopy(model))
+    stage = Prune(0.5, schedule=schedule, layers=("0", "3"))
+    if schedule == "cubic":
+        _drive(model, stage, 10)
+    else:
+        stage.attach(model)
+    assert all(torch.equal(a, b) for a, b in zip(masks(model), before, strict=True))

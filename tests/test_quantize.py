@@ -13,7 +13,7 @@ from compressops.compress import Encode, Equalize, Prune, Quantize, record
 from compressops.compress.parametrizations import FakeQuantize, find
 from compressops.compress.quantize import InputQuantizer, Refit
 from compressops.compress.select import weight_layers
-from compressops.compress.sizes import pack, sizes
+from compressops.compress.sizes import packed, sizes
 from compressops.formats import (
     BlockSparse,
     Dense,
@@ -85,7 +85,7 @@ def test_the_record_packs_the_very_weight(number, layout, coding) -> None:
         type(number),
         coding,
     )
-    assert torch.equal(pack(model).unpack(), model.weight)
+    assert torch.equal(packed(model).unpack(), model.weight)
 
 
 def test_a_fixed_point_has_one_length_for_all_layers() -> None:
@@ -144,7 +144,7 @@ def test_training_lowers_the_loss_through_the_number(number: Number) -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     for module in weight_layers(model).values():
-        assert torch.equal(pack(module).unpack(), module.weight)
+        assert torch.equal(packed(module).unpack(), module.weight)
 
 
 def test_when_parameters_are_fitted_anew() -> None:
@@ -340,5 +340,5 @@ def test_sizes() -> None:
     ideal = 6 * (kept["0"] + kept["3"]) + 32 * kept["5"]
     assert found.ideal_rate == pytest.approx(32 * sum(weights.values()) / ideal)
     assert found.density == sum(kept.values()) / sum(weights.values())
-    packed = sum(pack(m).nbytes for m in weight_layers(model).values())
-    assert found.stored_bytes == packed + total - 4 * sum(weights.values())
+    coded = sum(packed(m).nbytes for m in weight_layers(model).values())
+    assert found.stored_bytes == coded + total - 4 * sum(weights.values())

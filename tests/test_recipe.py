@@ -29,6 +29,7 @@ from compressops.compress.select import weight_layers
 from compressops.compress.sizes import sizes
 from compressops.distill import LogitsKD
 from compressops.formats import DynamicFixedPoint, FixedPoint, Huffman, Int, Ternary
+from compressops.train import Accuracy
 from compressops.zoo.cifarnet import CifarNet
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -119,6 +120,10 @@ def test_pruned_recipes_share_their_first_stages() -> None:
         ("stages: 5\n", "stages must be a list, got 5"),
         ("stages: []\n", "at least one stage"),
         ("version: 2\nstages:\n- Prune: 0.5", "version must be 1, got 2"),
+        ("version: true\nstages:\n- Prune: 0.5", "version must be 1, got True"),
+        ("stages:\n- Prune: 0.5\n? [a]: 1", "not valid YAML: a key must be a name"),
+        ("stages:\n- Prune:\n    ? {a: 1}\n    : 1", "not valid YAML: a key must be a name"),
+        ("", r"source must be a path or YAML text, got '\\n'"),
         ("stages:\n- Prune: {density: 0.5, density: 0.4}", "'density' is given twice"),
         ("stages:\n- Prune: [", "not valid YAML"),
         ("- Prune: 0.5\n- Encode: Raw", "must be a mapping"),
@@ -130,6 +135,8 @@ def test_what_a_yaml_recipe_may_not_say(text: str, message: str) -> None:
 
 
 def test_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(ValueError, match="source must be a path or YAML text, got ''"):
+        Recipe.from_yaml("")
     with pytest.raises(FileNotFoundError):
         Recipe.from_yaml("no/such/recipe.yaml")
 
@@ -164,9 +171,24 @@ def test_data_that_does_not_serve() -> None:
     ):
         with pytest.raises(error, match=message):
             compress(network(), recipe, train_data=bad, log=False)
-    recipe = Recipe([Retrain(1, batch_size=16, image_sizes=((8, 1.0),))])
-    with pytest.raises(TypeError, match=r"image_sizes: Points has no set_size\(\)"):
-        compress(network(), recipe, train_data=Points(60), log=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"batch_size": 61}, ValueError, "batch_size=61 is more than the 60 training samples"),
+        ({"batch_size": 8, "accumulate": 9}, ValueError, "accumulate=9 is more than the 8 samples"),
+        ({"batch_size": 8, "image_sizes": ((8, 1.0),)}, TypeError, r"Points has no set_size\(\)"),
+    ],
+)
+def test_every_retrain_is_checked_before_any_work(
+    options: dict, error: type, message: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(run_module, "train", None)
+    monkeypatch.setattr(run_module, "evaluate", None)
+    recipe = Recipe([Retrain(1, batch_size=16), Prune(0.5), Retrain(steps=3, **options)])
+    with pytest.raises(error, match=rf"stage 3 \(Retrain\): .*{message}"):
+        compress(network(), recipe, Points(60), Points(60), log=False)
 
 
 CHAIN = [
@@ -296,3 +318,17 @@ def test_run_recipe_needs_model_and_data(tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"the recipe names no {missing}"):
             run_recipe(tmp_path / "r.yaml", tmp_path / "work")
+
+
+def test_a_cubic_prune_is_not_measured_twice(monkeypatch) -> None:
+    calls = []
+
+    def counting(*args, **kwargs):
+        calls.append(kwargs["title"])
+        return Accuracy(50.0, 60.0, 1)
+
+    monkeypatch.setattr(run_module, "evaluate", counting)
+    stages = [Prune(0.5, schedule="cubic"), Retrain(steps=2, batch_size=16)]
+    result, _ = _compress(stages)
+    assert calls == ["stage 0/2 evaluate", "stage 2/2 evaluate"]
+    assert result.table[1].top1 == 50.0

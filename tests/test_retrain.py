@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import builtins
-import multiprocessing
-import os
 import random
-import subprocess
 import sys
-import time
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import retrain_worker
-from retrain_worker import Points, compress_images, images_network, network
+from retrain_worker import Points, Sized, images_network, network
 
 from compressops.compress import Prune, Quantize, Retrain
 from compressops.compress.quantize import Refit
@@ -27,9 +23,6 @@ from compressops.distill import LogitsKD
 from compressops.formats import FixedPoint, Int
 from compressops.train import checkpoint, data, evaluate, make_accelerator, train
 from compressops.train.optim import build_optimizer, learning_rate
-
-# The whole of what is promised is 20; a few of them keep the suite short.
-KILLS = int(os.environ.get("COMPRESSOPS_TEST_KILLS", "5"))
 
 
 def run(model: nn.Module, samples: int = 96, **options) -> list[dict[str, float]]:
@@ -145,10 +138,13 @@ def test_a_loss_that_is_nan_stops_at_its_step(tmp_path: Path) -> None:
 
 
 def test_image_sizes_change_during_the_run() -> None:
-    class Sized(Points):
-        sizes: list[int]
+    class Counting(Sized):
+        def __init__(self) -> None:
+            super().__init__(96)
+            self.sizes: list[tuple[int, int]] = []
 
         def set_size(self, size: int) -> None:
+            super().set_size(size)
             self.sizes.append((size, 0))
 
         def __getitem__(self, index: int):
@@ -156,12 +152,64 @@ def test_image_sizes_change_during_the_run() -> None:
             self.sizes[-1] = (size, count + 1)
             return super().__getitem__(index)
 
-    dataset = Sized(96)
-    dataset.sizes = []
-    options = Retrain(steps=8, batch_size=16, image_sizes=((24, 0.5), (28, 0.25), (32, 0.25)))
+    dataset = Counting()
+    options = Retrain(steps=8, batch_size=16, image_sizes=((4, 0.5), (8, 0.25), (10, 0.25)))
     train(network(), dataset, options, accelerator=make_accelerator())
-    # The second epoch begins at step 7, within the last size.
-    assert dataset.sizes == [(24, 64), (28, 32), (32, 32)]
+    # The second epoch begins at step 7, within the last size; then it is as it was.
+    assert dataset.sizes == [(4, 64), (8, 32), (10, 32), (12, 0)]
+
+
+def test_a_run_that_fails_leaves_the_image_size_as_it_was() -> None:
+    class Broken(Sized):
+        def __getitem__(self, index: int):
+            raise OSError("no such image")
+
+    dataset = Broken(96)
+    options = Retrain(steps=8, batch_size=16, image_sizes=((4, 1.0),))
+    with pytest.raises(OSError, match="no such image"):
+        train(network(), dataset, options, accelerator=make_accelerator())
+    assert dataset.size == 12
+
+
+@pytest.mark.parametrize("source", ["torch", "numpy", "random"])
+def test_random_augmentation_is_a_function_of_seed_epoch_and_step(source: str) -> None:
+    """Whichever generator it draws from, and in however many workers."""
+    draw = {
+        "torch": lambda: torch.rand(1).item(),
+        "numpy": lambda: float(np.random.rand()),  # noqa: NPY002
+        "random": random.random,
+    }[source]
+
+    class Random(Points):
+        def __getitem__(self, index: int):
+            x, y = super().__getitem__(index)
+            return x + draw(), y
+
+    class Recording(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.seen = nn.Linear(12, 6), []
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.seen.append(x)
+            return self.linear(x)
+
+    seen = []
+    for workers in (0, 2):
+        model = Recording()
+        # The noise of Points is that of its seed, so only what is drawn differs by epoch.
+        dataset = Random(32)
+        dataset.set_epoch = lambda epoch, seed: None
+        options = Retrain(epochs=2, batch_size=16, workers=workers)
+        train(model, dataset, options, accelerator=make_accelerator())
+        seen.append(torch.cat(model.seen))
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=0)
+    shifts = (seen[0][:, 0] - seen[0][:, 1]).sort().values
+    plain = torch.stack([Points(32)[i][0] for i in range(32)])
+    known = (plain[:, 0] - plain[:, 1]).sort().values.repeat_interleave(2)
+    torch.testing.assert_close(shifts, known)  # Each sample came twice, …
+    first, second = seen[0][:32].sum(1).sort().values, seen[0][32:].sum(1).sort().values
+    assert not torch.isclose(first, second).any()  # … with another shift.
 
 
 def test_every_epoch_sees_each_sample_once_in_another_order() -> None:
@@ -283,129 +331,6 @@ def test_without_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
         make_accelerator()
 
 
-def _same(a: dict, b: dict) -> None:
-    assert list(a) == list(b)
-    for key, value in a.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, b[key]), key
-
-
-def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    # A server that has imported everything forks the runs, so that most of their time is work.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["retrain_worker", "accelerate", "torch._dynamo"])
-    workdir, out = tmp_path / "work", tmp_path / "killed.pt"
-
-    def start(folder: Path, file: Path, pause: float) -> multiprocessing.Process:
-        process = context.Process(
-            target=retrain_worker.compress_tiny, args=(str(folder), str(file), pause)
-        )
-        process.start()
-        return process
-
-    start(tmp_path / "warm", tmp_path / "warm.pt", 0.0).join()
-    began = time.monotonic()
-    reference = start(tmp_path / "reference", tmp_path / "reference.pt", 0.001)
-    reference.join()
-    whole = time.monotonic() - began
-    assert reference.exitcode == 0
-    chance = random.Random(time.time_ns())
-    places, kills = set(), 0
-    while kills < KILLS:
-        if out.exists():
-            workdir, out = tmp_path / f"work{kills}", tmp_path / f"killed{kills}.pt"
-        process = start(workdir, out, 0.001)
-        # Short of a whole run, so that several kills hit one; some hit the start, and some the end.
-        process.join(timeout=chance.uniform(0, 0.6 * whole))
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            kills += 1
-            for path in workdir.glob("*.partial.pt"):
-                places.add((path.name, checkpoint.load(path)["step"]))
-        else:
-            assert process.exitcode == 0
-    if not out.exists():
-        start(workdir, out, 0.0).join()
-    intact = torch.load(tmp_path / "reference.pt")
-    for file in tmp_path.glob("killed*.pt"):
-        killed = torch.load(file)
-        _same(killed["model"], intact["model"])
-        for mine, its in zip(killed["history"], intact["history"], strict=True):
-            assert [row["loss"] for row in mine] == [row["loss"] for row in its]
-    assert out.exists()
-    assert not list(tmp_path.glob("work*/*.partial.pt"))
-    print(f"{kills} kills, {len(places)} places within a stage to go on from")
-
-
-def test_resuming_skips_what_was_done(tmp_path: Path) -> None:
-    """A checkpoint in the middle of an epoch, by its time; the data before it is not read again."""
-    seen: list[int] = []
-
-    class Watched(Points):
-        def __getitem__(self, index: int):
-            seen.append(index)
-            if len(seen) == 5 * 16 + 1:
-                raise KeyboardInterrupt
-            return super().__getitem__(index)
-
-    path = tmp_path / "c.pt"
-    options = Retrain(epochs=1, batch_size=16, lr=0.05, checkpoint_seconds=0)
-    with pytest.raises(KeyboardInterrupt):
-        train(network(), Watched(160), options, accelerator=make_accelerator(), checkpoint=path)
-    assert checkpoint.load(path)["step"] == 5
-    resumed, whole = network(), network()
-    train(resumed, Watched(160), options, accelerator=make_accelerator(), checkpoint=path)
-    assert sorted(seen[:80] + seen[81:]) == list(range(160))
-    train(whole, Points(160), options, accelerator=make_accelerator())
-    _same(resumed.state_dict(), whole.state_dict())
-
-
-def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
-    path = tmp_path / "c.pt"
-    checkpoint.save(path, {"value": 1})
-
-    def broken(*args, **kwargs):
-        args[1].write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
-        checkpoint.save(path, {"value": 2})
-    monkeypatch.undo()
-    assert checkpoint.load(path)["value"] == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
-    torch.save({"format": 99}, path)
-    with pytest.raises(ValueError, match="has format 99, this version reads 1"):
-        checkpoint.load(path)
-
-
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    out = tmp_path / "two"
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
-            *("--master_port", str(random.randrange(20000, 40000))),
-            *(retrain_worker.__file__, str(out)),
-        ],
-        check=True,
-        timeout=300,
-        capture_output=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
-    first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
-    _same(first["model"], second["model"])
-    one = compress_images()
-    assert len(list(Path(f"{out}.work").glob("stage-*.pt"))) == 5
-    for key, value in one.model.state_dict().items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            torch.testing.assert_close(first["model"][key], value, rtol=1e-3, atol=1e-4)
-        elif isinstance(value, torch.Tensor):
-            assert (first["model"][key] == value).float().mean() > 0.99
-    for mine, its in zip(first["rows"], one.table, strict=True):
-        assert mine == pytest.approx((its.top1, its.top5), abs=2)
-
-
 def test_a_batch_must_fit_the_processes() -> None:
     arguments = {"epochs": 1, "steps": None, "image_sizes": (), "accumulate": 1, "seed": 0}
     with pytest.raises(ValueError, match="batch_size=9 is not a multiple of the 2 processes"):
@@ -423,6 +348,17 @@ def test_evaluation_counts() -> None:
     assert found.top1 == pytest.approx(100 * 7 / 11)
     assert found.samples == 11
     assert evaluate(nn.Linear(12, 6).train(), Points(20)).top5 <= 100
+
+
+def test_evaluation_leaves_every_module_in_its_mode() -> None:
+    model = network().train()
+    model[1].eval()
+    before = [m.training for m in model.modules()]
+    evaluate(model, Points(20))
+    assert [m.training for m in model.modules()] == before
+    with pytest.raises(RuntimeError):
+        evaluate(model, Points(20, (7,)))
+    assert [m.training for m in model.modules()] == before
 
 
 def test_int_scales_follow_the_weights() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from compressops.compress import checks
 from compressops.compress.parametrizations import Coded, find, register
-from compressops.compress.select import select
+from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Stage
 from compressops.formats.coding import Coding
 
@@ -42,9 +42,11 @@ class Encode(Stage):
         select(model, self.layers, self.exclude)
 
     def attach(self, model: nn.Module) -> None:
-        for module in select(model, self.layers, self.exclude).values():
-            existing = find(module, Coded)
-            if existing is None:
-                register(module, Coded(self.coding))
+        for group in tied_groups(select(model, self.layers, self.exclude)):
+            coded = find(group[0], Coded)
+            if coded is None:
+                coded = Coded(self.coding)
+                for module in group:
+                    register(module, coded)
             else:
-                existing.coding = self.coding
+                coded.coding = self.coding

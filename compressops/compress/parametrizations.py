@@ -35,6 +35,9 @@ class _MaskedStraightThrough(torch.autograd.Function):
 
 
 class _Parametrization(nn.Module):
+    # Tells ours from torch's, or a user's.
+    is_compression = True
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """``module.weight = value`` sets the original."""
         return weight
@@ -51,6 +54,8 @@ class Mask(_Parametrization):
     Attributes:
         recover: lets gradients through to pruned entries, so that they can come back (dynamic
             network surgery, Guo et al. 2016, eq. 4). A schedule turns it on while it runs.
+        start: the density that a cubic schedule goes down from. In the state, because a resumed
+            run finds masks that are on their way already.
     """
 
     def __init__(self, mask: Tensor, block: tuple[int, int] | None = None) -> None:
@@ -58,11 +63,18 @@ class Mask(_Parametrization):
         self.register_buffer("mask", mask)
         self.block = block
         self.recover = False
+        self.start = 1.0
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.recover:
             return _MaskedStraightThrough.apply(weight, self.mask)
         return torch.where(self.mask, weight, 0.0)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"start": self.start}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.start = state["start"]
 
     def extra_repr(self) -> str:
         return f"density={self.mask.float().mean().item():.4f}, block={self.block}"

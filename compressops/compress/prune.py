@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from compressops.compress import checks
 from compressops.compress.parametrizations import Mask, find, input_of, register
-from compressops.compress.select import select
+from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Controller, Stage
 
 
 @dataclass(frozen=True)
 class Prune(Stage):
     """Zero the weights of least magnitude, keeping exactly ``density`` of those selected.
+
+    What an earlier stage pruned stays pruned (only ``"surgery"`` lets it come back): where less
+    than ``density`` is alive, all of that is kept and no more.
 
     Args:
         density: part of the entries (or blocks) that stays, in (0, 1]; over all selected layers
@@ -34,9 +37,9 @@ class Prune(Stage):
             that are not smaller (Lee et al. 2021, arXiv 2010.07611, eq. 3), which no layer's scale
             changes. Within a layer the order is the same.
         schedule: ``"one_shot"``; ``"cubic"`` (Zhu & Gupta 2017, arXiv 1710.01878, eq. 1) raises
-            the sparsity during the following `Retrain`; ``"surgery"`` (Guo et al. 2016, arXiv
-            1608.04493, eq. 3) prunes at once and then lets entries come back: one below
-            (1 − ``hysteresis``) × the threshold of ``density`` is pruned, one above
+            the sparsity during the following `Retrain`, from what it is; ``"surgery"`` (Guo et
+            al. 2016, arXiv 1608.04493, eq. 3) prunes at once and then lets entries come back: one
+            below (1 − ``hysteresis``) × the threshold of ``density`` is pruned, one above
             (1 + ``hysteresis``) × is restored, one between stays as it is; pruned entries are
             trained on (eq. 4).
         updates: how often a schedule changes the masks.
@@ -71,7 +74,8 @@ class Prune(Stage):
         if not isinstance(self.block, (tuple, list)) or len(self.block) != 2:
             raise TypeError(f"block must be two integers, got {self.block!r}")
         for side in self.block:
-            checks.integer("block", side, 1)
+            # The sides that `BlockSparse` can store.
+            checks.integer("block", side, 1, 1024)
         object.__setattr__(self, "block", tuple(self.block))
         object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
@@ -91,46 +95,83 @@ class Prune(Stage):
             )
 
     def attach(self, model: nn.Module) -> None:
-        layers = select(model, self.layers, self.exclude)
-        for module in layers.values():
-            if find(module, Mask) is None:
-                keep = torch.ones_like(module.weight, dtype=torch.bool)
-                register(module, Mask(keep, self._block))
+        for group in tied_groups(select(model, self.layers, self.exclude)):
+            if find(group[0], Mask) is None:
+                keep = torch.ones_like(group[0].weight, dtype=torch.bool)
+                mask = Mask(keep, self._block)
+                # One for all that share the weight, so that they cannot part.
+                for module in group:
+                    register(module, mask)
+        layers = self.weights(model)
         if self.schedule != "cubic":
             self.prune(layers, self.density)
+        else:
+            for module in layers:
+                mask = find(module, Mask)
+                mask.start = (self._units(mask.mask.float()) > 0).float().mean().item()
+
+    def weights(self, model: nn.Module) -> list[nn.Module]:
+        """The selected layers, one of those that share a weight."""
+        return [group[0] for group in tied_groups(select(model, self.layers, self.exclude))]
 
     def controller(self) -> Controller | None:
         return None if self.schedule == "one_shot" else _Schedule(self)
+
+    @property
+    def lossless(self) -> bool:
+        """The cubic schedule begins with the masks as they are."""
+        return self.schedule == "cubic"
 
     @property
     def _block(self) -> tuple[int, int] | None:
         return self.block if self.granularity == "block" else None
 
     @torch.no_grad()
-    def prune(self, layers: dict[str, nn.Module], density: float, recover: bool = False) -> None:
-        """Set the masks so that the best ``density`` of the units stays.
+    def prune(
+        self,
+        layers: list[nn.Module],
+        density: float | list[float],
+        recover: bool = False,
+    ) -> None:
+        """Set the masks so that the best ``density`` of the units stays (one for each layer where
+        it is a list).
 
-        Entries that are pruned already are ranked last, unless they may ``recover``.
+        Entries that are pruned already stay so, unless they may ``recover``.
         """
-        masks = [find(module, Mask) for module in layers.values()]
-        scores = []
-        for module, mask in zip(layers.values(), masks, strict=True):
+        masks = [find(module, Mask) for module in layers]
+        scores, living = [], []
+        for module, mask in zip(layers, masks, strict=True):
             magnitude = self._units(input_of(module, mask))
+            alive = torch.ones_like(magnitude, dtype=torch.bool)
             if not recover:
-                alive = self._units(mask.mask.to(magnitude.dtype)) > 0
+                alive = self._units(mask.mask.float()) > 0
                 # Entries that are alive with magnitude 0 still come before the pruned ones.
                 magnitude = torch.where(alive, magnitude, -1.0)
             scores.append(magnitude)
-        for mask, keep in zip(masks, self._best(scores, density), strict=True):
-            mask.mask.copy_(self._entries(keep, mask.mask))
+            living.append(alive)
+        for mask, keep, alive in zip(masks, self._best(scores, density), living, strict=True):
+            mask.mask.copy_(self._entries(keep & alive, mask.mask))
+
+    def cubic(self, layers: list[nn.Module], done: float) -> float | list[float]:
+        """The densities when the part ``done`` of the schedule is over (Zhu & Gupta, eq. 1, with
+        the sparsity that each layer began with as s_i)."""
+
+        def at(start: float) -> float:
+            return self.density + max(0.0, start - self.density) * (1 - done) ** 3
+
+        masks = [find(module, Mask) for module in layers]
+        if self.scope == "layer":
+            return [at(mask.start) for mask in masks]
+        counts = [self._units(mask.mask.float()).numel() for mask in masks]
+        alive = sum(mask.start * count for mask, count in zip(masks, counts, strict=True))
+        return at(alive / max(1, sum(counts)))
 
     @torch.no_grad()
-    def operate(self, layers: dict[str, nn.Module]) -> None:
+    def operate(self, layers: list[nn.Module]) -> None:
         """One update of dynamic network surgery."""
-        masks = [find(module, Mask) for module in layers.values()]
+        masks = [find(module, Mask) for module in layers]
         scores = [
-            self._units(input_of(module, mask))
-            for module, mask in zip(layers.values(), masks, strict=True)
+            self._units(input_of(module, mask)) for module, mask in zip(layers, masks, strict=True)
         ]
         kept = self._best(scores, self.density)
         for mask, score, best in zip(masks, scores, kept, strict=True):
@@ -147,9 +188,10 @@ class Prune(Stage):
             )
             mask.mask.copy_(self._entries(new, mask.mask))
 
-    def _best(self, scores: list[Tensor], density: float) -> list[Tensor]:
+    def _best(self, scores: list[Tensor], density: float | list[float]) -> list[Tensor]:
         if self.scope == "layer":
-            return [_top(score, density) for score in scores]
+            each = density if isinstance(density, list) else [density] * len(scores)
+            return [_top(score, d) for score, d in zip(scores, each, strict=True)]
         ranked = [_lamp(score) for score in scores] if self.score == "lamp" else scores
         kept = _top(torch.cat([score.flatten() for score in ranked]), density)
         parts = kept.split([score.numel() for score in scores])
@@ -186,9 +228,9 @@ class _Schedule:
         self.stage = stage
 
     def begin(self, model: nn.Module, step: int, total_steps: int) -> None:
-        self.layers = select(model, self.stage.layers, self.stage.exclude)
+        self.layers = self.stage.weights(model)
         recover = self.stage.schedule == "surgery" and step < self._last(total_steps)
-        for module in self.layers.values():
+        for module in self.layers:
             find(module, Mask).recover = recover
 
     def _last(self, total_steps: int) -> int:
@@ -207,12 +249,10 @@ class _Schedule:
         elif self.stage.schedule == "surgery":
             self.stage.operate(self.layers)
         else:
-            # Zhu & Gupta, eq. 1, from sparsity 0; masks found denser than that are kept by rank.
-            density = self.stage.density + (1 - self.stage.density) * (1 - step / last) ** 3
-            self.stage.prune(self.layers, density)
+            self.stage.prune(self.layers, self.stage.cubic(self.layers, step / last))
 
     def _stop_recovery(self) -> None:
-        for module in self.layers.values():
+        for module in self.layers:
             find(module, Mask).recover = False
 
 

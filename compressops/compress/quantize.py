@@ -17,7 +17,7 @@ from compressops.compress.parametrizations import (
     input_of,
     register,
 )
-from compressops.compress.select import select
+from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Stage
 from compressops.formats.groupwise import Int, Ternary
 from compressops.formats.number import FixedPoint, Number
@@ -35,7 +35,8 @@ class Quantize(Stage):
         number: a member of the number axis. ``FixedPoint(integer_bits=None)`` gets one integer
             length, fitted over all selected layers together.
         layers, exclude: globs over the names of the layers.
-        activations: a number for the layers' inputs too, or ``None``. Its range follows a running
+        activations: a number for the layers' inputs too, or ``None``; an embedding, whose inputs
+            are indices, has none, and must not be named in ``layers``. Its range follows a running
             minimum and maximum during `Retrain`; before, it comes from ``calibration`` batches.
         refit: when `Retrain` fits the parameters anew to the weights: ``"never"``, ``"epoch"``,
             ``"step"``, or ``"auto"``: scales (`Int`, `Ternary`) at each step, integer lengths
@@ -69,27 +70,41 @@ class Quantize(Stage):
         object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
-        select(model, self.layers, self.exclude)
+        found = select(model, self.layers, self.exclude)
+        if self.activations is None:
+            return
+        indexed = [name for name, module in found.items() if isinstance(module, nn.Embedding)]
+        globs = (self.layers,) if isinstance(self.layers, str) else self.layers
+        for name in indexed:
+            if name in globs or len(indexed) == len(found):
+                raise ValueError(
+                    f"activations={self.activations}: the inputs of layer {name!r} are indices, "
+                    f"not numbers; quantize it in a stage without activations"
+                )
 
     def attach(self, model: nn.Module) -> None:
-        layers = select(model, self.layers, self.exclude)
-        dense = {}
-        for name, module in layers.items():
+        groups = tied_groups(select(model, self.layers, self.exclude))
+        dense = []
+        for module, *_ in groups:
             existing = find(module, FakeQuantize)
             # What is quantized anew starts from the trained weight, not from its old codes.
-            dense[name] = (input_of(module, existing) if existing else module.weight).detach()
-        number = self.number.for_network(dense.values())
+            dense.append((input_of(module, existing) if existing else module.weight).detach())
+        number = self.number.for_network(dense)
         scaled = isinstance(number, (Int, Ternary))
         refit = ("step" if scaled else "never") if self.refit == "auto" else self.refit
-        for name, module in layers.items():
-            params = number.fit(dense[name])
-            existing = find(module, FakeQuantize)
-            if existing is None:
-                register(module, FakeQuantize(number, params, refit))
+        for group, weight in zip(groups, dense, strict=True):
+            params = number.fit(weight)
+            quantized = find(group[0], FakeQuantize)
+            if quantized is None:
+                quantized = FakeQuantize(number, params, refit)
+                # One for all that share the weight, so that they cannot part.
+                for module in group:
+                    register(module, quantized)
             else:
-                existing.set_number(number, params, refit)
-            if self.activations is not None:
-                attach_input_quantizer(module, self.activations)
+                quantized.set_number(number, params, refit)
+            for module in group:
+                if self.activations is not None and not isinstance(module, nn.Embedding):
+                    attach_input_quantizer(module, self.activations)
 
 
 class Refit:
@@ -165,14 +180,15 @@ def attach_input_quantizer(module: nn.Module, number: Number) -> InputQuantizer:
     pickling the module keep the two together.
     """
     if not hasattr(module, "input_quantizer"):
-        module.register_forward_pre_hook(_quantize_input)
+        module.register_forward_pre_hook(quantize_first_input)
     weight = module.parametrizations["weight"].original
     module.input_quantizer = InputQuantizer(number).to(weight.device)
     module.input_quantizer.train(module.training)
     return module.input_quantizer
 
 
-def _quantize_input(module: nn.Module, args: tuple) -> tuple:
+def quantize_first_input(module: nn.Module, args: tuple) -> tuple:
+    """The forward pre-hook of a layer with an input quantizer."""
     return (module.input_quantizer(args[0]), *args[1:])
 
 

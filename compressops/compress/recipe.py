@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
@@ -24,6 +24,7 @@ from compressops.distill.losses import DistillLoss
 from compressops.formats.coding import Coding
 from compressops.formats.number import Number
 from compressops.formats.registry import Axis
+from compressops.registry import why_not
 from compressops.zoo.registry import build_data, build_model
 
 VERSION = 1
@@ -63,7 +64,8 @@ class Recipe:
     folder: Path | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.version != VERSION:
+        # True equals 1.
+        if isinstance(self.version, bool) or self.version != VERSION:
             raise ValueError(f"version must be {VERSION}, got {self.version!r}")
         if not isinstance(self.stages, (tuple, list)) or not self.stages:
             raise ValueError(f"stages must be a list of at least one stage, got {self.stages!r}")
@@ -82,6 +84,8 @@ class Recipe:
                 message names key, value and place.
         """
         folder = None
+        if isinstance(source, str) and not source.strip():
+            raise ValueError(f"source must be a path or YAML text, got {source!r}")
         if isinstance(source, os.PathLike) or "\n" not in source:
             path = Path(source)
             where, text, folder = str(path), path.read_text(), path.parent.resolve()
@@ -141,6 +145,13 @@ class Recipe:
         precisions = {s.mixed_precision for s in self.stages if isinstance(s, Retrain)}
         if len(precisions) > 1:
             raise ValueError(f"all Retrain stages must share one mixed_precision, got {precisions}")
+        for name, module in model.named_modules():
+            computed = vars(module).get("weight")
+            if isinstance(computed, Tensor) and not computed.is_leaf:
+                raise ValueError(
+                    f"layer {name!r}: {why_not(module)}, so the model cannot be copied; make it "
+                    f"permanent with remove_weight_norm or torch.nn.utils.prune.remove"
+                )
         trial = copy.deepcopy(model)
         for i, stage in enumerate(self.stages, 1):
             where = f"stage {i} ({type(stage).__name__})"
@@ -245,6 +256,10 @@ class _Loader(yaml.SafeLoader):
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict:
     seen = set()
     for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a name, not a list or mapping", key.start_mark
+            )
         if key.value in seen:
             raise yaml.constructor.ConstructorError(
                 None, None, f"key {key.value!r} is given twice", key.start_mark

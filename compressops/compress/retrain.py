@@ -40,7 +40,8 @@ class Retrain(Stage):
         clip_grad_norm: the gradients' largest norm, or ``None``.
         ema: decay of a running mean of the trained tensors that replaces them in the end, 0 is off.
         image_sizes: ``(size, part of the steps)`` pairs: train on images of other sizes, smaller
-            ones first to save time; the data set must have ``set_size``. Parts add up to 1.
+            ones first to save time. Parts add up to 1. The data set must have ``set_size`` and the
+            attribute ``size``; it gets back the size that it had.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; ``None`` leaves it to the launcher.
         checkpoint_seconds: time between checkpoints within an epoch; each epoch makes one too.
         workers: processes that load data; 0 loads in the training process.

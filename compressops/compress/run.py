@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from compressops.compress.identity import data_key, hash_json, model_key
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import InputQuantizer, Quantize, Refit
 from compressops.compress.recipe import Recipe, stage_fields
@@ -26,7 +25,7 @@ from compressops.compress.table import Row, Table
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
 from compressops.train.evaluate import evaluate
-from compressops.train.loop import make_accelerator, train
+from compressops.train.loop import make_accelerator, plan_of, train
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,8 @@ def compress(
         teacher: for `Retrain`'s ``distill``; may be ``model`` itself.
         workdir: where checkpoints are kept. The same call goes on where a killed one stopped, and
             recipes that begin with the same stages (on the same model, data and seed) share them.
+            A data set with a ``fingerprint`` is told from others by that, tensors by their bytes,
+            and any other by its length and up to 32 of its items.
         seed: of the order of the data, its augmentation and dropout.
         log: a rich console, ``True`` for standard error, ``False`` for silence.
         accelerator: an `accelerate.Accelerator` of your own; otherwise one is made if the recipe
@@ -80,6 +81,12 @@ def compress(
     retrains = [stage for stage in recipe.stages if isinstance(stage, Retrain)]
     if accelerator is None and retrains:
         accelerator = make_accelerator(retrains[0].mixed_precision)
+    for i, stage in enumerate(recipe.stages, 1):
+        if isinstance(stage, Retrain):
+            try:
+                plan_of(stage, train_data, accelerator, seed)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"stage {i} (Retrain): {error}") from None
     console = log if isinstance(log, Console) else Console(stderr=True) if log else None
     if accelerator is not None and not accelerator.is_main_process:
         console = None
@@ -136,22 +143,25 @@ class _Run:
         self.workdir, self.console, self.accelerator = workdir, console, accelerator
         self.rows: list[Row] = []
         self.history: list[list[dict[str, float]]] = []
-        self.keys = self.identities()
+        # Only checkpoints need names; reading data for them takes its time.
+        self.keys = self.identities() if workdir is not None else []
 
     def identities(self) -> list[str]:
         """A key for the state after each number of stages: a hash of all that it depends on."""
-        start = {
-            "model": _fingerprint(self.model),
-            "train_data": _describe(self.train_data),
-            "eval_data": _describe(self.eval_data),
-            "seed": self.seed,
-        }
-        keys = [_hash(start)]
+        known = {}
+        for name in ("train_data", "eval_data"):
+            known[name], note = data_key(getattr(self, name))
+            if note and self.console is not None:
+                self.console.print(f"{name}: {note}", soft_wrap=True)
+        keys = [hash_json({"model": model_key(self.model), **known, "seed": self.seed})]
         for stage in self.stages:
             step = [keys[-1], type(stage).__name__, stage.version, stage_fields(stage)]
-            if isinstance(stage, Retrain) and stage.distill:
-                step.append(_fingerprint(self.teacher))
-            keys.append(_hash(step))
+            if isinstance(stage, Retrain):
+                # The launcher may have chosen it, not the recipe.
+                step.append(self.accelerator.mixed_precision)
+                if stage.distill:
+                    step.append(model_key(self.teacher))
+            keys.append(hash_json(step))
         return keys
 
     def path(self, number: int, kind: str = "") -> Path | None:
@@ -271,6 +281,9 @@ class _Run:
         """Go to the last stage that is kept; its number, −1 if there is none."""
         if self.workdir is None:
             return -1
+        if self.accelerator is None or self.accelerator.is_main_process:
+            for number in range(len(self.keys)):
+                checkpoints.remove_stale(self.path(number))
         kept = [n for n in range(len(self.stages) + 1) if self.path(n).exists()]
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()
@@ -304,36 +317,13 @@ class _Run:
         for path in others:
             if path.suffixes != [".pt"]:
                 continue
-            found = checkpoints.load(path)["stages"]
+            try:
+                found = checkpoints.load(path)["stages"]
+            except ValueError:
+                # It is not needed, only talked about.
+                continue
             if found[:done] == before:
                 self.console.print(
                     f"stage {done + 1} is {self.stages[done]}; {self.workdir} also holds "
                     f"{found[done]}, which is kept"
                 )
-
-
-def _fingerprint(model: nn.Module | None) -> str:
-    """A hash of a model's types, names and values."""
-    digest = hashlib.sha256(repr(model).encode())
-    if model is not None:
-        for name, value in model.state_dict().items():
-            digest.update(name.encode())
-            if isinstance(value, torch.Tensor):
-                value = value.detach().cpu().contiguous()
-                digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-                digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-            else:
-                digest.update(repr(value).encode())
-    return digest.hexdigest()
-
-
-def _describe(dataset: Any) -> str | None:
-    """What tells one data set from another: its ``fingerprint``, else its type and length."""
-    if dataset is None:
-        return None
-    own = getattr(dataset, "fingerprint", None)
-    return str(own) if own else f"{type(dataset).__qualname__}[{len(dataset)}]"
-
-
-def _hash(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

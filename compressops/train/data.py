@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from compressops.train.rng import seeded
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -73,6 +75,11 @@ class Plan:
             parts += [part.tolist() for part in mine.tensor_split(accumulate)]
         return parts
 
+    def seeds(self, epoch: int, first: int, end: int, rank: int, accumulate: int) -> list[int]:
+        """The seed of each of the parts that `batches` gives."""
+        steps = range(first, end)
+        return [mix(self.seed, epoch, s, rank, part) for s in steps for part in range(accumulate)]
+
 
 def plan(
     dataset: Any,
@@ -88,7 +95,8 @@ def plan(
     """Check that the data set serves, and lay out the steps.
 
     Raises:
-        TypeError: ``dataset`` has no length or items, or no ``set_size`` where sizes are asked for.
+        TypeError: ``dataset`` has no length or items, or where sizes are asked for no ``set_size``
+            and ``size``.
         ValueError: a batch does not fit the data set or the processes.
     """
     check_dataset("train_data", dataset)
@@ -104,6 +112,10 @@ def plan(
         )
     if image_sizes and not hasattr(dataset, "set_size"):
         raise TypeError(f"image_sizes: {type(dataset).__name__} has no set_size()")
+    if image_sizes and not hasattr(dataset, "size"):
+        raise TypeError(
+            f"image_sizes: {type(dataset).__name__} has no attribute size, the size to go back to"
+        )
     total = steps if steps is not None else max(1, round(epochs * (samples // batch_size)))
     return Plan(samples, batch_size, total, image_sizes, seed)
 
@@ -119,11 +131,51 @@ def check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} is empty")
 
 
-def loader(dataset: Any, batches: Sequence[list[int]], workers: int = 0) -> DataLoader:
-    """Loads the given batches. A data set's ``__getitems__`` may return a whole batch at once."""
+class _Batch(list):
+    """The indices of a batch, and what its random numbers are seeded with."""
+
+    seed = 0
+
+
+class _Seeded:
+    """Reads each batch with the random generators seeded for it, in whichever process.
+
+    The seeds that torch gives its workers would be the same in every epoch, and after a resume.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, batch: _Batch) -> Any:
+        with seeded(batch.seed):
+            if getattr(self.dataset, "__getitems__", None):
+                return self.dataset.__getitems__(list(batch))
+            return [self.dataset[index] for index in batch]
+
+
+def loader(
+    dataset: Any,
+    batches: Sequence[list[int]],
+    workers: int = 0,
+    seeds: Sequence[int] | None = None,
+) -> DataLoader:
+    """Loads the given batches. A data set's ``__getitems__`` may return a whole batch at once.
+
+    Args:
+        seeds: of the random numbers (torch, numpy, ``random``) that the data set draws for each
+            batch; ``None`` makes them a function of its first index.
+    """
+    sampler = []
+    for i, indices in enumerate(batches):
+        batch = _Batch(indices)
+        batch.seed = mix(0, *indices[:1]) if seeds is None else seeds[i]
+        sampler.append(batch)
     return DataLoader(
-        dataset,
-        batch_sampler=batches,
+        _Seeded(dataset),
+        batch_sampler=sampler,
         num_workers=workers,
         collate_fn=_collate,
         # Otherwise an iterator draws from the global generator, once more after each resume.

@@ -36,7 +36,7 @@ def evaluate(
     """Top-1 and top-5 accuracy of ``model`` on all of ``dataset``.
 
     Args:
-        model: returns logits ``[N, classes]``; it is put into eval mode and back.
+        model: returns logits ``[N, classes]``; every module is put into eval mode and back.
         dataset: a map-style data set of ``(inputs, labels)``.
         accelerator: shares the work between its processes and gives the device; ``None`` works
             here, on the device of the model's first parameter.
@@ -48,18 +48,25 @@ def evaluate(
     device = torch.device("cpu") if parameter is None else parameter.device
     batches = data.shards(len(dataset), batch_size, rank, world)
     hits = torch.zeros(2, dtype=torch.float64)
-    training = model.training
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
-    # Compressed weights are computed from their parametrizations once, not once a batch.
-    with parametrize.cached(), Progress(console if rank == 0 else None, title, len(batches)) as bar:
-        for batch in data.loader(dataset, batches):
-            args, kwargs, labels = data.split_batch(data.to_device(batch, device))
-            logits = data.logits_of(model(*args, **kwargs))
-            ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
-            hits[0] += ranked[:, 0].sum().item()
-            hits[1] += ranked.any(1).sum().item()
-            bar.advance()
-    model.train(training)
+    try:
+        # Compressed weights are computed from their parametrizations once, not once a batch.
+        with (
+            parametrize.cached(),
+            Progress(console if rank == 0 else None, title, len(batches)) as bar,
+        ):
+            for batch in data.loader(dataset, batches):
+                args, kwargs, labels = data.split_batch(data.to_device(batch, device))
+                logits = data.logits_of(model(*args, **kwargs))
+                ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+                hits[0] += ranked[:, 0].sum().item()
+                hits[1] += ranked.any(1).sum().item()
+                bar.advance()
+    finally:
+        # Each to its own: a frozen batch norm is in eval mode within a model that trains.
+        for module, was in training:
+            module.training = was
     if world > 1:
         # float32 holds whole numbers to 2**24 and is what every backend reduces.
         hits = accelerator.reduce(hits.float().to(accelerator.device), "sum").double().cpu()

@@ -59,6 +59,20 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
 _SUPPORTED = {f"DistributedType.{name}" for name in ("NO", "MULTI_CPU", "MULTI_GPU")}
 
 
+def plan_of(options: Retrain, dataset: Any, accelerator: Accelerator, seed: int) -> data.Plan:
+    """The steps that `train` takes; raises as `data.plan` does, before any work."""
+    return data.plan(
+        dataset,
+        epochs=options.epochs,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        image_sizes=options.image_sizes,
+        world=accelerator.num_processes,
+        accumulate=options.accumulate,
+        seed=seed,
+    )
+
+
 def train(
     model: nn.Module,
     dataset: Any,
@@ -80,7 +94,10 @@ def train(
 
     Args:
         dataset: a map-style data set of ``(inputs, labels)``. Before each epoch its
-            ``set_epoch(epoch, seed)`` is called, if it has one, and ``set_size`` as asked for.
+            ``set_epoch(epoch, seed)`` is called, if it has one, and ``set_size`` as asked for;
+            in the end its ``size`` is what it was. Random numbers that it draws from the global
+            generators of torch, numpy and ``random`` are seeded for each batch, in the workers
+            too.
         teacher: required by ``options.distill``; it is put into eval mode.
         controllers: act on the model after each step.
         checkpoint: file to resume from if it is there, and to write to.
@@ -91,16 +108,7 @@ def train(
     Raises:
         FloatingPointError: a loss is NaN or infinite; names the step.
     """
-    plan = data.plan(
-        dataset,
-        epochs=options.epochs,
-        steps=options.steps,
-        batch_size=options.batch_size,
-        image_sizes=options.image_sizes,
-        world=accelerator.num_processes,
-        accumulate=options.accumulate,
-        seed=seed,
-    )
+    plan = plan_of(options, dataset, accelerator, seed)
     if options.distill and teacher is None:
         raise ValueError("distill needs a teacher")
     run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint)
@@ -110,7 +118,13 @@ def train(
             console if accelerator.is_main_process else None, title, plan.total_steps, run.step
         ) as bar,
     ):
-        run.all(dataset, bar)
+        native = dataset.size if options.image_sizes else None
+        try:
+            run.all(dataset, bar)
+        finally:
+            # The next stage, and the caller, want the images as they were.
+            if native is not None:
+                dataset.set_size(native)
     return run.history
 
 
@@ -146,6 +160,8 @@ class _Run:
         self.step, self.history, self.losses, self.seconds = 0, [], [], 0.0
         scaler = None
         self.unchecked: list[tuple[int, Tensor]] = []
+        if checkpoint is not None and accelerator.is_main_process:
+            checkpoints.remove_stale(checkpoint)
         if checkpoint is not None and checkpoint.exists():
             state = checkpoints.load(checkpoint)
             model.load_state_dict(state["model"])
@@ -172,7 +188,8 @@ class _Run:
                 dataset.set_epoch(epoch, self.seed)
             rank, world = accelerator.process_index, accelerator.num_processes
             parts = plan.batches(epoch, first, end, rank, world, options.accumulate)
-            batches = iter(data.loader(dataset, parts, options.workers))
+            seeds = plan.seeds(epoch, first, end, rank, options.accumulate)
+            batches = iter(data.loader(dataset, parts, options.workers, seeds))
             for _ in range(first, end):
                 self.one(batches)
                 bar.advance(f"loss {self.losses[-1]:.4f}" if self.losses else "")

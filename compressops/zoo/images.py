@@ -69,8 +69,17 @@ class Images:
         self.images, self.labels, self.normalize, self.augment = images, labels, normalize, augment
         self.size = images.shape[-1]
         digest = hashlib.sha256(images.numpy().tobytes() + labels.numpy().tobytes())
-        self.fingerprint = f"{len(images)} images {digest.hexdigest()[:16]} augment={augment}"
+        self._digest = digest.hexdigest()[:16]
         self.set_epoch(0, 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these images from others: all that a batch depends on but the epoch."""
+        normalize = getattr(self.normalize, "__qualname__", type(self.normalize).__qualname__)
+        return (
+            f"{len(self.images)} images {self._digest} augment={self.augment} size={self.size} "
+            f"{normalize}"
+        )
 
     def set_size(self, size: int) -> None:
         """Make images of ``size`` × ``size`` from now on."""

@@ -1,0 +1,181 @@
+"""Retraining that is killed, resumed or shared between processes ends with the same bits."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import retrain_worker
+from retrain_worker import Points, compress_images, network
+
+from compressops.compress import Prune, Recipe, Retrain, compress
+from compressops.train import checkpoint, make_accelerator, train
+
+# The whole of what is promised is 20; a few of them keep the suite short.
+KILLS = int(os.environ.get("COMPRESSOPS_TEST_KILLS", "5"))
+
+
+def _same(a: dict, b: dict) -> None:
+    assert list(a) == list(b)
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[key]), key
+
+
+def test_killed_at_random_points_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    # A server that has imported everything forks the runs, so that most of their time is work.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["retrain_worker", "accelerate", "torch._dynamo"])
+    workdir, out = tmp_path / "work", tmp_path / "killed.pt"
+
+    def start(folder: Path, file: Path, pause: float) -> multiprocessing.Process:
+        process = context.Process(
+            target=retrain_worker.compress_tiny, args=(str(folder), str(file), pause)
+        )
+        process.start()
+        return process
+
+    start(tmp_path / "warm", tmp_path / "warm.pt", 0.0).join()
+    began = time.monotonic()
+    reference = start(tmp_path / "reference", tmp_path / "reference.pt", 0.001)
+    reference.join()
+    whole = time.monotonic() - began
+    assert reference.exitcode == 0
+    chance = random.Random(time.time_ns())
+    places, kills = set(), 0
+    while kills < KILLS:
+        if out.exists():
+            workdir, out = tmp_path / f"work{kills}", tmp_path / f"killed{kills}.pt"
+        process = start(workdir, out, 0.001)
+        # Short of a whole run, so that several kills hit one; some hit the start, and some the end.
+        process.join(timeout=chance.uniform(0, 0.6 * whole))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            kills += 1
+            for path in workdir.glob("*.partial.pt"):
+                places.add((path.name, checkpoint.load(path)["step"]))
+        else:
+            assert process.exitcode == 0
+    if not out.exists():
+        start(workdir, out, 0.0).join()
+    intact = torch.load(tmp_path / "reference.pt")
+    for file in tmp_path.glob("killed*.pt"):
+        killed = torch.load(file)
+        _same(killed["model"], intact["model"])
+        for mine, its in zip(killed["history"], intact["history"], strict=True):
+            assert [row["loss"] for row in mine] == [row["loss"] for row in its]
+    assert out.exists()
+    assert not list(tmp_path.glob("work*/*.partial.pt"))
+    print(f"{kills} kills, {len(places)} places within a stage to go on from")
+
+
+def test_resuming_skips_what_was_done(tmp_path: Path) -> None:
+    """A checkpoint in the middle of an epoch, by its time; the data before it is not read again."""
+    seen: list[int] = []
+
+    class Watched(Points):
+        def __getitem__(self, index: int):
+            seen.append(index)
+            if len(seen) == 5 * 16 + 1:
+                raise KeyboardInterrupt
+            return super().__getitem__(index)
+
+    path = tmp_path / "c.pt"
+    options = Retrain(epochs=1, batch_size=16, lr=0.05, checkpoint_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(network(), Watched(160), options, accelerator=make_accelerator(), checkpoint=path)
+    assert checkpoint.load(path)["step"] == 5
+    resumed, whole = network(), network()
+    train(resumed, Watched(160), options, accelerator=make_accelerator(), checkpoint=path)
+    assert sorted(seen[:80] + seen[81:]) == list(range(160))
+    train(whole, Points(160), options, accelerator=make_accelerator())
+    _same(resumed.state_dict(), whole.state_dict())
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"value": 1})
+
+    def broken(*args):
+        raise OSError("disk full")
+
+    for place in ("fsync", "replace"):
+        monkeypatch.setattr(os, place, broken)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoint.save(path, {"value": 2})
+        monkeypatch.undo()
+        assert checkpoint.load(path)["value"] == 1
+        assert [p.name for p in tmp_path.iterdir()] == ["c.pt"]
+    monkeypatch.setattr(checkpoint, "FORMAT", 99)
+    checkpoint.save(path, {})
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="has format 99, this version reads 2"):
+        checkpoint.load(path)
+
+
+def test_a_damaged_checkpoint_is_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    checkpoint.save(path, {"value": torch.arange(50.0)})
+    content = path.read_bytes()
+    for place in range(0, len(content), 7):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"checkpoint {path} cannot be read"):
+            checkpoint.load(path)
+    path.write_bytes(content)
+    assert torch.equal(checkpoint.load(path)["value"], torch.arange(50.0))
+
+
+def test_what_killed_runs_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "c.pt"
+    (tmp_path / f".{path.name}.0123456789abcdef.tmp").write_bytes(b"half")
+    others = {".d.pt.0123456789abcdef.tmp", "mine.tmp", ".c.pt.partial.0123456789abcdef.tmp"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"half")
+    options = Retrain(steps=1, batch_size=16)
+    train(network(), Points(32), options, accelerator=make_accelerator(), checkpoint=path)
+    assert {p.name for p in tmp_path.iterdir()} == {"c.pt", *others}
+    # A run that has nothing left to do cleans up too.
+    work = tmp_path / "work"
+    compress(network(), Recipe([Prune(0.5)]), workdir=work, log=False)
+    (last,) = work.glob("stage-01-*.pt")
+    (work / f".{last.name}.0123456789abcdef.tmp").write_bytes(b"half")
+    compress(network(), Recipe([Prune(0.5)]), workdir=work, log=False)
+    assert not list(work.glob(".*.tmp"))
+
+
+def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"),
+            *("--master_port", str(random.randrange(20000, 40000))),
+            *(retrain_worker.__file__, str(out)),
+        ],
+        check=True,
+        timeout=300,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    first, second = (torch.load(f"{out}.{rank}") for rank in (0, 1))
+    _same(first["model"], second["model"])
+    one = compress_images()
+    assert len(list(Path(f"{out}.work").glob("stage-*.pt"))) == 5
+    for key, value in one.model.state_dict().items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(first["model"][key], value, rtol=1e-3, atol=1e-4)
+        elif isinstance(value, torch.Tensor):
+            assert (first["model"][key] == value).float().mean() > 0.99
+    for mine, its in zip(first["rows"], one.table, strict=True):
+        assert mine == pytest.approx((its.top1, its.top5), abs=2)
