@@ -67,6 +67,7 @@ def test_every_factor_is_there_in_the_file(result, baseline, tmp_path: Path) -> 
     last = result.table[-1]
     assert last.density == pytest.approx(0.1565, abs=1e-4)
     assert last.ideal_rate == pytest.approx(32 / 6 / 0.1565, rel=1e-3)
+    # The target is 24, not reached yet: this only keeps what there is from getting worse.
     assert plain.stat().st_size / path.stat().st_size > 23
     # What the table calls stored is what the file spends on tensors, to the byte.
     info = co.inspect(path)
