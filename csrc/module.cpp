@@ -16,14 +16,15 @@ PYBIND11_MODULE(_C, m) {
         const auto& f = compressops::cpu::features();
         pybind11::dict out;
         out["avx2"] = f.avx2;
+        out["avx512"] = f.avx512;
         out["avx512_vnni"] = f.avx512_vnni;
         out["avx512_vbmi2"] = f.avx512_vbmi2;
         return out;
       },
       "Instruction sets that the kernels may use on this processor: dict of name to bool.");
-  m.def(
-      "limit_isa", &compressops::cpu::limit_isa, pybind11::arg("name"),
-      "Use no instruction set above this one: baseline, avx2, avx512_vnni, avx512_vbmi2, native.");
+  m.def("limit_isa", &compressops::cpu::limit_isa, pybind11::arg("name"),
+        "Use no instruction set above this one: baseline, avx2, avx512, avx512_vnni, avx512_vbmi2, "
+        "native.");
   m.def(
       "build_info",
       [] {

@@ -18,7 +18,7 @@ from compressops import backends
 settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("suite")
 
-ISAS = ("baseline", "avx2", "avx512_vnni", "avx512_vbmi2")
+ISAS = ("baseline", "avx2", "avx512", "avx512_vnni", "avx512_vbmi2")
 
 
 def pytest_configure(config: pytest.Config) -> None:

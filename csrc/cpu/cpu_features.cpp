@@ -11,10 +11,12 @@ Features detect() {
 #if defined(__x86_64__)
   // The builtins also ask whether the operating system saves the wide registers.
   __builtin_cpu_init();
-  found.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  found.avx512_vnni = found.avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  found.avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+               __builtin_cpu_supports("f16c");
+  found.avx512 = found.avx2 && __builtin_cpu_supports("avx512f") &&
+                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("avx512vl");
+  found.avx512_vnni = found.avx512 && __builtin_cpu_supports("avx512vnni");
   found.avx512_vbmi2 = found.avx512_vnni && __builtin_cpu_supports("avx512vbmi") &&
                        __builtin_cpu_supports("avx512vbmi2");
 #endif
@@ -27,12 +29,14 @@ Features limited(const std::string& name) {
   found.avx512_vbmi2 = false;
   if (name == "avx512_vnni") return found;
   found.avx512_vnni = false;
+  if (name == "avx512") return found;
+  found.avx512 = false;
   if (name == "avx2") return found;
   found.avx2 = false;
   if (name == "baseline") return found;
   throw std::invalid_argument(
-      "instruction set must be baseline, avx2, avx512_vnni, avx512_vbmi2 or native, got '" + name +
-      "'");
+      "instruction set must be baseline, avx2, avx512, avx512_vnni, avx512_vbmi2 or native, got '" +
+      name + "'");
 }
 
 Features& current() {
