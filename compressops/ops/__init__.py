@@ -2,5 +2,25 @@
 
 from .huffman_decode import huffman_decode
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
+from .winograd_conv2d import (
+    winograd_conv1d,
+    winograd_conv2d,
+    winograd_conv2d_pack,
+    winograd_conv2d_reference,
+    winograd_conv2d_unpack,
+)
+from .winograd_transform import choose_tile, cook_toom
 
-__all__ = ["huffman_decode", "int8_linear", "int8_linear_pack", "quantize_rows"]
+__all__ = [
+    "choose_tile",
+    "cook_toom",
+    "huffman_decode",
+    "int8_linear",
+    "int8_linear_pack",
+    "quantize_rows",
+    "winograd_conv1d",
+    "winograd_conv2d",
+    "winograd_conv2d_pack",
+    "winograd_conv2d_reference",
+    "winograd_conv2d_unpack",
+]

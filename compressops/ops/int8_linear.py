@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from ..backends import register
+from .checks import ACTIVATIONS, activate, message
 
-ACTIVATIONS = ("none", "relu", "gelu")
 MAX_IN_FEATURES = 131072  # |sum| ≤ 127·128·K must fit in an int32
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # CPU packing: panels of 16 output features, 4 input features side by side, as VNNI multiplies them.
@@ -78,9 +78,7 @@ def _unpack(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:
 
 
 def _message(argument: str, requirement: str, value: object, op: str = "int8_linear") -> str:
-    if isinstance(value, torch.Tensor):
-        value = f"a tensor of dtype {value.dtype}, shape {list(value.shape)} on {value.device}"
-    return f"{op}: argument '{argument}' must be {requirement}, got {value}"
+    return message(op, argument, requirement, value)
 
 
 def _check(x, weight, weight_scales, weight_sums, bias=None, activation="none") -> None:
@@ -135,13 +133,7 @@ def _eager(x, weight, weight_scales, weight_sums, bias=None, activation="none") 
     y = sums * (scales * weight_scales)
     if bias is not None:
         y = y + bias.float()
-    return _activate(y, activation).to(x.dtype)
-
-
-def _activate(y: torch.Tensor, activation: str) -> torch.Tensor:
-    if activation == "relu":
-        return y.relu()
-    return F.gelu(y) if activation == "gelu" else y
+    return activate(y, activation).to(x.dtype)
 
 
 def _fake(x, weight, weight_scales, weight_sums, bias=None, activation="none") -> torch.Tensor:

@@ -1,0 +1,28 @@
+"""What the ops share: argument checks and the fused activations."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = ("none", "relu", "gelu")
+
+
+def message(op: str, argument: str, requirement: str, value: object) -> str:
+    """The text of a ``ValueError``: op, argument, what it must be, and what it is."""
+    if isinstance(value, torch.Tensor):
+        value = f"a tensor of dtype {value.dtype}, shape {list(value.shape)} on {value.device}"
+    return f"{op}: argument '{argument}' must be {requirement}, got {value}"
+
+
+def require(condition: bool, op: str, argument: str, requirement: str, value: object) -> None:
+    """Raise the ``ValueError`` of :func:`message` unless the condition holds."""
+    if not condition:
+        raise ValueError(message(op, argument, requirement, value))
+
+
+def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
+    """One of ``ACTIVATIONS`` of a tensor, element by element."""
+    if activation == "relu":
+        return y.relu()
+    return F.gelu(y) if activation == "gelu" else y
