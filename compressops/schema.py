@@ -20,6 +20,10 @@ SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor transformed, Tensor? bias=None, int[] padding=[0, 0], "
         "int groups=1, str activation='none', int tile=4) -> Tensor"
     ),
+    "winograd_conv2d_grad": (
+        "(Tensor x, Tensor grad, int[] kernel_size, int[] padding=[0, 0], int groups=1, "
+        "int tile=4) -> Tensor"
+    ),
 }
 
 # `compressops` holds the public ops; the compiled libraries register their kernels in

@@ -9,6 +9,7 @@ from .winograd_conv2d import (
     winograd_conv2d_reference,
     winograd_conv2d_unpack,
 )
+from .winograd_conv2d_grad import winograd_conv2d_grad, winograd_conv2d_weight_grad
 from .winograd_transform import choose_tile, cook_toom
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "quantize_rows",
     "winograd_conv1d",
     "winograd_conv2d",
+    "winograd_conv2d_grad",
     "winograd_conv2d_pack",
     "winograd_conv2d_reference",
     "winograd_conv2d_unpack",
+    "winograd_conv2d_weight_grad",
 ]

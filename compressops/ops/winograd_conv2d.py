@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .. import backends
 from ..backends import register
 from . import winograd_domain as domain
 from .checks import ACTIVATIONS, require
+from .winograd_conv2d_grad import winograd_conv2d_weight_grad
 from .winograd_transform import SUPPORTED, choose_tile
 
 OP = "winograd_conv2d"
@@ -270,15 +272,21 @@ def _backward(ctx, grad):
     elif ctx.activation == "gelu":
         before = _call(x, weight, transformed, bias, ctx.padding, ctx.groups, "none", ctx.tile)
         grad = torch.ops.aten.gelu_backward(grad, before)
-    by_winograd = needs_x and _input_gradient_is_winograd(x, weight, ctx.padding, ctx.tile)
+    x_by_winograd = needs_x and _input_gradient_is_winograd(x, weight, ctx.padding, ctx.tile)
+    weight_by_winograd = needs_weight and _weight_gradient_is_winograd(x)
+    direct = [needs_x and not x_by_winograd, needs_weight and not weight_by_winograd, False]
     grad_x = grad_weight = grad_bias = None
-    if needs_weight or (needs_x and not by_winograd):
+    if any(direct):
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             *(grad, x, weight, None, [1, 1], ctx.padding, [1, 1], False, [0, 0], ctx.groups),
-            [needs_x and not by_winograd, needs_weight, False],
+            direct,
         )
-    if by_winograd:
+    if x_by_winograd:
         grad_x = _input_gradient(grad, weight, ctx.padding, ctx.groups, ctx.tile)
+    if weight_by_winograd:
+        grad_weight = winograd_conv2d_weight_grad(
+            x, grad, weight.shape[2:], ctx.padding, ctx.groups, ctx.tile
+        )
     if bias is not None and ctx.needs_input_grad[3]:
         grad_bias = grad.sum((0, 2, 3)).to(bias.dtype)
     return grad_x, grad_weight, None, grad_bias, None, None, None, None
@@ -291,6 +299,11 @@ def _input_gradient_is_winograd(x, weight, padding, tile: int) -> bool:
         return False  # its own padding would be negative
     # Scaled losses have gradients near the largest float16; Bᵀ d B of alpha = 8 may be 150 times d.
     return x.dtype not in (torch.float16, torch.bfloat16) or tile + r - 1 < 8
+
+
+def _weight_gradient_is_winograd(x) -> bool:
+    """Whether a kernel of `winograd_conv2d_grad` serves; its eager form is slower than direct."""
+    return x.device.type == "cpu" and backends.name("winograd_conv2d_grad", "cpu") == "cpu"
 
 
 def _input_gradient(grad, weight, padding, groups: int, tile: int) -> torch.Tensor:

@@ -77,7 +77,7 @@ def transform_weight(weight: torch.Tensor, tile: int) -> torch.Tensor:
     """``[P, K, C]`` = G g Gᵀ of every filter of ``weight`` [K, C, rh, r], in its dtype."""
     down, across = transforms(weight.shape, tile)
     K, C, rh, r = weight.shape
-    both = torch.kron(_matrix(down.g, weight), _matrix(across.g, weight))  # [P, rh·r]
+    both = torch.kron(matrix(down.g, weight), matrix(across.g, weight))  # [P, rh·r]
     taps = weight.permute(2, 3, 0, 1).reshape(rh * r, K * C)
     return (both @ taps).view(down.alpha * across.alpha, K, C)
 
@@ -107,6 +107,43 @@ def from_panels(panels: torch.Tensor, out_channels: int) -> torch.Tensor:
     return rows.permute(1, 0, 3, 2).reshape(P, out_channels, C)
 
 
+def transform_weight_grad(
+    grad: torch.Tensor, weight_shape: Sequence[int], tile: int
+) -> torch.Tensor:
+    """``Gᵀ u G`` of every filter: the gradient of :func:`transform_weight`, from ``[P, K, C]``."""
+    down, across = transforms(weight_shape, tile)
+    K, C, rh, r = weight_shape
+    both = torch.kron(matrix(down.g, grad), matrix(across.g, grad))  # [P, rh·r]
+    taps = both.t() @ grad.reshape(len(both), K * C)
+    return taps.view(rh, r, K, C).permute(2, 3, 0, 1).contiguous()
+
+
+def input_tiles(
+    x: torch.Tensor,
+    weight_shape: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    tile: int,
+) -> torch.Tensor:
+    """``Bᵀ d B`` of every tile: ``[P, groups, C / groups, N · tiles]`` in the accumulator's dtype."""
+    down, across = transforms(weight_shape, tile)
+    N, C = x.shape[:2]
+    rh, r = weight_shape[2:]
+    height, width = output_size(x.shape, weight_shape, padding)
+    tile_rows, tile_columns = -(-height // down.m), -(-width // across.m)
+    P, T = down.alpha * across.alpha, tile_rows * tile_columns
+    data = x.to(accumulator(x.dtype))
+    # Zeros up to the end of the last tiles.
+    bottom = tile_rows * down.m + rh - 1 - x.shape[2] - padding[0]
+    right = tile_columns * across.m + r - 1 - x.shape[3] - padding[1]
+    data = F.pad(data, (padding[1], right, padding[0], bottom))
+    # [N, C, tile_rows, tile_columns, alpha_h, alpha_w]
+    tiles = data.unfold(2, down.alpha, down.m).unfold(3, across.alpha, across.m)
+    v = matrix(down.bt, data) @ tiles @ matrix(across.bt, data).t()
+    v = v.reshape(N, groups, C // groups, T, P).permute(4, 1, 2, 0, 3)
+    return v.reshape(P, groups, C // groups, N * T)
+
+
 def convolve(
     x: torch.Tensor,
     weight_shape: Sequence[int],
@@ -119,25 +156,15 @@ def convolve(
 ) -> torch.Tensor:
     """The whole op on ``transformed`` [P, K, C / groups]."""
     down, across = transforms(weight_shape, tile)
-    N, C = x.shape[:2]
-    K, _, rh, r = weight_shape
+    N, K = x.shape[0], weight_shape[0]
     height, width = output_size(x.shape, weight_shape, padding)
     tile_rows, tile_columns = -(-height // down.m), -(-width // across.m)
-    P, T = down.alpha * across.alpha, tile_rows * tile_columns
-    data = x.to(accumulator(x.dtype))
-    # Zeros up to the end of the last tiles.
-    bottom = tile_rows * down.m + rh - 1 - x.shape[2] - padding[0]
-    right = tile_columns * across.m + r - 1 - x.shape[3] - padding[1]
-    data = F.pad(data, (padding[1], right, padding[0], bottom))
-    # [N, C, tile_rows, tile_columns, alpha_h, alpha_w]
-    tiles = data.unfold(2, down.alpha, down.m).unfold(3, across.alpha, across.m)
-    v = _matrix(down.bt, data) @ tiles @ _matrix(across.bt, data).t()
-    v = v.reshape(N, groups, C // groups, T, P).permute(4, 1, 2, 0, 3)
-    v = v.reshape(P, groups, C // groups, N * T)
-    u = transformed.to(data.dtype).reshape(P, groups, K // groups, C // groups)
+    P = down.alpha * across.alpha
+    v = input_tiles(x, weight_shape, padding, groups, tile)
+    u = transformed.to(v.dtype).reshape(P, groups, K // groups, weight_shape[1])
     products = (u @ v).view(down.alpha, across.alpha, K, N, tile_rows, tile_columns)
     products = products.permute(3, 2, 4, 5, 0, 1)
-    y = _matrix(down.at, data) @ products @ _matrix(across.at, data).t()
+    y = matrix(down.at, v) @ products @ matrix(across.at, v).t()
     y = y.transpose(3, 4).reshape(N, K, tile_rows * down.m, tile_columns * across.m)
     y = y[:, :, :height, :width]
     if bias is not None:
@@ -146,5 +173,6 @@ def convolve(
     return y.contiguous(memory_format=memory_format(x))
 
 
-def _matrix(rows: Floats, like: torch.Tensor) -> torch.Tensor:
+def matrix(rows: Floats, like: torch.Tensor) -> torch.Tensor:
+    """A transform's matrix with the dtype and device of ``like``."""
     return torch.tensor(rows, dtype=like.dtype, device=like.device)

@@ -14,33 +14,19 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <new>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "../check.h"
-#include "cpu_features.h"
+#include "winograd_conv2d_image.h"
 #include "winograd_conv2d_plan.h"
 
 namespace compressops::cpu {
 namespace {
 
 constexpr const char* kOp = "winograd_conv2d";
-
-const WinogradConv2dKernels& kernels() {
-  const Features& cpu = features();
-#if defined(__x86_64__)
-  if (cpu.avx512) return winograd_conv2d_avx512();
-  if (cpu.avx2) return winograd_conv2d_avx2();
-#endif
-  return winograd_conv2d_baseline();
-}
 
 enum class Activation { kNone, kRelu, kGelu };
 
@@ -49,65 +35,6 @@ Activation parse_activation(const std::string& name) {
   if (name == "relu") return Activation::kRelu;
   COMPRESSOPS_CHECK(name == "gelu", kOp, "activation", "'none', 'relu' or 'gelu'", name);
   return Activation::kGelu;
-}
-
-Element element_of(const Tensor& tensor, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat;
-    case ScalarType::Half:
-      return Element::kHalf;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      fail_argument(kOp, argument, "of dtype float32, float16 or bfloat16", tensor);
-  }
-}
-
-// Memory that a thread keeps from call to call: fresh pages for some MB would cost as much as a
-// small convolution.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  float* get(int64_t floats) {
-    if (floats > capacity_) {
-      std::free(memory_);
-      capacity_ = 0;
-      memory_ = static_cast<float*>(std::aligned_alloc(64, round_up(floats, kBlock) * 4));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      capacity_ = floats;
-    }
-    return memory_;
-  }
-
- private:
-  float* memory_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
-struct Image {
-  char* data;
-  Element element;
-  int64_t element_bytes;
-  int64_t image_stride;
-  ImageStrides strides;
-
-  char* at(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return data +
-           (n * image_stride + c * strides.c + h * strides.h + w * strides.w) * element_bytes;
-  }
-  // Whether a vector of 16 channels lies in memory as the transforms want it.
-  bool direct(int64_t channels) const {
-    return element == Element::kFloat && strides.c == 1 && channels == kBlock;
-  }
-};
-
-Image image_of(const Tensor& tensor, const void* data, Element element) {
-  return {static_cast<char*>(const_cast<void*>(data)),
-          element,
-          element == Element::kFloat ? 4 : 2,
-          tensor.stride(0),
-          {tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }
 
 struct Task {
@@ -126,29 +53,13 @@ struct Task {
     for_segments(shape, plan, begin, end, [&](const Segment& segment) {
       const int64_t h = segment.tile_row * shape.tile_h - shape.padding_h;
       const int64_t w = segment.tile_column * shape.tile - shape.padding_w;
-      const int64_t rows = shape.alpha_h;
       const int64_t columns = (segment.count - 1) * shape.tile + shape.alpha;
-      const int64_t h0 = std::clamp<int64_t>(h, 0, shape.H),
-                    w0 = std::clamp<int64_t>(w, 0, shape.W);
-      const int64_t h1 = std::clamp<int64_t>(h + rows, 0, shape.H);
-      const int64_t w1 = std::clamp<int64_t>(w + columns, 0, shape.W);
-      const bool inside = h1 - h0 == rows && w1 - w0 == columns;
-      const char* from = x.at(segment.image, group * shape.C + c, h0, w0);
-      const float* d = window;
-      int64_t row_stride = columns * kBlock, column_stride = kBlock;
-      if (inside && x.direct(channels)) {
-        d = reinterpret_cast<const float*>(from);
-        row_stride = x.strides.h;
-        column_stride = x.strides.w;
-      } else {
-        if (!inside) std::memset(window, 0, rows * row_stride * sizeof(float));
-        if (h1 > h0 && w1 > w0)
-          isa.gather(from, x.element, x.strides, channels, h1 - h0, w1 - w0,
-                     window + (h0 - h) * row_stride + (w0 - w) * kBlock, row_stride);
-      }
-      isa.transform_input(shape.alpha, shape.one_dimensional(), d, row_stride, column_stride,
-                          shape.tile, segment.count, v + (segment.first - chunk) * plan.v_tile + c,
-                          plan.v_position, plan.v_tile);
+      const Window d = window_of(isa, x, segment.image, group * shape.C + c, channels, h, w,
+                                 shape.alpha_h, columns, shape.H, shape.W, window);
+      isa.transform_input(shape.alpha, shape.one_dimensional(), d.data, d.row_stride,
+                          d.column_stride, shape.tile, segment.count,
+                          v + (segment.first - chunk) * plan.v_tile + c, plan.v_position,
+                          plan.v_tile);
     });
   }
 
@@ -195,17 +106,6 @@ struct Task {
   }
 };
 
-// Calls f(i) for i < count. Threads fetch the next i when they have done one: where another process
-// holds up one of them, the others go on.
-template <typename F>
-void for_each(int64_t count, F&& f) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-  });
-}
-
 void run(const Task& task) {
   const Shape& shape = task.shape;
   const Plan& plan = task.plan;
@@ -248,7 +148,7 @@ std::vector<float> padded_bias(const std::optional<Tensor>& bias, const Shape& s
   std::vector<float> out(shape.groups * shape.padded_K(), 0.0f);
   if (!bias) return out;
   const Tensor dense = torch::stable::contiguous(*bias);
-  const Element element = element_of(*bias, "bias");
+  const Element element = element_of(kOp, *bias, "bias");
   for (int64_t k = 0; k < shape.groups * shape.K; ++k) {
     const void* data = dense.const_data_ptr();
     out[k / shape.K * shape.padded_K() + k % shape.K] =
@@ -279,7 +179,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
                        const std::optional<Tensor>& bias, std::vector<int64_t> padding,
                        int64_t groups, const std::string& activation_name, int64_t tile) {
   COMPRESSOPS_CHECK(x.is_cpu() && x.dim() == 4, kOp, "x", "a CPU tensor [N, C, H, W]", x);
-  const Element element = element_of(x, "x");
+  const Element element = element_of(kOp, x, "x");
   COMPRESSOPS_CHECK(groups >= 1 && x.size(1) % groups == 0, kOp, "groups",
                     "a divisor of " + std::to_string(x.size(1)) + " channels", groups);
   COMPRESSOPS_CHECK(weight.dim() == 4 && weight.scalar_type() == x.scalar_type() &&
@@ -299,19 +199,11 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
                     padding.empty() ? -1 : *std::min_element(padding.begin(), padding.end()));
   const Activation activation = parse_activation(activation_name);
 
-  Shape shape;
-  shape.N = x.size(0), shape.C = weight.size(1), shape.H = x.size(2), shape.W = x.size(3);
-  shape.groups = groups, shape.K = weight.size(0) / groups;
-  shape.padding_h = padding[0], shape.padding_w = padding[1];
-  const bool flat = weight.size(2) == 1;
-  shape.alpha_h = flat ? 1 : (int)alpha, shape.alpha = (int)alpha;
-  shape.tile_h = flat ? 1 : (int)tile, shape.tile = (int)tile;
-  shape.OH = shape.H + 2 * padding[0] - weight.size(2) + 1;
-  shape.OW = shape.W + 2 * padding[1] - r + 1;
+  const Shape shape =
+      make_shape(x.size(0), weight.size(1), x.size(2), x.size(3), weight.size(0) / groups, groups,
+                 weight.size(2) == 1, r, tile, padding[0], padding[1]);
   COMPRESSOPS_CHECK(shape.OH >= 0 && shape.OW >= 0, kOp, "x",
                     "at least as large as the kernel, padding included", x);
-  shape.tile_rows = (shape.OH + shape.tile_h - 1) / shape.tile_h;
-  shape.tile_columns = (shape.OW + tile - 1) / tile;
   COMPRESSOPS_CHECK(transformed.is_cpu() && transformed.scalar_type() == ScalarType::Float &&
                         transformed.dim() == 4 && transformed.size(0) == groups &&
                         transformed.size(1) == shape.padded_K() &&
@@ -340,8 +232,8 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   const Plan plan = make_plan(shape, torch::stable::get_num_threads());
   const Image from = image_of(x, x.const_data_ptr(), element);
   const Image to = image_of(out, out.mutable_data_ptr(), element);
-  run(Task{kernels(), shape, plan, from, to, static_cast<const float*>(dense.const_data_ptr()),
-           biases.data(), activation});
+  run(Task{winograd_conv2d_kernels(), shape, plan, from, to,
+           static_cast<const float*>(dense.const_data_ptr()), biases.data(), activation});
   return out;
 }
 

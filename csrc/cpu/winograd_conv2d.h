@@ -49,10 +49,21 @@ struct WinogradConv2dKernels {
                            const float* bias, bool relu, float* window, int64_t row_stride,
                            int64_t column_stride);
 
+  // A y Aᵀ, the transpose of transform_output: of tile_h × tile pixels a tile, the same way round
+  // as transform_input.
+  void (*transform_gradient)(int alpha, int tile, bool one_dimensional, const float* window,
+                             int64_t row_stride, int64_t column_stride, int64_t tiles, float* m,
+                             int64_t position_stride, int64_t tile_stride);
+
   // m[t][0..width) = sum over c < depth of v[t][c] * u[c][0..width) for `tiles` rows, in register
   // blocks of whole rows; width is 32 or 16, and the row stride of u.
   void (*multiply)(const float* v, int64_t v_stride, const float* u, int64_t width, int64_t depth,
                    int64_t tiles, float* m, int64_t m_stride);
+  // u[k][0..width) += sum over t < tiles of m[t][k] * v[t][0..width) for k < rows; width is a
+  // multiple of 16.
+  void (*multiply_transposed)(const float* m, int64_t m_stride, const float* v, int64_t v_stride,
+                              int64_t tiles, int64_t rows, int64_t width, float* u,
+                              int64_t u_stride);
 };
 
 const WinogradConv2dKernels& winograd_conv2d_baseline();

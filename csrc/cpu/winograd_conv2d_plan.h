@@ -33,6 +33,21 @@ struct Shape {
   int64_t padded_K() const { return round_up(K, kBlock); }
 };
 
+inline Shape make_shape(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, int64_t groups,
+                        bool one_dimensional, int64_t r, int64_t tile, int64_t padding_h,
+                        int64_t padding_w) {
+  Shape shape;
+  shape.N = N, shape.C = C, shape.H = H, shape.W = W, shape.K = K, shape.groups = groups;
+  shape.padding_h = padding_h, shape.padding_w = padding_w;
+  shape.alpha = (int)(tile + r - 1), shape.alpha_h = one_dimensional ? 1 : shape.alpha;
+  shape.tile = (int)tile, shape.tile_h = one_dimensional ? 1 : shape.tile;
+  shape.OH = H + 2 * padding_h - (one_dimensional ? 1 : r) + 1;
+  shape.OW = W + 2 * padding_w - r + 1;
+  shape.tile_rows = (shape.OH + shape.tile_h - 1) / shape.tile_h;
+  shape.tile_columns = (shape.OW + tile - 1) / tile;
+  return shape;
+}
+
 // How the work is cut; see the head of this file.
 struct Plan {
   int64_t chunks;

@@ -114,29 +114,57 @@ inline void apply_at(const Vec* m, Vec* y) {
   }
 }
 
-template <int kAlphaH, int kAlpha>
-void transform_input_tiles(const float* window, int64_t row_stride, int64_t column_stride,
-                           int64_t step, int64_t tiles, float* v, int64_t position_stride,
-                           int64_t tile_stride) {
+// A y, the transpose of apply_at.
+template <int kAlpha, int kTile>
+inline void apply_a(const Vec* y, Vec* m) {
+  if constexpr (kAlpha == 1) {
+    m[0] = y[0];
+  } else {
+    m[0] = y[0];
+#pragma GCC unroll 3
+    for (int j = 0; j < kAlpha / 2 - 1; ++j) {
+      Vec even = y[0], odd = kPoints<kAlpha>[j] * y[1];
+#pragma GCC unroll 6
+      for (int i = 2; i < kTile; ++i) (i % 2 ? odd : even) += power(kPoints<kAlpha>[j], i) * y[i];
+      m[1 + 2 * j] = even + odd;
+      m[2 + 2 * j] = even - odd;
+    }
+    m[kAlpha - 1] = kAlpha == 4 ? -y[kTile - 1] : y[kTile - 1];
+  }
+}
+
+// The two ways in: kIn pixels to kAlpha values, by Bᵀ (kIn = alpha) or A (kIn = tile).
+template <int kAlpha, int kIn>
+inline void apply_in(const Vec* in, Vec* out) {
+  if constexpr (kIn == kAlpha)
+    apply_bt<kAlpha>(in, out);
+  else
+    apply_a<kAlpha, kIn>(in, out);
+}
+
+template <int kAlphaH, int kInH, int kAlpha, int kIn>
+void transform_tiles_in(const float* window, int64_t row_stride, int64_t column_stride,
+                        int64_t step, int64_t tiles, float* v, int64_t position_stride,
+                        int64_t tile_stride) {
   for (int64_t tile = 0; tile < tiles; ++tile) {
     for (int part = 0; part < kParts; ++part) {
       const float* d = window + tile * step * column_stride + part * kLanes;
       float* to = v + tile * tile_stride + part * kLanes;
-      Vec half[kAlphaH][kAlpha];
+      Vec half[kAlphaH][kIn];
 #pragma GCC unroll 1
-      for (int column = 0; column < kAlpha; ++column) {
-        Vec in[kAlphaH], out[kAlphaH];
+      for (int column = 0; column < kIn; ++column) {
+        Vec in[kInH], out[kAlphaH];
 #pragma GCC unroll 8
-        for (int row = 0; row < kAlphaH; ++row)
+        for (int row = 0; row < kInH; ++row)
           in[row] = load(d + row * row_stride + column * column_stride);
-        apply_bt<kAlphaH>(in, out);
+        apply_in<kAlphaH, kInH>(in, out);
 #pragma GCC unroll 8
         for (int row = 0; row < kAlphaH; ++row) half[row][column] = out[row];
       }
 #pragma GCC unroll 1
       for (int row = 0; row < kAlphaH; ++row) {
         Vec out[kAlpha];
-        apply_bt<kAlpha>(half[row], out);
+        apply_in<kAlpha, kIn>(half[row], out);
 #pragma GCC unroll 8
         for (int column = 0; column < kAlpha; ++column)
           store(to + (row * kAlpha + column) * position_stride, out[column]);
@@ -180,14 +208,31 @@ void transform_output_tiles(const float* m, int64_t position_stride, int64_t til
   }
 }
 
+template <int kAlpha, int kIn = kAlpha>
+auto transform_in(bool one_dimensional) {
+  return one_dimensional ? transform_tiles_in<1, 1, kAlpha, kIn>
+                         : transform_tiles_in<kAlpha, kIn, kAlpha, kIn>;
+}
+
 void transform_input(int alpha, bool one_dimensional, const float* window, int64_t row_stride,
                      int64_t column_stride, int64_t step, int64_t tiles, float* v,
                      int64_t position_stride, int64_t tile_stride) {
-  const auto run =
-      alpha == 4   ? (one_dimensional ? transform_input_tiles<1, 4> : transform_input_tiles<4, 4>)
-      : alpha == 6 ? (one_dimensional ? transform_input_tiles<1, 6> : transform_input_tiles<6, 6>)
-                   : (one_dimensional ? transform_input_tiles<1, 8> : transform_input_tiles<8, 8>);
+  const auto run = alpha == 4   ? transform_in<4>(one_dimensional)
+                   : alpha == 6 ? transform_in<6>(one_dimensional)
+                                : transform_in<8>(one_dimensional);
   run(window, row_stride, column_stride, step, tiles, v, position_stride, tile_stride);
+}
+
+void transform_gradient(int alpha, int tile, bool one_dimensional, const float* window,
+                        int64_t row_stride, int64_t column_stride, int64_t tiles, float* m,
+                        int64_t position_stride, int64_t tile_stride) {
+  const auto run = alpha == 4   ? transform_in<4, 2>(one_dimensional)
+                   : alpha == 6 ? (tile == 4 ? transform_in<6, 4>(one_dimensional)
+                                             : transform_in<6, 2>(one_dimensional))
+                   : tile == 6  ? transform_in<8, 6>(one_dimensional)
+                   : tile == 4  ? transform_in<8, 4>(one_dimensional)
+                                : transform_in<8, 2>(one_dimensional);
+  run(window, row_stride, column_stride, tile, tiles, m, position_stride, tile_stride);
 }
 
 template <int kAlpha, int kTile>
@@ -255,6 +300,63 @@ void multiply(const float* v, int64_t v_stride, const float* u, int64_t width, i
     multiply_rows<2>(v, v_stride, u + column, width, depth, tiles, m + column, m_stride, Rows());
 }
 
+template <int kRows, int kVectors>
+void multiply_transposed_block(const float* m, int64_t m_stride, const float* v, int64_t v_stride,
+                               int64_t tiles, float* u, int64_t u_stride) {
+  Vec sums[kRows][kVectors] = {};
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec inputs[kVectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) inputs[j] = load(v + t * v_stride + j * kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < kRows; ++k) {
+      const float value = m[t * m_stride + k];
+#pragma GCC unroll 2
+      for (int j = 0; j < kVectors; ++j) sums[k][j] += value * inputs[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int k = 0; k < kRows; ++k)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j) {
+      float* to = u + k * u_stride + j * kLanes;
+      store(to, load(to) + sums[k][j]);
+    }
+}
+
+template <int kVectors, int... I>
+void multiply_transposed_rows(const float* m, int64_t m_stride, const float* v, int64_t v_stride,
+                              int64_t tiles, int64_t rows, float* u, int64_t u_stride,
+                              Indices<I...>) {
+  using Block = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t);
+  constexpr Block kBlocks[] = {multiply_transposed_block<I + 1, kVectors>...};
+  const int64_t blocks = (rows + kRegisterRows - 1) / kRegisterRows;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * rows / blocks, end = (block + 1) * rows / blocks;
+    kBlocks[end - first - 1](m + first, m_stride, v, v_stride, tiles, u + first * u_stride,
+                             u_stride);
+  }
+}
+
+void multiply_transposed(const float* m, int64_t m_stride, const float* v, int64_t v_stride,
+                         int64_t tiles, int64_t rows, int64_t width, float* u, int64_t u_stride) {
+  using Rows = typename UpTo<kRegisterRows>::type;
+  int64_t column = 0;
+  for (; column + 2 * kLanes <= width; column += 2 * kLanes)
+    multiply_transposed_rows<2>(m, m_stride, v + column, v_stride, tiles, rows, u + column,
+                                u_stride, Rows());
+  for (; column < width; column += kLanes)
+    multiply_transposed_rows<1>(m, m_stride, v + column, v_stride, tiles, rows, u + column,
+                                u_stride, Rows());
+}
+
 constexpr WinogradConv2dKernels kernels(const char* isa) {
-  return {isa, gather, scatter, transform_input, transform_output, multiply};
+  return {isa,
+          gather,
+          scatter,
+          transform_input,
+          transform_output,
+          transform_gradient,
+          multiply,
+          multiply_transposed};
 }
