@@ -43,6 +43,9 @@ class Retrain(Stage):
             ones first to save time. Parts add up to 1. The data set must have ``set_size`` and the
             attribute ``size``; it gets back the size that it had.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``; ``None`` leaves it to the launcher.
+        convolutions: ``"winograd"`` runs 3×3 convolutions as F(4×4, 3×3) while training on a CPU in
+            float32, the teacher's too: less time, other rounding
+            (`compressops.train.convolutions`). ``"direct"`` leaves them.
         checkpoint_seconds: time between checkpoints within an epoch; each epoch makes one too.
         workers: processes that load data; 0 loads in the training process.
     """
@@ -65,6 +68,7 @@ class Retrain(Stage):
     ema: float = 0.0
     image_sizes: tuple[tuple[int, float], ...] = ()
     mixed_precision: str | None = None
+    convolutions: str = "direct"
     checkpoint_seconds: float = 60.0
     workers: int = 0
 
@@ -97,6 +101,7 @@ class Retrain(Stage):
             checks.number("clip_grad_norm", self.clip_grad_norm, 0, open_low=True)
         checks.number("ema", self.ema, 0, 1, open_high=True)
         checks.choice("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16"))
+        checks.choice("convolutions", self.convolutions, ("direct", "winograd"))
         checks.number("checkpoint_seconds", self.checkpoint_seconds, 0)
         checks.integer("workers", self.workers)
         losses = (self.distill,) if isinstance(self.distill, DistillLoss) else self.distill

@@ -125,7 +125,7 @@ def input_tiles(
     groups: int,
     tile: int,
 ) -> torch.Tensor:
-    """``Bᵀ d B`` of every tile: ``[P, groups, C / groups, N · tiles]`` in the accumulator's dtype."""
+    """``Bᵀ d B`` of every tile, ``[P, groups, C / groups, N · tiles]``, as the op computes it."""
     down, across = transforms(weight_shape, tile)
     N, C = x.shape[:2]
     rh, r = weight_shape[2:]

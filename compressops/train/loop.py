@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from compressops.distill.losses import total_loss
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
+from compressops.train.convolutions import winograd_convolutions
 from compressops.train.optim import Ema, build_optimizer, learning_rate
 from compressops.train.progress import Progress
 
@@ -112,7 +113,9 @@ def train(
     if options.distill and teacher is None:
         raise ValueError("distill needs a teacher")
     run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint)
+    by_winograd = options.convolutions == "winograd"
     with (
+        winograd_convolutions(model, run.teacher) if by_winograd else contextlib.nullcontext(),
         torch.random.fork_rng(),
         Progress(
             console if accelerator.is_main_process else None, title, plan.total_steps, run.step
