@@ -256,26 +256,38 @@ void transform_output(int alpha, int tile, bool one_dimensional, const float* m,
 
 // ---- products --------------------------------------------------------------------------------
 
-// kRows × kVectors sums stay in registers over the whole depth.
+// Products are summed in blocks of so many channels, and the blocks' sums then added. One sum over
+// 512 channels has three times the error, and direct convolution sums in blocks as well; it would
+// be 5 % faster.
+constexpr int64_t kDepthBlock = 64;
+
+// kRows × kVectors sums stay in registers over a block of the depth.
 template <int kRows, int kVectors>
 void multiply_block(const float* v, int64_t v_stride, const float* u, int64_t u_stride,
                     int64_t depth, float* m, int64_t m_stride) {
-  Vec sums[kRows][kVectors] = {};
-  for (int64_t c = 0; c < depth; ++c) {
-    Vec weights[kVectors];
+  for (int64_t start = 0; start == 0 || start < depth; start += kDepthBlock) {
+    const int64_t end = start + kDepthBlock < depth ? start + kDepthBlock : depth;
+    Vec sums[kRows][kVectors] = {};
+    for (int64_t c = start; c < end; ++c) {
+      Vec weights[kVectors];
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) weights[j] = load(u + c * u_stride + j * kLanes);
+      for (int j = 0; j < kVectors; ++j) weights[j] = load(u + c * u_stride + j * kLanes);
+#pragma GCC unroll 16
+      for (int t = 0; t < kRows; ++t) {
+        const float value = v[t * v_stride + c];
+#pragma GCC unroll 2
+        for (int j = 0; j < kVectors; ++j) sums[t][j] += value * weights[j];
+      }
+    }
 #pragma GCC unroll 16
     for (int t = 0; t < kRows; ++t) {
-      const float value = v[t * v_stride + c];
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) sums[t][j] += value * weights[j];
+      for (int j = 0; j < kVectors; ++j) {
+        float* to = m + t * m_stride + j * kLanes;
+        store(to, start == 0 ? sums[t][j] : load(to) + sums[t][j]);
+      }
     }
   }
-#pragma GCC unroll 16
-  for (int t = 0; t < kRows; ++t)
-#pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) store(m + t * m_stride + j * kLanes, sums[t][j]);
 }
 
 template <int kVectors, int... I>
