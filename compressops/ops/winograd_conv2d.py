@@ -303,7 +303,9 @@ def _input_gradient_is_winograd(x, weight, padding, tile: int) -> bool:
 
 def _weight_gradient_is_winograd(x) -> bool:
     """Whether a kernel of `winograd_conv2d_grad` serves; its eager form is slower than direct."""
-    return x.device.type == "cpu" and backends.name("winograd_conv2d_grad", "cpu") == "cpu"
+    if x.device.type != "cpu" or x.dtype == torch.float64:
+        return False
+    return backends.name("winograd_conv2d_grad", "cpu") == "cpu"
 
 
 def _input_gradient(grad, weight, padding, groups: int, tile: int) -> torch.Tensor:
