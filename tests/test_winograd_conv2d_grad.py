@@ -50,7 +50,7 @@ def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return ((ours.double() - exact).abs().max() / exact.abs().max()).item()
 
 
-@pytest.mark.parametrize("flat", (False, True), ids=("2d", "1d"))
+@pytest.mark.parametrize("flat", [False, True], ids=("2d", "1d"))
 @pytest.mark.parametrize(("tile", "r"), SUPPORTED)
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 def test_parity_with_float64(kernel, tile: int, r: int, flat: bool) -> None:
@@ -62,7 +62,8 @@ def test_parity_with_float64(kernel, tile: int, r: int, flat: bool) -> None:
             x, grad, *rest = given
             exact = direct(x.double(), grad.double(), *rest)
             ours = winograd_conv2d_weight_grad(x, grad, *rest, tile)
-            assert ours.dtype == dtype and ours.shape == exact.shape
+            assert ours.dtype == dtype
+            assert ours.shape == exact.shape
             error = relative_error(ours, exact)
             assert error < bound, f"{shape} {dtype}: {error:.2e}"
 
@@ -86,12 +87,13 @@ def test_any_strides(kernel) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
-@pytest.mark.parametrize("sizes", ((0, 4, 6), (2, 0, 6), (2, 4, 0)))
+@pytest.mark.parametrize("sizes", [(0, 4, 6), (2, 0, 6), (2, 4, 0)])
 def test_empty(kernel, sizes) -> None:
     N, C, K = sizes
     x, grad = torch.randn(N, C, 8, 8, device=kernel), torch.randn(N, K, 8, 8, device=kernel)
     out = winograd_conv2d_grad(x, grad, (3, 3), (1, 1))
-    assert out.shape == (36, K, C) and not out.any()
+    assert out.shape == (36, K, C)
+    assert not out.any()
 
 
 def test_float64_is_exact_to_rounding() -> None:
@@ -128,7 +130,7 @@ def test_compiles_as_one_graph() -> None:
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 @pytest.mark.parametrize(
     ("change", "message"),
-    (
+    [
         ({"x": torch.zeros(2, 4, 8)}, r"'x'.*\[2, 4, 8\]"),
         ({"x": torch.zeros(2, 4, 8, 8, dtype=torch.int32)}, r"'x'.*[Ii]nt"),
         ({"grad": torch.zeros(2, 6, 8, 7)}, r"'grad'.*\[2, 6, 8, 7\]"),
@@ -137,7 +139,7 @@ def test_compiles_as_one_graph() -> None:
         ({"padding": (-1, 1)}, r"'padding'.*-1"),
         ({"groups": 3}, r"'groups'.*3"),
         ({"tile": 3}, r"'tile'.*3"),
-    ),
+    ],
 )
 def test_bad_input_is_named(kernel, change: dict, message: str) -> None:
     given = {
