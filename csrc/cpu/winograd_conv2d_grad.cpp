@@ -64,7 +64,8 @@ Plan make_gradient_plan(const Shape& shape, int64_t threads) {
   Plan plan = make_plan(shape, threads);
   // A chunk reads and writes all of U', and V and M' once: with heavy weights, more tiles a chunk.
   const bool heavy = shape.positions() * shape.C * shape.K * 4 > (1 << 20);
-  const int64_t tiles = shape.tiles(), most = heavy ? 96 : 48;
+  const int64_t tiles = shape.tiles();
+  const int64_t most = std::min<int64_t>(heavy ? 96 : 48, plan.most_tiles * 2);
   plan.chunks = round_up((tiles + most - 1) / most, std::min(threads, tiles));
   plan.most_tiles = (tiles + plan.chunks - 1) / plan.chunks;
   plan.v_position = odd_lines(plan.most_tiles * plan.v_tile);
@@ -113,11 +114,13 @@ Tensor winograd_conv2d_grad(const Tensor& x, const Tensor& grad, std::vector<int
                           image_of(grad, grad.const_data_ptr(), element)};
   const int64_t v_floats = plan.v_floats(shape), m_floats = plan.m_floats(shape);
   const int64_t workers = std::min(threads, plan.chunks), row = gradient.u_row();
-  static thread_local Scratch sums, own;
-  float* u = sums.get(workers * gradient.u_floats());
+  static thread_local Scratch own;
+  const Tensor sums =
+      torch::stable::new_zeros(x, {workers, gradient.u_floats()}, ScalarType::Float);
+  float* u = static_cast<float*>(sums.mutable_data_ptr());
   float* result = static_cast<float*>(out.mutable_data_ptr());
   for (int64_t group = 0; group < groups; ++group) {
-    std::memset(u, 0, workers * gradient.u_floats() * sizeof(float));
+    if (group > 0) std::memset(u, 0, workers * gradient.u_floats() * sizeof(float));
     std::atomic<int64_t> next{0};
     torch::stable::parallel_for(0, workers, 1, [&](int64_t worker, int64_t) {
       float* v = own.get(v_floats + m_floats + plan.window_floats(shape));

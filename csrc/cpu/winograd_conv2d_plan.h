@@ -71,10 +71,13 @@ inline Plan make_plan(const Shape& shape, int64_t threads) {
   const bool heavy = weight_bytes > (4 << 20);
   plan.task_channels = std::min(kPanel, round_up(shape.K, kBlock));
   plan.m_tile = odd_lines(plan.task_channels);
-  // M, and where the weights are light V too, in a share of the L2 of most processors.
-  const int64_t position_bytes = shape.positions() * plan.m_tile * 4;
+  // M, and where the weights are light V too, in a share of the L2 of most processors; V in 16 MB
+  // however many channels there are.
+  const int64_t m_bytes = shape.positions() * plan.m_tile * 4;
+  const int64_t v_bytes = shape.positions() * odd_lines(shape.C) * 4;
   const int64_t fit =
-      std::max<int64_t>(1, (heavy ? 384 << 10 : 192 << 10) / position_bytes / kMaxTileRows) *
+      std::max<int64_t>(1, std::min((heavy ? 384 << 10 : 192 << 10) / m_bytes / kMaxTileRows,
+                                    (16 << 20) / v_bytes / kMaxTileRows)) *
       kMaxTileRows;
   const int64_t tiles = shape.tiles();
   plan.chunks = (tiles + fit - 1) / fit;
