@@ -22,15 +22,24 @@ def main() -> None:
     weight = torch.randint(-127, 128, (16, 16), dtype=torch.int8)
     packed, sums = co.ops.int8_linear_pack(weight)
     symbols = torch.zeros(1, dtype=torch.uint8)
+    filters, image = torch.randn(16, 16, 3, 3), torch.randn(1, 16, 4, 4)
+    transformed = co.ops.winograd_conv2d_pack(filters, tile=2)
     calls = {
         "int8_linear": (torch.randn(1, 16), packed, torch.ones(16), sums, None, "none"),
         "huffman_decode": (symbols, torch.tensor([0, 1]), symbols + 1, 1, 64),
+        "winograd_conv2d": (image, filters, None, [1, 1], 1, "none", 2, transformed),
     }
     rows = []
     for op, args in calls.items():
         public, native = getattr(co.ops, op), schema.native_op(op)
+        kernel_args = args
+        if op == "winograd_conv2d":  # the one whose kernel takes its arguments in another order
+            kernel_args = (image, filters, transformed, None, [1, 1], 1, "none", 2)
         seconds = interleaved(
-            {"public": lambda p=public, a=args: p(*a), "kernel": lambda n=native, a=args: n(*a)},
+            {
+                "public": lambda p=public, a=args: p(*a),
+                "kernel": lambda n=native, a=kernel_args: n(*a),
+            },
             rounds,
         )
         micros = {name: statistics.median(times) * 1e6 for name, times in seconds.items()}
