@@ -10,7 +10,8 @@ from .winograd_conv2d import (
     winograd_conv2d_unpack,
 )
 from .winograd_conv2d_grad import winograd_conv2d_grad, winograd_conv2d_weight_grad
-from .winograd_transform import choose_tile, cook_toom
+from .winograd_model import choose_tile
+from .winograd_transform import cook_toom
 
 __all__ = [
     "choose_tile",

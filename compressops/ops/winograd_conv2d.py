@@ -12,7 +12,8 @@ from ..backends import register
 from . import winograd_domain as domain
 from .checks import ACTIVATIONS, require
 from .winograd_conv2d_grad import winograd_conv2d_weight_grad
-from .winograd_transform import SUPPORTED, choose_tile
+from .winograd_model import choose_tile
+from .winograd_transform import SUPPORTED
 
 OP = "winograd_conv2d"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -67,10 +68,10 @@ def winograd_conv2d(
     if tile == "auto":
         require(transformed is None, OP, "tile", "2, 4 or 6 beside transformed", repr(tile))
         _check_input(x, weight, padding, groups)
+        dtype = str(x.dtype).removeprefix("torch.")
+        # On a CPU everything is float32 in the Winograd domain.
         tile = choose_tile(
-            *(tuple(x.shape), tuple(weight.shape), padding, groups),
-            half=x.dtype in (torch.float16, torch.bfloat16),
-            device_type=x.device.type,
+            *(x.shape, weight.shape, padding, groups), dtype=dtype, half_domain=not x.is_cpu
         )
     if transformed is None:
         transformed = winograd_conv2d_pack(weight, groups, tile)
@@ -140,10 +141,9 @@ def winograd_conv2d_pack(weight: torch.Tensor, groups: int = 1, tile: int = 4) -
     """
     op = "winograd_conv2d_pack"
     _check_weight(weight, groups, tile, op)
-    canonical = domain.transform_weight(weight.double(), tile)
-    if weight.device.type != "cpu" or weight.dtype == torch.float64:
-        return canonical.to(weight.dtype)
-    return domain.to_panels(canonical, groups)
+    if weight.device.type == "cpu" and weight.dtype != torch.float64:
+        return domain.transform_to_panels(weight, groups, tile)
+    return domain.transform_weight(weight.double(), tile).to(weight.dtype)
 
 
 def winograd_conv2d_unpack(transformed: torch.Tensor, out_channels: int) -> torch.Tensor:

@@ -75,28 +75,42 @@ def memory_format(x: torch.Tensor) -> torch.memory_format:
 
 def transform_weight(weight: torch.Tensor, tile: int) -> torch.Tensor:
     """``[P, K, C]`` = G g Gᵀ of every filter of ``weight`` [K, C, rh, r], in its dtype."""
-    down, across = transforms(weight.shape, tile)
     K, C, rh, r = weight.shape
-    both = torch.kron(matrix(down.g, weight), matrix(across.g, weight))  # [P, rh·r]
+    both = _filter_matrix(weight.shape, tile, weight)
     taps = weight.permute(2, 3, 0, 1).reshape(rh * r, K * C)
-    return (both @ taps).view(down.alpha * across.alpha, K, C)
+    return (both @ taps).view(both.shape[0], K, C)
 
 
-def to_panels(canonical: torch.Tensor, groups: int) -> torch.Tensor:
-    """``[P, K, C]`` to the CPU packing ``[groups, padded_channels(K / groups), P, C]``, float32."""
-    P, K, C = canonical.shape
-    columns = padded_channels(K // groups)
-    rows = canonical.float().view(P, groups, K // groups, C).permute(1, 0, 3, 2)
-    rows = F.pad(rows, (0, columns - K // groups))  # [groups, P, C, columns]
-    full = columns // PANEL * PANEL
-    panels = rows[..., :full].reshape(groups, P, C, full // PANEL, PANEL)
-    panels = panels.permute(0, 3, 1, 2, 4).reshape(groups, full * P * C)
-    last = rows[..., full:].reshape(groups, (columns - full) * P * C)
-    return torch.cat([panels, last], 1).view(groups, columns, P, C)
+def transform_to_panels(weight: torch.Tensor, groups: int, tile: int) -> torch.Tensor:
+    """The same in the CPU packing, float32 ``[groups, padded_channels(K / groups), P, C]``.
+
+    A panel at a time, so that what is made in float64 stays in cache.
+    """
+    K, C, rh, r = weight.shape
+    both = _filter_matrix(weight.shape, tile, weight, torch.float64)
+    P, columns = both.shape[0], padded_channels(K // groups)
+    by_group = weight.view(groups, K // groups, C, rh, r)
+    out = weight.new_empty((groups, columns * P * C), dtype=torch.float32)
+    for first in range(0, columns, PANEL):
+        width = min(PANEL, columns - first)
+        taps = by_group[:, first : first + width].permute(3, 4, 0, 2, 1).double()
+        taps = F.pad(taps, (0, width - taps.shape[4]))  # [rh, r, groups, C, width]
+        panel = both @ taps.reshape(rh * r, groups * C * width)
+        panel = panel.view(P, groups, C * width).transpose(0, 1)
+        out[:, first * P * C : (first + width) * P * C].view(groups, P, C * width).copy_(panel)
+    return out.view(groups, columns, P, C)
+
+
+def _filter_matrix(
+    weight_shape: Sequence[int], tile: int, like: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """``[P, rh · r]``: G of both dimensions in one."""
+    down, across = transforms(weight_shape, tile)
+    return torch.kron(matrix(down.g, like, dtype), matrix(across.g, like, dtype))
 
 
 def from_panels(panels: torch.Tensor, out_channels: int) -> torch.Tensor:
-    """The reverse of :func:`to_panels`."""
+    """``[P, out_channels, C]`` of what :func:`transform_to_panels` made."""
     groups, columns, P, C = panels.shape
     full = columns // PANEL * PANEL
     flat = panels.reshape(groups, columns * P * C)
@@ -111,9 +125,8 @@ def transform_weight_grad(
     grad: torch.Tensor, weight_shape: Sequence[int], tile: int
 ) -> torch.Tensor:
     """``Gᵀ u G`` of every filter: the gradient of :func:`transform_weight`, from ``[P, K, C]``."""
-    down, across = transforms(weight_shape, tile)
     K, C, rh, r = weight_shape
-    both = torch.kron(matrix(down.g, grad), matrix(across.g, grad))  # [P, rh·r]
+    both = _filter_matrix(weight_shape, tile, grad)
     taps = both.t() @ grad.reshape(len(both), K * C)
     return taps.view(rh, r, K, C).permute(2, 3, 0, 1).contiguous()
 
@@ -173,6 +186,6 @@ def convolve(
     return y.contiguous(memory_format=memory_format(x))
 
 
-def matrix(rows: Floats, like: torch.Tensor) -> torch.Tensor:
-    """A transform's matrix with the dtype and device of ``like``."""
-    return torch.tensor(rows, dtype=like.dtype, device=like.device)
+def matrix(rows: Floats, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A transform's matrix on the device of ``like``, in a dtype or its."""
+    return torch.tensor(rows, dtype=dtype or like.dtype, device=like.device)

@@ -186,30 +186,3 @@ def _evaluate(coefficients: Sequence[Fraction], x: Fraction) -> Fraction:
 
 def _frozen(rows: Sequence[Sequence[Fraction]]) -> Matrix:
     return tuple(tuple(row) for row in rows)
-
-
-def choose_tile(
-    x_shape: Sequence[int],
-    weight_shape: Sequence[int],
-    padding: Sequence[int] = (0, 0),
-    groups: int = 1,
-    *,
-    half: bool = False,
-    device_type: str = "cpu",
-) -> int:
-    """The tile that ``winograd_conv2d`` takes for ``tile="auto"``.
-
-    Args:
-        x_shape, weight_shape: ``[N, C, H, W]`` and ``[K, C / groups, rh, r]``.
-        padding, groups: of the convolution.
-        half: float16 or bfloat16.
-        device_type: of the tensors.
-
-    Raises:
-        ValueError: no tile takes the kernel; the message names its size.
-    """
-    r = weight_shape[3]
-    tiles = [m for m, taps in SUPPORTED if taps == r]
-    if not tiles:
-        raise ValueError(f"choose_tile: argument 'weight_shape' must be 3, 5 or 7 wide, got {r}")
-    return tiles[-1] if r != 3 else 4
