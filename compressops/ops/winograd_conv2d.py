@@ -17,6 +17,7 @@ from .winograd_transform import SUPPORTED
 
 OP = "winograd_conv2d"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_TILES_WORTH_A_TRANSFORM = 128
 
 
 def winograd_conv2d(
@@ -297,8 +298,12 @@ def _input_gradient_is_winograd(x, weight, padding, tile: int) -> bool:
     rh, r = weight.shape[2:]
     if padding[0] > rh - 1 or padding[1] > r - 1:
         return False  # its own padding would be negative
-    # Scaled losses have gradients near the largest float16; Bᵀ d B of alpha = 8 may be 150 times d.
-    return x.dtype not in (torch.float16, torch.bfloat16) or tile + r - 1 < 8
+    # Scaled losses have gradients near the largest float16; Bᵀ d B of alpha = 8 may be 225 times d.
+    if x.dtype in (torch.float16, torch.bfloat16) and tile + r - 1 == 8 and not x.is_cpu:
+        return False
+    # The turned filters are transformed anew each time, which takes as long as some 100 tiles save.
+    tiles = x.shape[0] * -(-x.shape[2] // (tile if rh > 1 else 1)) * -(-x.shape[3] // tile)
+    return tiles >= _TILES_WORTH_A_TRANSFORM
 
 
 def _weight_gradient_is_winograd(x) -> bool:
