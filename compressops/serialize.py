@@ -135,13 +135,13 @@ def write(
             plain[name] = tensor
     members: dict[str, dict[str, list[int]]] = {}
     for pool, names in pools.members(plain).items():
-        built = pools.build([plain[name] for name in names], coding or Raw())
+        built = pools.build(pool, [plain[name] for name in names], coding or Raw())
         (packed if isinstance(built, PackedTensor) else plain)[pool] = built
         members[pool] = {name: list(plain.pop(name).shape) for name in names}
     return _write(path, plain, packed, members, aliases, modules or {})
 
 
-_RESERVED = {"", "__metadata__", MANIFEST, *pools.NAMES.values()}
+_RESERVED = {"", "__metadata__", MANIFEST, *pools.RESERVED}
 
 
 def _write(

@@ -94,6 +94,7 @@ def tensors() -> dict[str, Tensor | PackedTensor]:
     plain = {
         "plain.running_mean": weight(5),
         "plain.running_var": weight(200, seed=3).square() + 1 / 3,
+        "plain.bias": weight(60, seed=4) / 3,
         "plain.scalar": torch.tensor(-1.5),
         "plain.num_batches_tracked": torch.tensor(7),
         "plain.flags": torch.tensor([True, False, True]),

@@ -33,8 +33,8 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class FileInfo:
-    """``header_bytes``, of the header and the manifest, and the tensors' ``stored_nbytes`` add up to
-    ``file_bytes``."""
+    """``header_bytes``, of the header and the manifest, and the tensors' ``stored_nbytes`` add up
+    to ``file_bytes``."""
 
     path: str
     format_version: int

@@ -128,7 +128,9 @@ def build(
     )
     blob = deflate(text)
     if len(text) > (most := header_limit(data + len(blob))):
-        raise ValueError(f"the manifest of {data} bytes of data takes {len(text)}, more than {most}")
+        raise ValueError(
+            f"the manifest of {data} bytes of data takes {len(text)}, more than {most}"
+        )
     return blob, {
         "format_version": FORMAT_VERSION,
         "min_reader": MIN_READER,

@@ -3,7 +3,6 @@ file. Each alone takes more bytes to describe than many of them hold."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable, Mapping
 
@@ -22,30 +21,52 @@ MAX_BYTES = 1 << 16
 # A pool is packed if that saves so much of it, as with a plane of wide codes.
 WORTH = 0.95
 
-NAMES = {dtype: f"__{name}__" for dtype, name in DTYPE_NAMES.items()}
+_FLOATS = {dtype: Float(name) for name, dtype in FLOAT_DTYPES.items()}
+
+
+def _name(dtype: torch.dtype, number: Float | None = None) -> str:
+    """Of the pool of ``dtype``, stored as ``number`` if that is another float."""
+    inner = DTYPE_NAMES[dtype]
+    if number is not None:
+        inner += f"_{DTYPE_NAMES[FLOAT_DTYPES[number.dtype]]}"
+    return f"__{inner}__"
+
+
+_SHORTER = (Float("bfloat16"), Float("float16"))
+# The floats that pools are stored in, where it is not the one that they are of.
+NUMBERS = {_name(torch.float32, number): number for number in _SHORTER}
+# What no tensor of a model may be called.
+RESERVED = {*map(_name, DTYPE_NAMES), *NUMBERS}
 
 
 def members(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Which of the plain ``tensors`` belong in which pool, by its name in the file: those of a
-    dtype, in the order of their names, if there are at least two."""
-    small = [name for name, tensor in tensors.items() if tensor.nbytes <= MAX_BYTES]
-    small.sort(key=lambda name: (NAMES[tensors[name].dtype], name))
-    groups = itertools.groupby(small, key=lambda name: NAMES[tensors[name].dtype])
-    found = {pool: list(names) for pool, names in groups}
+    dtype, in the order of their names, if there are at least two. Of float32, those that a shorter
+    float holds bit for bit go apart."""
+    small = sorted(name for name, tensor in tensors.items() if tensor.nbytes <= MAX_BYTES)
+    found: dict[str, list[str]] = {}
+    for pool, number in NUMBERS.items():
+        short = [name for name in small if _holds(number, tensors[name])]
+        if len(short) > 1:
+            found[pool] = short
+            small = [name for name in small if name not in set(short)]
+    for name in small:
+        found.setdefault(_name(tensors[name].dtype), []).append(name)
     return {pool: names for pool, names in found.items() if len(names) > 1}
 
 
-def build(tensors: Iterable[Tensor], coding: Coding) -> Tensor | PackedTensor:
+def build(pool: str, tensors: Iterable[Tensor], coding: Coding) -> Tensor | PackedTensor:
     """The pool of ``tensors`` (of one dtype, any shapes and devices), on the CPU.
 
     Returns:
-        their entries one after the other, ``[total]``: packed with ``coding``, and floats as the
-        shortest that holds all of them bit for bit, where that saves 5 %; else as they are.
+        their entries one after the other, ``[total]``: packed with ``coding`` (and in the shorter
+        float of this pool) where that saves 5 %, else as they are.
     """
     flat = torch.cat([_flat(tensor) for tensor in tensors])
-    if flat.dtype not in FLOAT_DTYPES.values():
+    number = NUMBERS.get(pool, _FLOATS.get(flat.dtype))
+    if number is None:
         return flat
-    packed = PackedTensor.pack(flat, Dense(), _shortest(flat), coding)
+    packed = PackedTensor.pack(flat, Dense(), number, coding)
     return packed if packed.nbytes <= WORTH * flat.nbytes else flat
 
 
@@ -66,7 +87,8 @@ def stored_nbytes(tensors: Mapping[str, Tensor], coding: Coding) -> int:
     pools = members(tensors)
     pooled = {name for names in pools.values() for name in names}
     own = sum(tensor.nbytes for name, tensor in tensors.items() if name not in pooled)
-    return own + sum(build([tensors[n] for n in names], coding).nbytes for names in pools.values())
+    built = (build(pool, [tensors[n] for n in names], coding) for pool, names in pools.items())
+    return own + sum(pool.nbytes for pool in built)
 
 
 def common_coding(codings: Iterable[Coding]) -> Coding:
@@ -78,10 +100,9 @@ def _flat(tensor: Tensor) -> Tensor:
     return tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
 
 
-def _shortest(flat: Tensor) -> Float:
-    """What writes all entries bit for bit: what was rounded to 16 bits takes no more than those."""
-    for name in ("bfloat16", "float16") if flat.dtype == torch.float32 else ():
-        rounded = flat.to(FLOAT_DTYPES[name]).to(flat.dtype)
-        if torch.equal(bits_of(rounded), bits_of(flat)):
-            return Float(name)
-    return Float(next(name for name, dtype in FLOAT_DTYPES.items() if dtype == flat.dtype))
+def _holds(number: Float, tensor: Tensor) -> bool:
+    """Whether every value of a float32 tensor is one of ``number``, bit for bit."""
+    if tensor.dtype != torch.float32:
+        return False
+    flat = _flat(tensor)
+    return torch.equal(bits_of(number.fake_quantize(flat, {})), bits_of(flat))
