@@ -14,6 +14,7 @@ from .compress import (
     Recipe,
     Result,
     Retrain,
+    Round,
     compress,
 )
 from .convert import convert
@@ -57,6 +58,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Retrain",
+    "Round",
     "Sparse",
     "Ternary",
     "__version__",

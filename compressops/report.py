@@ -16,6 +16,8 @@ from torch.nn.utils import parametrize
 
 from compressops import page
 from compressops.compress import record
+from compressops.formats import pools
+from compressops.model_state import join
 from compressops.nn import PackedModule
 from compressops.page import nbytes
 from compressops.registry import is_layer
@@ -63,7 +65,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class Totals:
-    """Bytes of the whole model: its layers' weights, and all else (biases, normalisations).
+    """Bytes of the whole model: its layers' weights, and all else (biases, normalisations): what
+    that takes in memory, and in a file.
 
     ``file`` is ``None`` where the report was not given a file.
     """
@@ -73,6 +76,7 @@ class Totals:
     stored: int
     memory: int
     other: int
+    other_stored: int
     file: int | None
 
 
@@ -123,7 +127,7 @@ class Report:
         cards = [
             (nbytes(totals.dense + other), "dense"),
             (nbytes(totals.ideal + other), "ideal"),
-            (nbytes(totals.stored + other), "stored"),
+            (nbytes(totals.stored + totals.other_stored), "stored"),
             (nbytes(totals.memory + other), "in memory"),
         ]
         if totals.file is not None:
@@ -154,16 +158,37 @@ def report(model: nn.Module, file: str | os.PathLike[str] | None = None) -> Repo
             note = notes.get(name)
             layers.append(_layer(name, module, note.why if note else "", note and note.was, seen))
             counted |= {id(t) for t in _weight_tensors(module)}
-    others = {id(t): t for t in [*model.parameters(), *model.buffers()] if id(t) not in counted}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    others = {name: t for name, t in named if id(t) not in counted}
     totals = Totals(
         dense=sum(layer.dense for layer in layers),
         ideal=sum(layer.ideal for layer in layers),
         stored=sum(layer.stored for layer in layers),
         memory=sum(layer.memory for layer in layers),
         other=sum(t.nbytes for t in others.values()),
+        other_stored=_stored(model, others),
         file=None if file is None else os.stat(file).st_size,
     )
     return Report(type(model).__name__, tuple(layers), totals)
+
+
+def _stored(model: nn.Module, others: dict[str, Tensor]) -> int:
+    """Bytes of ``others`` in the model's file, where they may share a pool with small weights of
+    layers that stayed as they are."""
+    plain: dict[int, tuple[str, Tensor]] = {}
+    codings = []
+    for name, module in model.named_modules():
+        if isinstance(module, PackedModule):
+            codings.append(module.packed_weight.packed().coding)
+        elif is_layer(module) and (done := record(module)) is not None:
+            codings.append(done.coding)
+        elif is_layer(module):
+            plain.setdefault(id(module.weight), (join(name, "weight"), module.weight))
+    weights = dict(plain.values())
+    kept = set(map(id, model.state_dict(keep_vars=True).values()))
+    state = {name: t for name, t in others.items() if id(t) in kept}
+    together = pools.stored_nbytes(weights | state, pools.common_coding(codings))
+    return together - sum(t.nbytes for t in weights.values())
 
 
 def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[int]) -> Layer:
@@ -339,8 +364,9 @@ def _totals_table(totals: Totals) -> Table:
     weights = (totals.dense, totals.ideal, totals.stored, None, totals.memory)
     table.add_row("weights", *map(_exact, weights))
     other = totals.other
-    table.add_row("all else", *map(_exact, (other, other, other, None, other)))
-    whole = [None if w is None else w + totals.other for w in weights]
+    rest = (other, other, totals.other_stored, None, other)
+    table.add_row("all else", *map(_exact, rest))
+    whole = [None if w is None else w + r for w, r in zip(weights, rest, strict=True)]
     whole[3] = totals.file
     table.add_row("model", *map(_exact, whole))
     table.add_row("against dense", *(_ratio(whole[0], size) for size in whole))

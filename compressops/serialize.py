@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from compressops import ops
+from compressops.formats import pools
+from compressops.formats.coding import Coding, Raw
 from compressops.formats.container import (
     DTYPE_NAMES,
+    MANIFEST,
     CorruptFileError,
     Entry,
     UnsupportedFormatError,
@@ -21,16 +24,8 @@ from compressops.formats.container import (
     read_header,
     write_atomically,
 )
-from compressops.formats.manifest import (
-    FileInfo,
-    TensorInfo,
-    build,
-    check_work,
-    inspect,
-    naming,
-    opened,
-    parse,
-)
+from compressops.formats.inspection import FileInfo, TensorInfo, inspect
+from compressops.formats.manifest import build, check_work, naming, opened, read_manifest
 from compressops.formats.packed import PackedTensor
 from compressops.model_state import (
     check_all_packed,
@@ -100,6 +95,7 @@ def write(
     path: Path,
     tensors: Mapping[str, Tensor | PackedTensor],
     modules: Mapping[str, Mapping[str, Any]] | None = None,
+    coding: Coding | None = None,
 ) -> int:
     """Write tensors to a file, atomically: an error leaves an existing file as it was.
 
@@ -107,6 +103,7 @@ def write(
         path: of the file; its folder exists.
         tensors: by name, plain or packed. A tensor that is there under two names is stored once.
         modules: configs to keep beside them, by module name: JSON objects with a ``type``.
+        coding: of small plain tensors, which are pooled, where it saves 5 %. ``None`` is ``Raw()``.
 
     Returns:
         the file's bytes.
@@ -118,11 +115,9 @@ def write(
     aliases: dict[str, str] = {}
     first: dict[Any, str] = {}
     plain: dict[str, Tensor] = {}
-    blobs: dict[str, Tensor] = {}
-    specs: dict[str, dict[str, Any]] = {}
-    decoded: dict[str, str] = {}
+    packed: dict[str, PackedTensor] = {}
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not name or name == "__metadata__":
+        if not isinstance(name, str) or name in _RESERVED:
             raise ValueError(f"a tensor cannot be called {name!r}")
         if not isinstance(tensor, PackedTensor) and (
             tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided or tensor.is_meta
@@ -135,37 +130,65 @@ def write(
         if key is not None and first.setdefault(key, name) != name:
             aliases[name] = first[key]
         elif isinstance(tensor, PackedTensor):
-            blobs[name] = tensor.to_blob()
-            try:
-                dense = tensor.unpack(ops.huffman_decode)
-            except ValueError as error:
-                raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
-            specs[name], decoded[name] = tensor.to_spec(), digest(_bytes(dense))
+            packed[name] = tensor
         else:
             plain[name] = tensor
+    members: dict[str, dict[str, list[int]]] = {}
+    for pool, names in pools.members(plain).items():
+        built = pools.build(pool, [plain[name] for name in names], coding or Raw())
+        (packed if isinstance(built, PackedTensor) else plain)[pool] = built
+        members[pool] = {name: list(plain.pop(name).shape) for name in names}
+    return _write(path, plain, packed, members, aliases, modules or {})
+
+
+_RESERVED = {"", "__metadata__", MANIFEST, *pools.RESERVED}
+
+
+def _write(
+    path: Path,
+    plain: dict[str, Tensor],
+    packed: dict[str, PackedTensor],
+    members: dict[str, dict[str, list[int]]],
+    aliases: dict[str, str],
+    modules: Mapping[str, Mapping[str, Any]],
+) -> int:
+    """Write what goes into the file as tensors of its own; ``members`` are those of the pools."""
+    specs = {name: tensor.to_spec() for name, tensor in packed.items()}
+    decoded = {name: _decoded_hash(name, tensor) for name, tensor in packed.items()}
+    blobs = {name: tensor.to_blob() for name, tensor in packed.items()}
     stored = plain | blobs
     # Widest first, as the safetensors library does it, so that each tensor is aligned.
     names = sorted(stored, key=lambda name: (-stored[name].dtype.itemsize, name in blobs, name))
-    modules = {name: dict(config) for name, config in (modules or {}).items()}
+    modules = {name: dict(config) for name, config in modules.items()}
     for name, config in modules.items():
         if not isinstance(config.get("type"), str):
             raise ValueError(f"module {name!r} has no type: {config}")
     layout = [(name, stored[name].dtype, tuple(stored[name].shape)) for name in names]
     hashes = {name: digest(_bytes(stored[name])) for name in names}
+    data = sum(tensor.nbytes for tensor in stored.values())
     try:
-        metadata = build(
+        manifest, metadata = build(
             {name: specs[name] for name in names if name in blobs},
             hashes,
             decoded,
             [hashes[name] for name in names if name in plain],
+            members,
             aliases,
             modules,
+            data,
         )
-        header = build_header(layout, metadata)
     except TypeError as error:
         raise ValueError(f"modules must be JSON values: {error}") from None
-    write_atomically(path, [header, *(_bytes(stored[name]) for name in names)])
-    return len(header) + sum(tensor.nbytes for tensor in stored.values())
+    header = build_header([*layout, (MANIFEST, torch.uint8, (len(manifest),))], metadata)
+    write_atomically(path, [header, *(_bytes(stored[name]) for name in names), manifest])
+    return len(header) + data + len(manifest)
+
+
+def _decoded_hash(name: str, packed: PackedTensor) -> str:
+    try:
+        return digest(_bytes(packed.unpack(ops.huffman_decode)))
+    except ValueError as error:
+        raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
 
 
 def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
@@ -186,27 +209,35 @@ def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
     problems: list[CorruptFileError] = []
     with opened(path) as (file, size):
         header = read_header(file, size)
-        manifest = parse(header)
+        manifest = read_manifest(file, header)
         check_work(header, manifest, limits)
-        for entry in header.entries:
+        for entry in manifest.entries:
+            name, pool = entry.name, manifest.pools.get(entry.name)
             # Read one by one: the file is never held twice.
             data = bytearray(entry.end - entry.begin)
             if file.readinto(data) != len(data):
-                raise CorruptFileError(f"ends inside tensor {entry.name!r}", [entry.name])
+                raise CorruptFileError(f"ends inside tensor {name!r}", [name])
             try:
-                with naming(entry.name):
-                    if entry.name in manifest.plain:
-                        _check_hash("stored", data, manifest.plain[entry.name])
-                        tensors[entry.name] = _tensor(data, entry)
-                        continue
-                    _check_hash("stored", data, manifest.encoded[entry.name])
-                    packed[entry.name] = PackedTensor.from_blob(
-                        manifest.packed[entry.name], _tensor(data, entry), limits.get(entry.name)
-                    )
-                    dense = packed[entry.name].unpack(ops.huffman_decode)
-                    _check_hash("decoded", _bytes(dense), manifest.decoded[entry.name])
+                with naming(name):
+                    if name in manifest.plain:
+                        _check_hash("stored", data, manifest.plain[name])
+                        dense = _tensor(data, entry)
+                    else:
+                        _check_hash("stored", data, manifest.encoded[name])
+                        found = PackedTensor.from_blob(
+                            manifest.packed[name], _tensor(data, entry), limits.get(name)
+                        )
+                        dense = found.unpack(ops.huffman_decode)
+                        _check_hash("decoded", _bytes(dense), manifest.decoded[name])
             except CorruptFileError as error:
-                problems.append(error)
+                problems.append(CorruptFileError(str(error), pool or [name]))
+                continue
+            if pool is not None:
+                tensors |= pools.split(dense, pool)
+            elif name in manifest.plain:
+                tensors[name] = dense
+            else:
+                packed[name] = found
         if problems:
             names = [name for problem in problems for name in problem.tensors]
             raise CorruptFileError("; ".join(map(str, problems)), names)
@@ -236,7 +267,10 @@ def verify(path: Path, max_entries: Mapping[str, int] | None = None) -> VerifyRe
 
 
 def save(model: nn.Module, path: Path) -> int:
-    """Save a model, atomically: packed modules packed, everything else of its state as it is.
+    """Save a model, atomically: packed modules packed, everything else of its state bit for bit.
+
+    Small tensors of that (biases, batch norms) stand together in the file, Huffman-coded where a
+    packed weight is and it saves 5 %.
 
     Args:
         model: its packed modules have ``packed_tensors()`` and ``get_config()``, as those of
@@ -261,7 +295,8 @@ def save(model: nn.Module, path: Path) -> int:
         if not isinstance(value, Tensor):
             raise ValueError(f"state {name!r} is no tensor: {type(value).__name__}")
         tensors[name] = value.detach()
-    return write(path, tensors, modules)
+    coding = pools.common_coding(t.coding for t in tensors.values() if isinstance(t, PackedTensor))
+    return write(path, tensors, modules, coding)
 
 
 def load(

@@ -1,4 +1,5 @@
-"""A second reader of the file format, written from docs/FORMAT.md alone: struct, json and numpy."""
+"""A second reader of the file format, written from docs/FORMAT.md alone: struct, json, zlib and
+numpy."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import hashlib
 import json
 import math
 import struct
+import zlib
 
 import numpy as np
 
@@ -22,23 +24,45 @@ def read(data: bytes) -> dict[str, bytes]:
     metadata = header.pop("__metadata__")
     stated = metadata["compressops_digest"]
     assert short_hash(text.replace(stated.encode(), b"0" * 16)) == stated
-    manifest = json.loads(metadata["compressops"])
-    assert manifest["min_reader"] <= 1
+    version = json.loads(metadata["compressops"])
+    assert version["min_reader"] <= 1
+    name, entry = header.popitem()
+    begin, end = entry["data_offsets"]
+    assert name == "__manifest__"
+    assert end == len(body)
+    assert short_hash(body[begin:end]) == version["manifest"]
+    manifest = json.loads(zlib.decompress(body[begin:end], wbits=-15))
     result, hashes, position = {}, iter(manifest["plain"]), 0
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        assert begin == position
-        position, blob = end, body[begin:end]
+        start, stop = entry["data_offsets"]
+        assert start == position
+        position, blob = stop, body[start:stop]
         if (packed := manifest["packed"].get(name)) is None:
             assert short_hash(blob) == next(hashes)
-            result[name] = blob
+            count = math.prod(entry["shape"])
         else:
             assert short_hash(blob) == packed["encoded"]
             spec = manifest["formats"][packed["format"]] | packed
-            result[name] = to_bytes(decode(spec, split(blob, spec["parts"])), spec["dtype"])
-            assert short_hash(result[name]) == packed["decoded"]
-    assert position == len(body)
+            blob = to_bytes(decode(spec, split(blob, spec["parts"])), spec["dtype"])
+            assert short_hash(blob) == packed["decoded"]
+            count = math.prod(spec["shape"])
+        if name in manifest["pools"]:
+            result |= members(blob, count, manifest["pools"][name])
+        else:
+            result[name] = blob
+    assert position == begin
     return result | {alias: result[name] for alias, name in manifest["aliases"].items()}
+
+
+def members(blob: bytes, count: int, shapes: dict[str, list[int]]) -> dict[str, bytes]:
+    """The tensors of a pool of ``count`` entries."""
+    found, at = {}, 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * len(blob) // max(1, count)
+        found[name] = blob[at : at + size]
+        at += size
+    assert at == len(blob)
+    return found
 
 
 def split(blob: bytes, sizes: dict[str, int]) -> dict[str, bytes]:

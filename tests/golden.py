@@ -1,6 +1,6 @@
 """What the golden file of format version 1 holds, made without any random number generator.
 
-``python tests/golden.py`` writes the file: once for a format version, and never again.
+``python tests/golden.py`` writes the file: once for a released format version, and never again.
 """
 
 from __future__ import annotations
@@ -93,9 +93,15 @@ def tensors() -> dict[str, Tensor | PackedTensor]:
     packed["low_rank"] = PackedTensor.from_factors(u, v, (6, 4, 3), torch.bfloat16)
     plain = {
         "plain.running_mean": weight(5),
+        "plain.running_var": weight(200, seed=3).square() + 1 / 3,
+        "plain.bias": weight(60, seed=4) / 3,
+        "plain.scalar": torch.tensor(-1.5),
         "plain.num_batches_tracked": torch.tensor(7),
         "plain.flags": torch.tensor([True, False, True]),
+        "plain.more_flags": torch.tensor([[False], [True]]),
         "plain.empty": torch.empty(2, 0, dtype=torch.float16),
+        "plain.bfloat16": weight(3).to(torch.bfloat16),
+        "plain.more_bfloat16": weight(2, 2).to(torch.bfloat16),
     }
     plain["plain.tied"] = plain["plain.running_mean"]
     return packed | {"tied": packed["blocks"]} | plain
@@ -104,4 +110,4 @@ def tensors() -> dict[str, Tensor | PackedTensor]:
 if __name__ == "__main__":
     if FILE.exists():
         raise SystemExit(f"{FILE} is there already: a golden file never changes")
-    print(write(FILE, tensors(), MODULES), "bytes")
+    print(write(FILE, tensors(), MODULES, SHORT_CHUNKS), "bytes")

@@ -43,7 +43,8 @@ def test_figures_add_up(tmp_path: Path, residency: str) -> None:
         assert layer.memory == kept.nbytes + dense + 64
         assert (layer.layout, layer.coding) != ("–", "–")
     info = inspect(file)
-    assert found.totals.stored + found.totals.other + info.header_bytes == found.totals.file
+    assert found.totals.stored + found.totals.other_stored + info.header_bytes == found.totals.file
+    assert found.totals.other_stored < found.totals.other
     assert found.totals.file == file.stat().st_size
     assert found.totals.dense == sum(m.weight.nbytes for m in packed.modules() if is_conv(m))
     # Loaded elsewhere it is the same.

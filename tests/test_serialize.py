@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import zlib
 
 import pytest
 import torch
@@ -12,8 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import compressops.formats.container as container
-from compressops.formats import DynamicFixedPoint, Huffman, PackedTensor, Sparse, Ternary
-from compressops.formats.container import build_header, digest
+import compressops.formats.manifest as manifest
+from compressops.formats import (
+    DynamicFixedPoint,
+    Huffman,
+    PackedTensor,
+    Raw,
+    Sparse,
+    Ternary,
+    pools,
+)
+from compressops.formats.container import build_header, deflate, digest
 from compressops.serialize import (
     CorruptFileError,
     UnsupportedFormatError,
@@ -31,6 +41,7 @@ def small() -> dict[str, torch.Tensor | PackedTensor]:
             weight, Sparse(), DynamicFixedPoint(6), Huffman(), lossy=True
         ),
         "bn.weight": torch.randn(2),
+        "bn.bias": torch.randn(3),
         "bn.steps": torch.tensor(3),
         "bn.half": torch.randn(1).to(torch.bfloat16),
     }
@@ -55,7 +66,7 @@ def test_round_trip(tmp_path):
         assert tensor.dtype == tensors[name].dtype
     packed = contents.packed["conv.weight"]
     assert torch.equal(packed.unpack(), tensors["conv.weight"].unpack())
-    assert "4 tensors, 1 of them packed" in str(verify(path))
+    assert "5 tensors, 1 of them packed" in str(verify(path))
 
 
 def test_any_kind_of_tensor(tmp_path):
@@ -145,33 +156,43 @@ def test_random_damage(data, tmp_path_factory):
 
 
 def test_verify_lists_every_wrong_tensor(saved):
-    info = inspect(saved)
     data = bytearray(saved.read_bytes())
-    position = info.header_bytes
-    for tensor in info.tensors:
-        if tensor.name != "bn.weight":
+    position = 8 + int.from_bytes(data[:8], "little")
+    for tensor in inspect(saved).tensors:
+        if tensor.name != "bn.half":
             data[position] ^= 1
         position += tensor.stored_nbytes
     saved.write_bytes(data)
     with pytest.raises(CorruptFileError, match=r"net\.safetensors: tensor 'bn\.steps'") as caught:
         verify(saved)
-    assert caught.value.tensors == ("bn.steps", "bn.half", "conv.weight")
+    # Of a pool nobody can say which of its members it is.
+    assert caught.value.tensors == ("bn.steps", "bn.bias", "bn.weight", "conv.weight")
 
 
 def rewrite(path, change) -> None:
-    """Change header and manifest as JSON, and give them a right digest again."""
+    """Change header and manifest as JSON, and give them right digests again. ``change`` is given
+    the header, and the manifest with the keys of the metadata."""
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
     metadata = header["__metadata__"]
-    manifest = json.loads(metadata["compressops"])
+    begin, end = header["__manifest__"]["data_offsets"]
+    body, blob = data[8 + size : 8 + size + begin], data[8 + size + begin :]
+    version = json.loads(metadata["compressops"])
+    manifest = version | json.loads(zlib.decompress(blob, -15))
     change(header, manifest)
+    inside = {key: value for key, value in manifest.items() if key not in version}
+    blob = deflate(json.dumps(inside))
+    manifest["manifest"] = manifest.pop("blob_hash", digest(blob))
     if metadata is header.get("__metadata__"):
-        metadata["compressops"] = json.dumps(manifest)
+        stated = {key: manifest[key] for key in version if key in manifest}
+        metadata["compressops"] = json.dumps(stated)
         metadata["compressops_digest"] = "0" * 16
+    if (entry := header.get("__manifest__")) and entry["data_offsets"] == [begin, end]:
+        entry |= {"shape": [len(blob)], "data_offsets": [begin, begin + len(blob)]}
     text = json.dumps(header).encode()
     text = text.replace(b'_digest": "' + b"0" * 16, b'_digest": "' + digest(text).encode())
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body + blob)
 
 
 def set_packed(**values):
@@ -188,8 +209,39 @@ def set_packed(**values):
         ),
         (lambda h, m: m.update(format_version=0), CorruptFileError, "format_version is 0"),
         (lambda h, m: m.pop("min_reader"), CorruptFileError, "min_reader is None"),
-        (lambda h, m: m.update(more=1), CorruptFileError, "the metadata has"),
-        (lambda h, m: m.pop("plain"), CorruptFileError, "the metadata has"),
+        (lambda h, m: m.update(more=1), CorruptFileError, "the manifest has"),
+        (lambda h, m: m.pop("plain"), CorruptFileError, "the manifest has"),
+        (lambda h, m: m.update(blob_hash="0"), CorruptFileError, "its manifest has hash"),
+        (
+            lambda h, m: h["__manifest__"].update(dtype="I8"),
+            CorruptFileError,
+            "the last tensor is '__manifest__', no",
+        ),
+        (lambda h, m: h.pop("__manifest__"), CorruptFileError, "header describes"),
+        (lambda h, m: m.update(pools=[]), CorruptFileError, r"pools is \[\]"),
+        (lambda h, m: m["pools"].update(x={}), CorruptFileError, "pool 'x' holds"),
+        (lambda h, m: m["pools"].update({"bn.half": 1}), CorruptFileError, "'bn.half' holds 1"),
+        (
+            lambda h, m: m["pools"]["__F32__"].update({"bn.bias": [2]}),
+            CorruptFileError,
+            r"pool '__F32__' of shape \[5\] holds 4 entries",
+        ),
+        (
+            lambda h, m: m["pools"]["__F32__"].update({"bn.bias": [-3]}),
+            CorruptFileError,
+            r"'bn.bias' has shape \[-3\]",
+        ),
+        (
+            lambda h, m: m["pools"]["__F32__"].update({"bn.half": []} | {"bn.bias": [2]}),
+            CorruptFileError,
+            "tensor 'bn.half' is there twice",
+        ),
+        (
+            lambda h, m: m["pools"]["__F32__"].update(w=[0, 2**40, 2**40]),
+            CorruptFileError,
+            "'w' has shape .* too large",
+        ),
+        (lambda h, m: m.update(aliases={"a": "__F32__"}), CorruptFileError, "'a' of '__F32__'"),
         (lambda h, m: m["plain"].pop(), CorruptFileError, "plain must be 3 hashes"),
         (lambda h, m: m.update(packed=[]), CorruptFileError, r"packed is \[\]"),
         (lambda h, m: m.update(formats={}), CorruptFileError, "formats must be a list"),
@@ -205,23 +257,23 @@ def set_packed(**values):
         (set_packed(decoded="0"), CorruptFileError, "decoded bytes have hash"),
         (set_packed(shape=[8, 7]), CorruptFileError, "tensor 'conv.weight'"),
         (
-            lambda h, m: h["bn.weight"].update(dtype="F4"),
+            lambda h, m: h["bn.half"].update(dtype="F4"),
             UnsupportedFormatError,
             "unknown dtype 'F4'",
         ),
-        (lambda h, m: h["bn.weight"].update(shape=[3]), CorruptFileError, r"F32 \[3\] takes 12"),
-        (lambda h, m: h["bn.weight"].update(shape=[-2, -1]), CorruptFileError, "has shape"),
+        (lambda h, m: h["bn.half"].update(shape=[3]), CorruptFileError, r"BF16 \[3\] takes 6"),
+        (lambda h, m: h["bn.half"].update(shape=[-2, -1]), CorruptFileError, "has shape"),
         (
-            lambda h, m: h["bn.weight"].update(shape=[0, 2**40, 2**40], data_offsets=[8, 8]),
+            lambda h, m: h["bn.half"].update(shape=[0, 2**40, 2**40], data_offsets=[28, 28]),
             CorruptFileError,
-            "bn.weight",
+            "'bn.half' has shape .* too large",
         ),
         (
-            lambda h, m: h["bn.weight"].update(data_offsets=[0, 8]),
+            lambda h, m: h["bn.half"].update(data_offsets=[0, 2]),
             CorruptFileError,
-            "begins at 0, the one before ends at 8",
+            "begins at 0, the one before ends at 28",
         ),
-        (lambda h, m: h.pop("bn.weight"), CorruptFileError, "begins at 16"),
+        (lambda h, m: h.pop("bn.half"), CorruptFileError, "begins at 30"),
         (lambda h, m: h.pop("__metadata__"), UnsupportedFormatError, "no file of compressops"),
         (
             lambda h, m: h.update(__metadata__={"format": "pt"}),
@@ -239,6 +291,10 @@ def test_headers_with_a_right_digest_are_checked_too(saved, change, error, messa
 def test_a_newer_format_that_we_may_read_can_have_more_keys(saved):
     rewrite(saved, lambda h, m: m.update(format_version=2, notes="new"))
     assert read(saved).format_version == 2
+    metadata = {"format_version": 2, "min_reader": 1, "manifest": "", "signature": "new"}
+    assert manifest._check_version(metadata)
+    with pytest.raises(CorruptFileError, match="the metadata has"):
+        manifest._check_version(metadata | {"format_version": 1})
 
 
 @pytest.mark.parametrize(
@@ -272,6 +328,8 @@ def test_a_missing_file_is_an_os_error(tmp_path):
     [
         ({"": torch.zeros(1)}, {}, "cannot be called ''"),
         ({"__metadata__": torch.zeros(1)}, {}, "cannot be called '__metadata__'"),
+        ({"__manifest__": torch.zeros(1)}, {}, "cannot be called '__manifest__'"),
+        ({"__F32__": torch.zeros(1)}, {}, "cannot be called '__F32__'"),
         ({3: torch.zeros(1)}, {}, "cannot be called 3"),
         ({"a": torch.zeros(1, device="meta")}, {}, "'a' cannot be stored: .* on meta"),
         ({"a": torch.zeros(2).to_sparse()}, {}, "'a' cannot be stored: .* torch.sparse_coo"),
@@ -346,7 +404,10 @@ def test_inspect_shows_ideal_and_stored(saved):
     packed = read(saved).packed["conv.weight"]
     assert by_name["conv.weight"].ideal_nbytes == packed.ideal_nbytes
     assert by_name["conv.weight"].stored_nbytes == packed.nbytes
-    assert by_name["bn.weight"].layout is None
+    assert by_name["bn.half"].layout is None
+    assert by_name["__F32__"].pooled == {"bn.bias": (3,), "bn.weight": (2,)}
+    for text in ("2 small tensors", "  bn.bias", "  bn.weight"):
+        assert text in shown
 
 
 def test_reading_a_large_weight_that_was_asked_for(tmp_path):
@@ -369,4 +430,73 @@ def test_options_that_modules_share_are_written_once(tmp_path):
     write(tmp_path / "file", {}, modules)
     assert read(tmp_path / "file").modules == inspect(tmp_path / "file").modules == modules
     data = (tmp_path / "file").read_bytes()
-    assert data.count(b"stride") == 2
+    size = 8 + int.from_bytes(data[:8], "little")
+    assert zlib.decompress(data[size:], -15).count(b"stride") == 2
+
+
+def batch_norms(count: int = 6) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for i in range(count):
+        tensors[f"{i}.weight"] = torch.rand(100) + 0.5
+        tensors[f"{i}.running_mean"] = torch.randn(100)
+        tensors[f"{i}.steps"] = torch.tensor(7)
+    return tensors
+
+
+def test_small_tensors_are_pooled_and_coded(tmp_path):
+    tensors = batch_norms() | {"large": torch.randn(2**14 + 1), "limit": torch.randn(2**14)}
+    sizes = {}
+    for coding in (None, Huffman()):
+        sizes[coding] = write(tmp_path / "file", tensors, coding=coding)
+        contents = read(tmp_path / "file")
+        assert set(contents.tensors) == set(tensors)
+        for name, tensor in contents.tensors.items():
+            assert torch.equal(tensor, tensors[name])
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes
+        by_name = {t.name: t for t in inspect(tmp_path / "file").tensors}
+        assert set(by_name) == {"large", "__F32__", "__I64__"}
+        assert by_name["__F32__"].coding == (coding and "Huffman")
+        assert by_name["__I64__"].coding is None
+        bytes_of = pools.stored_nbytes(tensors, coding or Raw())
+        assert bytes_of == sum(t.stored_nbytes for t in by_name.values())
+    assert sizes[Huffman()] < 0.95 * sizes[None]
+
+
+def test_noise_is_not_coded(tmp_path):
+    noise = torch.randint(-(2**31), 2**31, (3, 4000), dtype=torch.int32).view(torch.float32)
+    write(tmp_path / "file", dict(zip("abc", noise, strict=True)), coding=Huffman())
+    (pool,) = inspect(tmp_path / "file").tensors
+    assert pool.coding is None
+    back = read(tmp_path / "file").tensors
+    for name, tensor in zip("abc", noise, strict=True):
+        assert torch.equal(back[name].view(torch.int32), tensor.view(torch.int32))
+
+
+@pytest.mark.parametrize("coding", [None, Huffman()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounded_floats_take_16_bits(tmp_path, dtype, coding):
+    tensors = {n: t.to(dtype).to(t.dtype) for n, t in batch_norms().items() if n[2:] != "steps"}
+    tensors["0.weight"][:3] = torch.tensor([float("inf"), -0.0, 0.0])
+    write(tmp_path / "file", tensors, coding=coding)
+    (pool,) = inspect(tmp_path / "file").tensors
+    assert pool.number == f"Float(dtype='{str(dtype).removeprefix('torch.')}')"
+    assert pool.stored_nbytes <= 2 * sum(t.numel() for t in tensors.values())
+    for name, tensor in read(tmp_path / "file").tensors.items():
+        assert torch.equal(tensor.view(torch.int32), tensors[name].view(torch.int32))
+    # Those that are not go apart.
+    for name in ("1.weight", "2.weight"):
+        tensors[name][0] = 1 + 2**-20
+    write(tmp_path / "file", tensors, coding=coding)
+    assert {t.name: len(t.pooled) for t in inspect(tmp_path / "file").tensors} == {
+        pool.name: 10,
+        "__F32__": 2,
+    }
+
+
+def test_names_of_pooled_tensors_can_be_aliases(tmp_path):
+    tensors = batch_norms()
+    tensors["tied"] = tensors["0.weight"]
+    write(tmp_path / "file", tensors)
+    contents = read(tmp_path / "file")
+    assert contents.aliases == {"tied": "0.weight"}
+    assert "tied" not in contents.tensors

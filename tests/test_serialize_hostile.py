@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_serialize import rewrite, small
 
+import compressops.formats.container as container
 from compressops.formats import BlockSparse, DynamicFixedPoint, PackedTensor
 from compressops.serialize import (
     CorruptFileError,
@@ -49,12 +50,16 @@ BIG = [2**62 - 1] * 100_000
 @pytest.mark.parametrize(
     "change",
     [
-        lambda h, m: h["bn.weight"].update(shape=BIG),
-        lambda h, m: h["bn.weight"].update(shape=[2**62] * 64),
-        lambda h, m: h["bn.weight"].update(shape=[10**4200]),
-        lambda h, m: h["bn.weight"].update(data_offsets=[10**4200, 10**4200]),
-        lambda h, m: h["bn.weight"].update(data_offsets=BIG),
+        lambda h, m: h["bn.half"].update(shape=BIG),
+        lambda h, m: h["bn.half"].update(shape=[2**62] * 64),
+        lambda h, m: h["bn.half"].update(shape=[10**4200]),
+        lambda h, m: h["bn.half"].update(data_offsets=[10**4200, 10**4200]),
+        lambda h, m: h["bn.half"].update(data_offsets=BIG),
         lambda h, m: m.update(plain=BIG),
+        lambda h, m: m.update(pools=BIG),
+        lambda h, m: m["pools"].update({"bn.half": {"x": BIG}}),
+        lambda h, m: m["pools"].update({"bn.half": {"x": [10**4200]}}),
+        lambda h, m: m["pools"].update({"bn.half": {str(i): [2**62] for i in range(50_000)}}),
         lambda h, m: m.update(formats=BIG),
         lambda h, m: m.update(modules={"a": BIG}),
         lambda h, m: m.update(defaults={"PackedLinear": dict.fromkeys(map(str, range(17)), 0)}),
@@ -70,15 +75,66 @@ def test_huge_values_in_a_header_are_refused_at_once(saved, change):
 
 
 def test_a_header_is_not_all_of_a_large_file(tmp_path):
-    names = {f"{i:0100}": torch.zeros(0) for i in range(40_000)}
-    with pytest.raises(ValueError, match=r"the header of 0 bytes of data takes .*, more than 419"):
-        write(tmp_path / "file", names)
-    (tmp_path / "file").write_bytes((5 << 20).to_bytes(8, "little") + b" " * (5 << 20))
+    path = tmp_path / "file"
+    # Each is packed, and thus has an entry of its own.
+    tiny = {f"{i:0800}": PackedTensor.pack(torch.zeros(0)) for i in range(8_000)}
+    with pytest.raises(ValueError, match=r"manifest of 0 bytes of data takes .*, more than \d+"):
+        write(path, tiny)
+    path.write_bytes((5 << 20).to_bytes(8, "little") + b" " * (5 << 20))
     with pytest.raises(CorruptFileError, match="header of 5242880 bytes in a file of 5242888"):
-        read(tmp_path / "file")
-    names["large"] = torch.zeros(2**20)
-    assert write(tmp_path / "file", names) > 8 << 20
-    assert len(read(tmp_path / "file").tensors) == 40_001
+        read(path)
+    tiny["large"] = torch.zeros(2**20)
+    assert write(path, tiny) > 8 << 20
+    assert len(inspect(path).tensors) == 8_001
+
+
+def test_a_manifest_is_inflated_within_its_limit(saved):
+    """A kilobyte of deflated spaces would be a megabyte, and a thousandfold of any file memory."""
+    data = saved.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    limit = container.header_limit(len(data) - size)
+    for extra, fits in ((0, True), (limit // 2, True), (1 << 26, False)):
+
+        def change(header, manifest, extra=extra):
+            manifest["notes"] = " " * extra
+            manifest["format_version"] = 2
+
+        saved.write_bytes(data)
+        rewrite(saved, change)
+        begin = time.process_time()
+        if fits:
+            inspect(saved)
+            continue
+        begin = time.process_time()
+        with pytest.raises(CorruptFileError, match=r"inflates to more than \d{7}"):
+            inspect(saved)
+        assert time.process_time() - begin < 1
+
+
+@pytest.mark.parametrize(
+    ("blob", "message"),
+    [
+        (b"", "does not end where it should"),
+        (b"\xff" * 20, "manifest is not deflated"),
+        (container.deflate("{}")[:-1], "does not end where it should"),
+        (container.deflate("{}") + b"x", "does not end where it should"),
+        (container.deflate("[]"), "manifest is no JSON object"),
+        (container.deflate("{"), "manifest is no valid JSON"),
+        (container.deflate('{"a":1,"a":1}'), "a key is there twice"),
+        (container.deflate('{"a":NaN}'), "NaN is no JSON"),
+        (container.deflate("[" * 200_000), "manifest is no valid JSON"),
+    ],
+)
+def test_a_manifest_that_is_none(blob, message):
+    with pytest.raises(CorruptFileError, match=message):
+        container.inflate(blob, 1 << 20)
+
+
+def test_a_manifest_of_exactly_the_limit_is_read():
+    text = '{"a":"' + "b" * 4000 + '"}'
+    assert container.inflate(container.deflate(text), len(text)) == {"a": "b" * 4000}
+    with pytest.raises(CorruptFileError, match=f"inflates to more than {len(text) - 1}"):
+        container.inflate(container.deflate(text), len(text) - 1)
 
 
 def test_many_tensors_are_bounded_together(tmp_path):

@@ -7,6 +7,7 @@ from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
 from compressops.compress.recipe import Recipe
 from compressops.compress.retrain import Retrain
+from compressops.compress.round import Round
 from compressops.compress.run import Result, compress, run_recipe
 from compressops.compress.table import Row, Table
 
@@ -18,6 +19,7 @@ __all__ = [
     "Recipe",
     "Result",
     "Retrain",
+    "Round",
     "Row",
     "Table",
     "WeightRecord",

@@ -19,6 +19,7 @@ from compressops.compress.equalize import Equalize
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
 from compressops.compress.retrain import Retrain
+from compressops.compress.round import Round
 from compressops.compress.stage import Stage
 from compressops.distill.losses import DistillLoss
 from compressops.formats.coding import Coding
@@ -29,7 +30,7 @@ from compressops.zoo.registry import build_data, build_model
 
 VERSION = 1
 STAGES: dict[str, type[Stage]] = {
-    stage.__name__: stage for stage in (Encode, Equalize, Prune, Quantize, Retrain)
+    stage.__name__: stage for stage in (Encode, Equalize, Prune, Quantize, Retrain, Round)
 }
 # The fields whose value is a member of an axis, {TypeName: {field: …}} in YAML.
 _AXES: dict[str, type[Axis]] = {
@@ -45,7 +46,7 @@ class Recipe:
     """What to do to a model, stage by stage.
 
     Args:
-        stages: `Prune`, `Equalize`, `Quantize`, `Retrain`, `Encode`, in order.
+        stages: `Prune`, `Equalize`, `Quantize`, `Retrain`, `Round`, `Encode`, in order.
         version: of the recipe's form; 1.
         model, data: names from the zoo with their arguments, as ``{"CifarNet": {…}}``, so that a
             file says all that its run needs; ``None`` where the caller brings them.

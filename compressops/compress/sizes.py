@@ -9,7 +9,9 @@ from torch.nn.utils import parametrize
 
 from compressops import plan as plans
 from compressops.compress.parametrizations import record
+from compressops.formats import pools
 from compressops.formats.packed import PackedTensor
+from compressops.model_state import join
 from compressops.nn import PackedModule
 from compressops.registry import is_layer
 
@@ -23,7 +25,7 @@ class Sizes:
         bits: bits of a weight's code, mean over the weights.
         ideal_rate: 32 · n / Σ nₗ · densityₗ · bitsₗ over the layers' weights, the accounting of
             papers: no indices, scales or tables.
-        stored_bytes: of all parameters and buffers, the weights packed as recorded.
+        stored_bytes: of all parameters and buffers as in the file, the weights packed as recorded.
         stored_rate: bytes of all parameters and buffers uncompressed, over ``stored_bytes``.
     """
 
@@ -41,7 +43,8 @@ def sizes(model: nn.Module) -> Sizes:
     """
     weights = kept = code_bits = ideal_bits = dense_bits = 0
     stored = whole = 0
-    for module in _unique_weights(model):
+    plain, codings = other_tensors(model), []
+    for name, module in _unique_weights(model).items():
         weight = module.weight.detach()
         done = record(module)
         count, dense = weight.numel(), weight.element_size() * 8
@@ -52,11 +55,14 @@ def sizes(model: nn.Module) -> Sizes:
         code_bits += count * bits
         ideal_bits += alive * bits
         dense_bits += count * dense
-        whole += count * dense // 8
-        stored += count * dense // 8 if done is None else packed(module).nbytes
-    for tensor in other_tensors(model):
-        stored += tensor.numel() * tensor.element_size()
-        whole += tensor.numel() * tensor.element_size()
+        if done is None:
+            plain[join(name, "weight")] = weight
+        else:
+            whole += count * dense // 8
+            codings.append(done.coding)
+            stored += packed(module).nbytes
+    whole += sum(tensor.nbytes for tensor in plain.values())
+    stored += pools.stored_nbytes(plain, pools.common_coding(codings))
     return Sizes(
         density=kept / max(1, weights),
         bits=code_bits / max(1, weights),
@@ -74,23 +80,23 @@ def packed(module: nn.Module) -> PackedTensor:
     return plans.pack(module, plans.plan(module, done, plans.Choice()))
 
 
-def _counted(model: nn.Module) -> list[nn.Module]:
+def _counted(model: nn.Module) -> dict[str, nn.Module]:
     """The layers whose weights the sizes are about, those that stay as they are included.
 
     Packed weights, and those that a hook computes, count by the tensors that they are made of.
     """
-    return [
-        m
-        for m in model.modules()
+    return {
+        name: m
+        for name, m in model.named_modules()
         if is_layer(m) and not isinstance(m, PackedModule) and "weight" not in vars(m)
-    ]
+    }
 
 
-def _unique_weights(model: nn.Module) -> list[nn.Module]:
-    first: dict[tuple[int, ...], nn.Module] = {}
-    for module in _counted(model):
-        first.setdefault(_originals(module), module)
-    return list(first.values())
+def _unique_weights(model: nn.Module) -> dict[str, nn.Module]:
+    first: dict[tuple[int, ...], tuple[str, nn.Module]] = {}
+    for name, module in _counted(model).items():
+        first.setdefault(_originals(module), (name, module))
+    return dict(first.values())
 
 
 def _originals(module: nn.Module) -> tuple[int, ...]:
@@ -101,29 +107,29 @@ def _originals(module: nn.Module) -> tuple[int, ...]:
     return (id(module.weight),)
 
 
-def other_tensors(model: nn.Module) -> list:
-    """All parameters and buffers of the state that are not a layer's weight, each once."""
-    layers = set(map(id, _counted(model)))
-    seen = {part for module in _counted(model) for part in _originals(module)}
-    found = []
-
-    def add(tensor: Tensor | None) -> None:
-        if tensor is not None and id(tensor) not in seen:
-            seen.add(id(tensor))
-            found.append(tensor)
-
+def other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers of the state that are not a layer's weight, each once, under
+    their names in it."""
+    layers = _counted(model).values()
+    seen = {part for module in layers for part in _originals(module)}
+    found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         if ".parametrizations." in f".{name}.":
             continue
-        for tensor in module._parameters.values():
-            add(tensor)
-        for key, tensor in module._buffers.items():
-            if key not in module._non_persistent_buffers_set:
-                add(tensor)
+        tensors = module._parameters | {
+            key: tensor
+            for key, tensor in module._buffers.items()
+            if key not in module._non_persistent_buffers_set
+        }
+        for key, tensor in tensors.items():
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                found[join(name, key)] = tensor.detach()
     # A parametrized tensor other than a weight is stored dense.
-    for module in model.modules():
+    owned = set(map(id, layers))
+    for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
-            for name in module.parametrizations:
-                if name != "weight" or id(module) not in layers:
-                    found.append(getattr(module, name).detach())
+            for key in module.parametrizations:
+                if key != "weight" or id(module) not in owned:
+                    found[join(name, key)] = getattr(module, key).detach()
     return found

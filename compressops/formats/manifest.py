@@ -1,4 +1,4 @@
-"""What a file says of its tensors: the JSON beside the safetensors header, and ``inspect``."""
+"""What a file says of its tensors: the deflated JSON that is its last tensor."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ import torch
 
 from compressops.formats.checks import entries_limit
 from compressops.formats.container import (
+    MANIFEST,
     CorruptFileError,
+    Entry,
     Header,
     UnsupportedFormatError,
-    read_header,
+    check_shape,
+    deflate,
+    digest,
+    header_limit,
+    inflate,
     to_json,
 )
 from compressops.formats.packed import PackedTensor
@@ -27,12 +33,13 @@ FORMAT_VERSION = 1
 # The oldest reader that reads what this version writes.
 MIN_READER = 1
 
+# What the header's metadata says, and what the manifest does.
+VERSION_KEYS = {"format_version", "min_reader", "manifest"}
 KEYS = {
-    "format_version",
-    "min_reader",
     "formats",
     "packed",
     "plain",
+    "pools",
     "aliases",
     "defaults",
     "modules",
@@ -50,72 +57,27 @@ class Manifest:
 
     Attributes:
         format_version, min_reader: of the file.
+        entries: the tensors of the file, without the manifest itself.
+        nbytes: of the manifest in the file.
         packed: spec of each packed tensor, by name.
         encoded, decoded: hashes of each packed tensor's stored bytes and of what they decode to.
         plain: hash of each other tensor, by name.
-        aliases: further names of tensors in either, as tied weights have.
+        pools: tensor of the file, packed or not, that holds small ones: their names and shapes.
+        aliases: further names of tensors in any of these, as tied weights have.
         modules: configs of the packed modules, by module name.
     """
 
     format_version: int
     min_reader: int
+    entries: tuple[Entry, ...]
+    nbytes: int
     packed: dict[str, dict[str, Any]]
     encoded: dict[str, str]
     decoded: dict[str, str]
     plain: dict[str, str]
+    pools: dict[str, dict[str, list[int]]]
     aliases: dict[str, str]
     modules: dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a file. ``layout``, ``number`` and ``coding`` are None where it is stored as
-    it is; ``ideal_nbytes`` is the accounting of papers, ``stored_nbytes`` what the file spends."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    layout: str | None
-    number: str | None
-    coding: str | None
-    density: float
-    ideal_nbytes: float
-    stored_nbytes: int
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """``header_bytes`` and the tensors' ``stored_nbytes`` add up to ``file_bytes``."""
-
-    path: str
-    format_version: int
-    min_reader: int
-    tensors: tuple[TensorInfo, ...]
-    aliases: dict[str, str]
-    modules: dict[str, dict[str, Any]]
-    header_bytes: int
-    file_bytes: int
-
-    def __str__(self) -> str:
-        rows = [("tensor", "shape", "dtype", "as", "density", "ideal", "stored")]
-        for t in self.tensors:
-            how = " × ".join((t.layout, t.number, t.coding)) if t.layout else "plain"
-            dtype = str(t.dtype).removeprefix("torch.")
-            shape = "×".join(map(str, t.shape)) or "scalar"
-            ideal, stored = f"{t.ideal_nbytes:,.0f}", f"{t.stored_nbytes:,}"
-            rows.append((t.name, shape, dtype, how, f"{t.density:.4f}", ideal, stored))
-        ideal = sum(t.ideal_nbytes for t in self.tensors)
-        rows.append(("header", "", "", "", "", "", f"{self.header_bytes:,}"))
-        rows.append(("file", "", "", "", "", f"{ideal:,.0f}", f"{self.file_bytes:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(
-                cell.rjust(width) if i > 3 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines)
 
 
 def build(
@@ -123,13 +85,22 @@ def build(
     encoded: dict[str, str],
     decoded: dict[str, str],
     plain: list[str],
+    pools: dict[str, dict[str, list[int]]],
     aliases: dict[str, str],
     modules: dict[str, Any],
-) -> dict[str, Any]:
-    """The JSON of a file; see :class:`Manifest`. ``plain`` goes by the order in the file.
+    data: int,
+) -> tuple[bytes, dict[str, Any]]:
+    """The manifest of a file, and the metadata that vouches for it; see :class:`Manifest`.
 
     The axes of a packed tensor are those of many, and most options of a module those of most of
-    its type: they are written once. (CifarNet's header takes 9 KB instead of 12 KB so.)
+    its type: they are written once, so that the JSON stays small before it is deflated, too.
+
+    Args:
+        plain: by the order in the file.
+        data: bytes of the tensors.
+
+    Raises:
+        ValueError: it is out of all proportion to the data.
     """
     formats: list[dict[str, Any]] = []
     packed = {}
@@ -141,18 +112,29 @@ def build(
         hashes = {"encoded": encoded[name], "decoded": decoded[name]}
         packed[name] = {"format": formats.index(axes), **rest, **hashes}
     defaults = _defaults(modules)
-    return {
+    text = to_json(
+        {
+            "formats": formats,
+            "packed": packed,
+            "plain": plain,
+            "pools": pools,
+            "aliases": aliases,
+            "defaults": defaults,
+            "modules": {
+                name: _without(config, defaults.get(config["type"], {}))
+                for name, config in modules.items()
+            },
+        }
+    )
+    blob = deflate(text)
+    if len(text) > (most := header_limit(data + len(blob))):
+        raise ValueError(
+            f"the manifest of {data} bytes of data takes {len(text)}, more than {most}"
+        )
+    return blob, {
         "format_version": FORMAT_VERSION,
         "min_reader": MIN_READER,
-        "formats": formats,
-        "packed": packed,
-        "plain": plain,
-        "aliases": aliases,
-        "defaults": defaults,
-        "modules": {
-            name: _without(config, defaults.get(config["type"], {}))
-            for name, config in modules.items()
-        },
+        "manifest": digest(blob),
     }
 
 
@@ -205,37 +187,94 @@ def naming(tensor: str) -> Iterator[None]:
         raise CorruptFileError(f"tensor {tensor!r}: {error}", [tensor]) from error
 
 
-def parse(header: Header) -> Manifest:
-    """The manifest of a header.
+def read_manifest(file: BinaryIO, header: Header) -> Manifest:
+    """The manifest of a file whose header was read; leaves ``file`` where the data begins.
 
     Raises:
         CorruptFileError: not what this module describes, or not of the header's tensors.
         UnsupportedFormatError: it asks for a newer reader.
     """
-    data = header.metadata
-    for key in ("format_version", "min_reader"):
-        if type(data.get(key)) is not int or data[key] < 1:
-            raise CorruptFileError(f"{key} is {shown(data.get(key))}")
-    if data["min_reader"] > FORMAT_VERSION:
-        raise UnsupportedFormatError(
-            f"the file has format {shown(data['format_version'])} and needs a reader of format "
-            f"{shown(data['min_reader'])}; this one reads up to format {FORMAT_VERSION}"
+    metadata, newer = header.metadata, _check_version(header.metadata)
+    *entries, last = header.entries or (None,)
+    if last is None or last.name != MANIFEST or last.dtype != torch.uint8 or len(last.shape) != 1:
+        raise CorruptFileError(f"the last tensor is {shown(last and last.name)}, no {MANIFEST!r}")
+    file.seek(header.size + last.begin)
+    blob = file.read(last.end - last.begin)
+    if (actual := digest(blob)) != metadata["manifest"]:
+        raise CorruptFileError(
+            f"its manifest has hash {actual}, the header says {shown(metadata['manifest'])}"
         )
-    # A newer format that we may read can have keys that we need not know.
-    if not set(data) >= KEYS or (data["format_version"] == FORMAT_VERSION and set(data) != KEYS):
-        raise CorruptFileError(f"the metadata has {shown(sorted(data))}, expected {sorted(KEYS)}")
-    for key in ("packed", "aliases", "defaults", "modules"):
+    data = inflate(blob, header_limit(last.end))
+    file.seek(header.size)
+    if not set(data) >= KEYS or (not newer and set(data) != KEYS):
+        raise CorruptFileError(f"the manifest has {shown(sorted(data))}, expected {sorted(KEYS)}")
+    for key in ("packed", "pools", "aliases", "defaults", "modules"):
         if not isinstance(data[key], dict):
             raise CorruptFileError(f"{key} is {shown(data[key])}")
-    packed, encoded, decoded = _packed(header)
-    names = [entry.name for entry in header.entries if entry.name not in packed]
+    packed, encoded, decoded = _packed(entries, data)
+    names = [entry.name for entry in entries if entry.name not in packed]
     hashes = data["plain"]
     if not isinstance(hashes, list) or len(hashes) != len(names):
         raise CorruptFileError(f"plain must be {len(names)} hashes, got {shown(hashes)}")
-    stored = {*packed, *names}
+    stored = _check_pools(entries, packed, data["pools"])
     for alias, name in data["aliases"].items():
         if alias in stored or not isinstance(name, str) or name not in stored:
             raise CorruptFileError(f"alias {shown(alias)} of {shown(name)}")
+    return Manifest(
+        metadata["format_version"],
+        metadata["min_reader"],
+        tuple(entries),
+        len(blob),
+        packed,
+        encoded,
+        decoded,
+        dict(zip(names, hashes, strict=True)),
+        data["pools"],
+        data["aliases"],
+        _modules(data),
+    )
+
+
+def _check_version(metadata: dict[str, Any]) -> bool:
+    """Whether the file is of a newer format, one that this reader may read."""
+    for key in ("format_version", "min_reader"):
+        if type(metadata.get(key)) is not int or metadata[key] < 1:
+            raise CorruptFileError(f"{key} is {shown(metadata.get(key))}")
+    if metadata["min_reader"] > FORMAT_VERSION:
+        raise UnsupportedFormatError(
+            f"the file has format {shown(metadata['format_version'])} and needs a reader of format "
+            f"{shown(metadata['min_reader'])}; this one reads up to format {FORMAT_VERSION}"
+        )
+    # A newer format that we may read can have keys that we need not know.
+    newer = metadata["format_version"] > FORMAT_VERSION
+    keys = set(metadata)
+    if not keys >= VERSION_KEYS or (not newer and keys != VERSION_KEYS):
+        expected = sorted(VERSION_KEYS)
+        raise CorruptFileError(f"the metadata has {shown(sorted(metadata))}, expected {expected}")
+    return newer
+
+
+def _check_pools(
+    entries: list[Entry], packed: dict[str, dict[str, Any]], pools: dict[str, Any]
+) -> set[str]:
+    """The names of all tensors, if each pool is one of ``entries`` and as large as its members."""
+    by_name = {entry.name: entry for entry in entries}
+    stored = set(by_name) - set(pools)
+    for pool, shapes in pools.items():
+        if pool not in by_name or not isinstance(shapes, dict):
+            raise CorruptFileError(f"pool {shown(pool)} holds {shown(shapes)}")
+        shape = packed[pool].get("shape") if pool in packed else list(by_name[pool].shape)
+        total = sum(check_shape(name, member) for name, member in shapes.items())
+        if shape != [total]:
+            raise CorruptFileError(f"pool {pool!r} of shape {shown(shape)} holds {total} entries")
+        if twice := stored & set(shapes):
+            raise CorruptFileError(f"tensor {shown(min(twice))} is there twice")
+        stored |= set(shapes)
+    return stored
+
+
+def _modules(data: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configs, completed by what is written once for their type."""
     for kind, shared in data["defaults"].items():
         if not isinstance(shared, dict) or len(shared) > MAX_DEFAULTS:
             raise CorruptFileError(
@@ -247,29 +286,21 @@ def parse(header: Header) -> Manifest:
         if not isinstance(kind, str):
             raise CorruptFileError(f"module {name!r} has the config {shown(config)}")
         modules[name] = data["defaults"].get(kind, {}) | config
-    return Manifest(
-        data["format_version"],
-        data["min_reader"],
-        packed,
-        encoded,
-        decoded,
-        dict(zip(names, hashes, strict=True)),
-        data["aliases"],
-        modules,
-    )
+    return modules
 
 
 def _packed(
-    header: Header,
+    stored: list[Entry], data: dict[str, Any]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, str], dict[str, str]]:
+    """Spec and hashes of each packed tensor, by name."""
     specs, encoded, decoded = {}, {}, {}
-    formats = header.metadata["formats"]
+    formats = data["formats"]
     if not isinstance(formats, list) or any(
         not isinstance(axes, dict) or set(axes) != set(AXES) for axes in formats
     ):
         raise CorruptFileError(f"formats must be a list of {list(AXES)}, got {shown(formats)}")
-    entries = {entry.name: entry for entry in header.entries}
-    for name, value in header.metadata["packed"].items():
+    entries = {entry.name: entry for entry in stored}
+    for name, value in data["packed"].items():
         entry = entries.get(name)
         if entry is None or entry.dtype != torch.uint8 or len(entry.shape) != 1:
             raise CorruptFileError(f"packed tensor {name!r} is no vector of bytes", [name])
@@ -291,8 +322,8 @@ def check_work(header: Header, manifest: Manifest, max_entries: Mapping[str, int
     Raises:
         CorruptFileError: naming both numbers.
     """
-    total, size = 0, header.size
-    for entry in header.entries:
+    total, size = 0, header.size + manifest.nbytes
+    for entry in manifest.entries:
         size += (nbytes := entry.end - entry.begin)
         # What is wrong with one tensor is said where it is read, with all others.
         with contextlib.suppress(ValueError):
@@ -305,48 +336,3 @@ def check_work(header: Header, manifest: Manifest, max_entries: Mapping[str, int
             f"together, more than the {limit} allowed for {size} bytes; max_entries raises the "
             f"limit"
         )
-
-
-def inspect(path: str | os.PathLike[str]) -> FileInfo:
-    """What a file holds and where its bytes go, from its header alone; nothing is decoded.
-
-    Raises:
-        CorruptFileError: truncated, or a header that is not what was saved.
-        UnsupportedFormatError: of a newer format, or of another program.
-    """
-    with opened(path) as (file, size):
-        header = read_header(file, size)
-        manifest = parse(header)
-        infos = []
-        for entry in header.entries:
-            nbytes = entry.end - entry.begin
-            if entry.name in manifest.plain:
-                plain = TensorInfo(
-                    entry.name, entry.shape, entry.dtype, None, None, None, 1.0, nbytes, nbytes
-                )
-                infos.append(plain)
-                continue
-            with naming(entry.name):
-                packed = PackedTensor.describe(manifest.packed[entry.name])
-            axes = (str(axis) for axis in (packed.layout, packed.number, packed.coding))
-            infos.append(
-                TensorInfo(
-                    entry.name,
-                    packed.shape,
-                    packed.dtype,
-                    *axes,
-                    packed.density,
-                    packed.ideal_nbytes,
-                    nbytes,
-                )
-            )
-    return FileInfo(
-        os.fspath(path),
-        manifest.format_version,
-        manifest.min_reader,
-        tuple(infos),
-        manifest.aliases,
-        manifest.modules,
-        header.size,
-        size,
-    )
