@@ -21,6 +21,7 @@ from common import RESULTS, ROOT, context
 import compressops as co
 from compressops.compress.run import run_recipe
 from compressops.train.evaluate import evaluate
+from compressops.train.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "show":
         return show()
+    keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     names = [*PUBLISHED, HONEST] if arguments.all else arguments.recipes

@@ -102,7 +102,9 @@ def compress(
     from compressops.compress import run_recipe
     from compressops.convert import convert as convert_model
     from compressops.serialize import save
+    from compressops.train.memory import keep_freed_memory
 
+    keep_freed_memory()
     workdir = workdir or Path("runs") / recipe.stem
     workdir.mkdir(parents=True, exist_ok=True)
     target = output or workdir / f"{recipe.stem}.safetensors"

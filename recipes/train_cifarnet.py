@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from compressops.train.memory import keep_freed_memory
 from compressops.zoo import cifar10
 from compressops.zoo.cifarnet import CifarNet
 from compressops.zoo.images import resize, shift_and_flip
@@ -84,6 +85,7 @@ def evaluate(
 def main() -> None:
     args = parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     data = cifar10.load(args.data)
     sizes = [

@@ -11,6 +11,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The programs that tests run in this process would change its memory for all other tests.
+os.environ.setdefault("COMPRESSOPS_KEEP_MEMORY", "0")
+
 from hypothesis import settings
 
 from compressops import backends

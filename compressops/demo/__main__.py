@@ -23,6 +23,7 @@ from compressops.demo.html import Findings, Stage, render, stage_cells
 from compressops.registry import is_layer
 from compressops.report import report
 from compressops.serialize import inspect, save, verify
+from compressops.train.memory import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
 CLASSIFY = (sys.executable, "-m", "compressops.demo.classify")
@@ -34,6 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parse_args(arguments)
     console = Console()
     began = time.monotonic()
+    keep_freed_memory()
     try:
         recipe = Recipe.from_yaml(args.recipe)
         model, train_data, eval_data, teacher = recipe.load()

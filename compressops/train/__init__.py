@@ -2,5 +2,6 @@
 
 from compressops.train.evaluate import Accuracy, evaluate
 from compressops.train.loop import make_accelerator, train
+from compressops.train.memory import keep_freed_memory
 
-__all__ = ["Accuracy", "evaluate", "make_accelerator", "train"]
+__all__ = ["Accuracy", "evaluate", "keep_freed_memory", "make_accelerator", "train"]
