@@ -35,12 +35,17 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.005
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+    min_seconds: float = 0.005,
+    settle: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds a call for each contestant, ``rounds`` of them.
 
     Each timing repeats the call until it lasts ``min_seconds``, so that the clock's resolution and
-    the call's own overhead stay small.
+    the call's own overhead stay small. With ``settle`` it begins that many seconds after the one
+    before and after one call more: contestants with threads of their own, which go on spinning for
+    a while, do not disturb each other then.
     """
     repeats = {}
     for name, call in contestants.items():
@@ -51,6 +56,9 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
+            if settle:
+                time.sleep(settle)
+                call()
             began = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
