@@ -30,7 +30,7 @@ import winograd_peers as peers
 from common import context, interleaved, measured_fp32_peak, median_ratio, parser, report
 from rich.console import Console
 from torch import nn
-from winograd_peers import Case, Missing, Peer
+from winograd_peers import Case, MissingError, Peer
 
 import compressops as co
 
@@ -132,7 +132,7 @@ def checked(peer: Peer, case: Case) -> Peer:
     )
     error = ((actual - expected).pow(2).mean() / expected.pow(2).mean()).sqrt().item()
     if not error < TOLERANCE:
-        raise Missing(f"its result is off by {error:.1e} of the root mean square")
+        raise MissingError(f"its result is off by {error:.1e} of the root mean square")
     return peer
 
 
@@ -156,7 +156,7 @@ def run_case(layer: Layer, case: Case, rounds: int, arguments: argparse.Namespac
     for name, make in contestants(case, arguments.peers, arguments.tile).items():
         try:
             entered[name] = checked(make(case), case)
-        except Missing as why:
+        except MissingError as why:
             missing[name] = str(why)
     seconds = interleaved({n: p.run for n, p in entered.items()}, rounds, settle=SETTLE)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
@@ -215,7 +215,7 @@ def summaries(rows: list[dict]) -> list[dict]:
 def peak(threads: int) -> tuple[float, str]:
     try:
         return peers.fma_peak(threads), "FMA on registers"
-    except Missing as why:
+    except MissingError as why:
         return measured_fp32_peak(), f"matrix product ({why})"
 
 
@@ -251,9 +251,7 @@ def options() -> argparse.ArgumentParser:
     out.add_argument("--peers", nargs="+", help="parts of contestants' names; all by default")
     out.add_argument("--tile", default="auto", choices=["auto", "2", "4", "6"])
     out.add_argument("--max-gb", type=float, default=8, help="skip a layer that takes more")
-    out.add_argument(
-        "--max-seconds", type=float, default=120, help="skip a layer that takes longer"
-    )
+    out.add_argument("--max-seconds", type=float, default=120, help="skip a slower layer")
     out.add_argument("--merge", action="store_true", help="keep the other rows of --out")
     return out
 

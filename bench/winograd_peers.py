@@ -1,7 +1,7 @@
 """Other libraries' 3×3 convolutions, one layer each, for bench_winograd.py.
 
-Every factory takes a `Case` and gives a `Peer`, or raises `Missing` with the reason why there is
-none. All compute float32 on ``threads`` threads. What each one's figure includes:
+Every factory takes a `Case` and gives a `Peer`, or raises `MissingError` with the reason why there
+is none. All compute float32 on ``threads`` threads. What each one's figure includes:
 
 - torch: `conv2d` on NCHW and channels_last tensors; with weights packed once by oneDNN, as
   `torch.compile` calls it; and on oneDNN's own blocked tensors (``to_mkldnn()``).
@@ -34,7 +34,7 @@ NATIVE = ROOT / "bench" / "native"
 BUILD = ROOT / "build" / "bench"
 
 
-class Missing(RuntimeError):
+class MissingError(RuntimeError):
     """A peer cannot take part; the message is the reason."""
 
 
@@ -75,7 +75,7 @@ def compiled(source: str, *flags: str) -> ctypes.CDLL:
     """``bench/native/SOURCE`` as a library, compiled for this machine unless it was already."""
     compiler = os.environ.get("CXX") or shutil.which("g++")
     if compiler is None:
-        raise Missing("no g++ to compile its bridge with")
+        raise MissingError("no g++ to compile its bridge with")
     target = BUILD / f"{Path(source).stem}.so"
     if not target.exists() or target.stat().st_mtime < (NATIVE / source).stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def compiled(source: str, *flags: str) -> ctypes.CDLL:
             [*command, "-o", made, NATIVE / source, *flags], capture_output=True, text=True
         )
         if done.returncode:
-            raise Missing(f"{source} does not compile: {done.stderr.strip().splitlines()[0]}")
+            raise MissingError(f"{source} does not compile: {done.stderr.strip().splitlines()[0]}")
         made.rename(target)
     return ctypes.CDLL(str(target))
 
@@ -94,12 +94,12 @@ def imported(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise Missing(f"{name} does not import: {error}") from error
+        raise MissingError(f"{name} does not import: {error}") from error
 
 
 @functools.cache
 def fma_peak(threads: int) -> float:
-    """GFLOP/s of float32 FMAs on registers; raises `Missing` where it cannot be compiled."""
+    """GFLOP/s of float32 FMAs on registers; raises `MissingError` where it cannot be compiled."""
     library = compiled("fma_peak.cpp")
     library.fma_peak.restype = ctypes.c_double
     return library.fma_peak(threads)
@@ -120,7 +120,7 @@ def torch_conv(case: Case, memory_format: torch.memory_format) -> Peer:
 
 def torch_packed(case: Case) -> Peer:
     if not torch.backends.mkldnn.is_available():
-        raise Missing("this torch has no oneDNN")
+        raise MissingError("this torch has no oneDNN")
     ones, pads = [1, 1], [case.padding] * 2
     weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
         case.weight.to_mkldnn(), pads, ones, ones, 1, list(case.x.shape)
@@ -137,7 +137,7 @@ def torch_packed(case: Case) -> Peer:
 
 def torch_blocked(case: Case) -> Peer:
     if not torch.backends.mkldnn.is_available():
-        raise Missing("this torch has no oneDNN")
+        raise MissingError("this torch has no oneDNN")
     ones, pads = [1, 1], [case.padding] * 2
     weight = torch._C._nn.mkldnn_reorder_conv2d_weight(
         case.weight.to_mkldnn(), pads, ones, ones, 1, list(case.x.shape)
@@ -175,7 +175,7 @@ class _OneDNN:
         self.library, self.out = onednn_library(), torch.empty(case.out_shape)
         self.case = case  # whose tensors the bridge reads
         if (got := self.library.onednn_threads(case.threads)) != case.threads:
-            raise Missing(f"OpenMP gives {got} threads, not {case.threads}")
+            raise MissingError(f"OpenMP gives {got} threads, not {case.threads}")
         pointers = (
             ctypes.c_void_p(t.data_ptr()) for t in (case.x, case.weight, case.bias, self.out)
         )
@@ -185,7 +185,7 @@ class _OneDNN:
             int(winograd), n, c, h, w, k, r, case.padding, *pointers
         )
         if not self.handle:
-            raise Missing(self.library.onednn_error().decode())
+            raise MissingError(self.library.onednn_error().decode())
 
     def __del__(self) -> None:
         if getattr(self, "handle", None):
@@ -231,7 +231,7 @@ def ncnn(case: Case) -> Peer:
         data = torch.cat([torch.zeros(1), case.weight.flatten(), case.bias])
         weights.write_bytes(data.numpy().tobytes())
         if net.load_param(str(param)) or net.load_model(str(weights)):
-            raise Missing("it does not load its network")
+            raise MissingError("it does not load its network")
     pack = next(p for p in (16, 8, 4, 1) if c % p == 0)
     arrays = [image.numpy() for image in case.x]
     images = []
