@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 import winograd_peers as peers
-from common import context, interleaved, measured_fp32_peak, median_ratio, parser, report
+from common import context, interleaved, measured_fp32_peak, median_ratio, merged, parser, report
 from rich.console import Console
 from torch import nn
 from winograd_peers import Case, MissingError, Peer
@@ -106,7 +106,8 @@ def converted(case: Case) -> Peer:
     layer = nn.Conv2d(case.weight.shape[1], len(case.weight), 3, padding=case.padding)
     layer.weight, layer.bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
     model = co.convert(nn.Sequential(layer).eval(), example_inputs=case.x)
-    note = type(model[0]).__name__
+    winograd = getattr(model[0], "winograd", None)
+    note = "direct" if winograd is None else f"F({winograd.tile},3)"
     return Peer(lambda: model(case.x), lambda: model(case.x), note)
 
 
@@ -229,19 +230,6 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[Layer, int, int]]:
                     yield layer, batch, threads
 
 
-def merged(rows: list[dict], arguments: argparse.Namespace) -> list[dict]:
-    """With ``--merge``, ``rows`` after those of the existing file that are about other cases."""
-    if not arguments.merge or not arguments.out.exists():
-        return rows
-    before = json.loads(arguments.out.read_text())
-    for key in ("commit", "cpu", "torch"):
-        if before[key] != context(arguments)[key]:
-            raise SystemExit(f"--merge: {arguments.out} is of another {key}: {before[key]}")
-    keys = ("net", "layer", "N", "threads")
-    new = {tuple(row[key] for key in keys) for row in rows}
-    return [row for row in before["rows"] if tuple(row[key] for key in keys) not in new] + rows
-
-
 def options() -> argparse.ArgumentParser:
     out = parser(__doc__, "winograd-cpu")
     nets = list(dict.fromkeys(layer.net for layer in LAYERS))
@@ -300,7 +288,7 @@ def main() -> None:
         rows.append(row)
     if not rows:
         raise SystemExit("nothing was run")
-    rows = merged(rows, arguments)
+    rows = merged(rows, arguments, ("net", "layer", "N", "threads"))
     shown = [{key: row.get(key, "–") for key in SHOWN} for row in rows]
     quiet = argparse.Namespace(**{**vars(arguments), "smoke": True})
     report("Winograd (CPU), × = times faster than the peer", shown, quiet)

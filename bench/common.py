@@ -110,6 +110,20 @@ def context(arguments: argparse.Namespace) -> dict:
     }
 
 
+def merged(rows: list[dict], arguments: argparse.Namespace, keys: tuple[str, ...]) -> list[dict]:
+    """With ``--merge``, ``rows`` after those of the existing result file that are about other
+    cases, so that a long benchmark can be run in parts. Two rows of equal ``keys`` are of one case.
+    """
+    if not arguments.merge or not arguments.out.exists():
+        return rows
+    before, now = json.loads(arguments.out.read_text()), context(arguments)
+    for key in ("commit", "cpu", "torch"):
+        if before[key] != now[key]:
+            raise SystemExit(f"--merge: {arguments.out} has {key} {before[key]}, not {now[key]}")
+    new = {tuple(row[key] for key in keys) for row in rows}
+    return [row for row in before["rows"] if tuple(row[key] for key in keys) not in new] + rows
+
+
 def report(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
     """Print the rows as a table and, unless this is a smoke run, write them to ``--out``."""
     table = Table(title=title)

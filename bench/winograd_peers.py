@@ -171,7 +171,7 @@ def onednn_library() -> ctypes.CDLL:
 class _OneDNN:
     """A convolution of the bridge, freed with this object."""
 
-    def __init__(self, case: Case, winograd: bool) -> None:
+    def __init__(self, case: Case) -> None:
         self.library, self.out = onednn_library(), torch.empty(case.out_shape)
         self.case = case  # whose tensors the bridge reads
         if (got := self.library.onednn_threads(case.threads)) != case.threads:
@@ -181,9 +181,7 @@ class _OneDNN:
         )
         n, c, h, w = case.x.shape
         k, r = case.weight.shape[0], case.weight.shape[2]
-        self.handle = self.library.onednn_create(
-            int(winograd), n, c, h, w, k, r, case.padding, *pointers
-        )
+        self.handle = self.library.onednn_create(n, c, h, w, k, r, case.padding, *pointers)
         if not self.handle:
             raise MissingError(self.library.onednn_error().decode())
 
@@ -202,8 +200,8 @@ class _OneDNN:
         return self.out
 
 
-def onednn(case: Case, winograd: bool, plain: bool = False) -> Peer:
-    conv = _OneDNN(case, winograd)
+def onednn(case: Case, plain: bool = False) -> Peer:
+    conv = _OneDNN(case)
     version = conv.library.onednn_version().decode()
     implementation = conv.library.onednn_implementation(conv.handle).decode()
     return Peer(conv.run_plain if plain else conv.run, conv.result, f"{version} {implementation}")
@@ -328,9 +326,8 @@ PEERS: dict[str, Callable[[Case], Peer]] = {
     "torch channels_last": lambda case: torch_conv(case, torch.channels_last),
     "torch packed": torch_packed,
     "torch blocked": torch_blocked,
-    "oneDNN Winograd": lambda case: onednn(case, winograd=True),
-    "oneDNN Winograd, NCHW": lambda case: onednn(case, winograd=True, plain=True),
-    "oneDNN direct": lambda case: onednn(case, winograd=False),
+    "oneDNN Winograd": onednn,
+    "oneDNN Winograd, NCHW": lambda case: onednn(case, plain=True),
     "ncnn": ncnn,
     "OpenVINO": openvino,
     "onnxruntime": onnxruntime,

@@ -1,14 +1,14 @@
-// Calls oneDNN 2.x's convolutions for bench_winograd.py, which compiles this against the installed
-// library and loads it with ctypes. Plain functions, because a handle and pointers are all it needs.
+// Calls oneDNN 2.x's Winograd convolution for bench_winograd.py, which compiles this against the
+// installed library and loads it with ctypes. Plain functions, because a handle and pointers are
+// all it needs.
 
 #include <omp.h>
 
 #include <cstring>
 #include <memory>
+#include <oneapi/dnnl/dnnl.hpp>
 #include <string>
 #include <unordered_map>
-
-#include <oneapi/dnnl/dnnl.hpp>
 
 namespace {
 
@@ -50,8 +50,8 @@ int onednn_threads(int threads) {
 
 // Input and output stay in `src` and `dst` (NCHW, owned by the caller). Null where oneDNN has no
 // such convolution; onednn_error() says why.
-void* onednn_create(int winograd, int n, int c, int h, int w, int k, int r, int pad, float* src,
-                    float* weights, float* bias, float* dst) try {
+void* onednn_create(int n, int c, int h, int w, int k, int r, int pad, float* src, float* weights,
+                    float* bias, float* dst) try {
   auto out = std::make_unique<Convolution>();
   int oh = h + 2 * pad - r + 1, ow = w + 2 * pad - r + 1;
   dnnl::memory::dims xs{n, c, h, w}, ws{k, c, r, r}, ys{n, k, oh, ow}, bs{k}, ones{1, 1},
@@ -59,10 +59,9 @@ void* onednn_create(int winograd, int n, int c, int h, int w, int k, int r, int 
   auto any = [](const dnnl::memory::dims& dims) {
     return dnnl::memory::desc(dims, Type::f32, Tag::any);
   };
-  auto algorithm =
-      winograd ? dnnl::algorithm::convolution_winograd : dnnl::algorithm::convolution_direct;
-  dnnl::convolution_forward::desc desc(dnnl::prop_kind::forward_inference, algorithm, any(xs),
-                                       any(ws), {bs, Type::f32, Tag::x}, any(ys), ones, pads, pads);
+  dnnl::convolution_forward::desc desc(dnnl::prop_kind::forward_inference,
+                                       dnnl::algorithm::convolution_winograd, any(xs), any(ws),
+                                       {bs, Type::f32, Tag::x}, any(ys), ones, pads, pads);
   dnnl::convolution_forward::primitive_desc chosen(desc, out->engine);
   out->implementation = chosen.impl_info_str();
   out->conv = dnnl::convolution_forward(chosen);
