@@ -137,12 +137,15 @@ class Conversion:
         runs = {
             name: self.built.get(name, module)
             for name, module in self.modules.items()
-            if name not in self.untouchable
-            # A parametrized or hooked layer that stays computes its weight on each call.
-            and (name in self.built or why_not(module) is record(module) is None)
-            and not (inplace and module is self.model)
+            if name not in self.untouchable and not (inplace and module is self.model)
         }
-        runs = {name: run for name, run in runs.items() if kernels.is_candidate(run)}
+        runs = {
+            name: run
+            for name, run in runs.items()
+            if kernels.is_candidate(run)
+            # A layer that stays hooked computes its weight on each call.
+            and (isinstance(run, PackedModule) or why_not(run) is None)
+        }
         layers = {name: self.modules[name] for name in runs}
         for name, verdict in kernels.choose(self.model, layers, runs, example_inputs).items():
             module = self.modules[name]
@@ -151,7 +154,8 @@ class Conversion:
             if verdict.tile is None:
                 continue
             if name not in self.built and isinstance(module, PackedModule):
-                packed = module.packed_weight.packed()
+                # The converted model shares no memory with this one.
+                packed = copy.deepcopy(module.packed_weight.packed())
                 self.built[name] = self._make(module, type(module), packed)
                 self.weights[id(_weight_of(module))].append(self.built[name].packed_weight)
             if name in self.built:

@@ -82,10 +82,6 @@ class _PackedConv(PackedModule):
             "torch" if self.op is None else backends.name(self.op, self.packed_weight.device.type)
         )
 
-    def extra_repr(self) -> str:
-        tile = "" if self.winograd is None else f", tile={self.winograd.tile!r}"
-        return super().extra_repr() + tile
-
     @classmethod
     def _template(cls, config: dict[str, Any]) -> nn.Module:
         # The float layers check their padding and groups, but none of these.

@@ -49,6 +49,8 @@ class Winograd:
     def __init__(self, tile: int | str = "auto", aware: bool = False) -> None:
         if tile != "auto" and (isinstance(tile, bool) or tile not in (2, 4, 6)):
             raise ValueError(f"tile must be 'auto', 2, 4 or 6, got {tile!r}")
+        if not isinstance(aware, bool):
+            raise ValueError(f"aware must be True or False, got {aware!r}")
         self.tile, self.aware = tile, aware
         self._kept: _Kept | None = None
         # The name of this object in compiled graphs.
@@ -118,7 +120,8 @@ class Winograd:
             return self(image, row, bias, (0, *padding), groups, keep).squeeze(2)
         kind = input.device.type
         if (
-            torch.is_autocast_enabled(kind)
+            kind != "meta"
+            and torch.is_autocast_enabled(kind)
             and input.is_floating_point()
             and input.dtype != torch.float64
         ):
