@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from compressops import kernels
 from compressops import plan as plans
 from compressops.conversion import Conversion
 from compressops.nn.weight import check_residency
@@ -77,7 +78,9 @@ def convert(
     job.build(example_inputs)
     if example_inputs is not None and prefer == "speed":
         job.choose_kernels(example_inputs, inplace)
-    return job.finish(inplace)
+    result = job.finish(inplace)
+    kernels.prepare(result)
+    return result
 
 
 def from_packed(

@@ -21,7 +21,8 @@ from compressops.nn import (
     WinogradConv1d,
     WinogradConv2d,
 )
-from compressops.nn.winograd import OP, padded, tiles_for, why_not
+from compressops.nn.winograd import OP
+from compressops.nn.winograd_conv import padded, tiles_for, why_not
 from compressops.ops.winograd_transform import kernel_transform
 
 FLOAT_LAYERS = {nn.Conv1d: WinogradConv1d, nn.Conv2d: WinogradConv2d}
@@ -57,6 +58,14 @@ def with_winograd(layer: nn.Module, tile: int) -> nn.Module:
     new.input_quantizer = layer.input_quantizer
     new.run_winograd(Winograd(tile))
     return new.train(layer.training)
+
+
+def prepare(model: nn.Module) -> None:
+    """Compute now what the layers of ``model`` keep, which their first call would do otherwise."""
+    for layer in model.modules():
+        winograd = getattr(layer, "winograd", None)
+        if isinstance(winograd, Winograd) and getattr(layer, "residency", "") != "packed":
+            winograd.prepare(layer.weight, layer.groups)
 
 
 def choose(

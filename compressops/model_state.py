@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressops.nn.winograd import WinogradConv
+from compressops.nn.winograd_conv import WinogradConv
 
 _SHOWN = 5
 

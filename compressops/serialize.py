@@ -319,6 +319,7 @@ def load(
             shape or dtype.
     """
     # Only convert knows modules and formats both; it imports most of the package.
+    from compressops import kernels
     from compressops.convert import from_packed
 
     float_model = model if isinstance(model, nn.Module) else model()
@@ -348,6 +349,7 @@ def load(
         _load_plain(loaded, plain)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from error
+    kernels.prepare(loaded)
     return loaded
 
 

@@ -310,6 +310,11 @@ def test_files_keep_the_choice(both: nn.Module, tmp_path: Path) -> None:
     assert kinds(loaded) == kinds(both)
     assert torch.equal(loaded(X), both(X))
     assert loaded.first.winograd.tile == 2
+    # Nothing is left to be computed by the first call.
+    kept = loaded.first.winograd.kept()[0], loaded.second.winograd.kept()[0]
+    loaded(X)
+    assert loaded.first.winograd.kept()[0] is kept[0]
+    assert loaded.second.winograd.kept()[0] is kept[1]
     assert isinstance(loaded.line, WinogradConv1d)
     assert loaded.second.winograd.tile == 2
     assert loaded.down.winograd is None
@@ -368,7 +373,6 @@ def test_configs_that_make_no_sense(
 
 
 def test_the_report(both: nn.Module) -> None:
-    both(X)
     found = {layer.name: layer for layer in report(both).layers}
     assert found["first"].kernel == "winograd_conv2d F(2, 3)"
     assert (found["first"].became, found["first"].backend) == ("WinogradConv2d", "cpu")

@@ -5,7 +5,8 @@ from compressops.nn.conv import PackedConv1d, PackedConv2d
 from compressops.nn.embedding import PackedEmbedding
 from compressops.nn.linear import Int8Linear, PackedLinear
 from compressops.nn.weight import PackedWeight
-from compressops.nn.winograd import Winograd, WinogradConv1d, WinogradConv2d
+from compressops.nn.winograd import Winograd
+from compressops.nn.winograd_conv import WinogradConv1d, WinogradConv2d
 
 __all__ = [
     "Int8Linear",

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from compressops import backends
 from compressops.formats import PackedTensor
-from compressops.nn import winograd
 from compressops.nn.base import PackedModule
 from compressops.nn.weight import PackedWeight
-from compressops.nn.winograd import Winograd
+from compressops.nn.winograd import OP, Winograd
+from compressops.nn.winograd_conv import checked, padded
 
 
 class _PackedConv(PackedModule):
@@ -70,12 +70,12 @@ class _PackedConv(PackedModule):
         Raises:
             ValueError: the op has no such stride, dilation, kernel size or tile.
         """
-        self.winograd = None if runs is None else winograd.checked(self, runs)
+        self.winograd = None if runs is None else checked(self, runs)
 
     @property
     def op(self) -> str | None:
         """``"winograd_conv2d"`` or None."""
-        return None if self.winograd is None else winograd.OP
+        return None if self.winograd is None else OP
 
     def backend(self) -> str:
         return (
@@ -98,7 +98,7 @@ class _PackedConv(PackedModule):
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self.quantize_input(input), self.padding
         if self.winograd is not None:
-            input, padding = winograd.padded(self, input)
+            input, padding = padded(self, input)
             keep = self.residency == "decoded"
             return self.winograd(input, self.weight, self.bias, padding, self.groups, keep)
         if self.padding_mode != "zeros":
