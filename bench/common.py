@@ -35,12 +35,17 @@ def parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def interleaved(
-    contestants: dict[str, Callable[[], object]], rounds: int, min_seconds: float = 0.005
+    contestants: dict[str, Callable[[], object]],
+    rounds: int,
+    min_seconds: float = 0.005,
+    settle: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds a call for each contestant, ``rounds`` of them.
 
     Each timing repeats the call until it lasts ``min_seconds``, so that the clock's resolution and
-    the call's own overhead stay small.
+    the call's own overhead stay small. With ``settle`` it begins that many seconds after the one
+    before and after one call more: contestants with threads of their own, which go on spinning for
+    a while, do not disturb each other then.
     """
     repeats = {}
     for name, call in contestants.items():
@@ -51,6 +56,9 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, call in contestants.items():
+            if settle:
+                time.sleep(settle)
+                call()
             began = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
@@ -100,6 +108,20 @@ def context(arguments: argparse.Namespace) -> dict:
         "torch": torch.__version__,
         "rounds": arguments.rounds,
     }
+
+
+def merged(rows: list[dict], arguments: argparse.Namespace, keys: tuple[str, ...]) -> list[dict]:
+    """With ``--merge``, ``rows`` after those of the existing result file that are about other
+    cases, so that a long benchmark can be run in parts. Two rows of equal ``keys`` are of one case.
+    """
+    if not arguments.merge or not arguments.out.exists():
+        return rows
+    before, now = json.loads(arguments.out.read_text()), context(arguments)
+    for key in ("commit", "cpu", "torch"):
+        if before[key] != now[key]:
+            raise SystemExit(f"--merge: {arguments.out} has {key} {before[key]}, not {now[key]}")
+    new = {tuple(row[key] for key in keys) for row in rows}
+    return [row for row in before["rows"] if tuple(row[key] for key in keys) not in new] + rows
 
 
 def report(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compressops.nn.winograd_conv import WinogradConv
+
 _SHOWN = 5
 
 
@@ -19,6 +21,17 @@ def packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """The modules that hold packed weights, under each of their names."""
     named = model.named_modules(remove_duplicate=False)
     return [(name, module) for name, module in named if hasattr(module, "packed_tensors")]
+
+
+def configured_modules(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules of whose configuration a file keeps a record: the packed ones, and those that run
+    another kernel on a float weight."""
+    named = model.named_modules(remove_duplicate=False)
+    return [
+        (name, module)
+        for name, module in named
+        if hasattr(module, "packed_tensors") or isinstance(module, WinogradConv)
+    ]
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:

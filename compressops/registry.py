@@ -16,6 +16,8 @@ from compressops.nn import (
     PackedEmbedding,
     PackedLinear,
     PackedModule,
+    WinogradConv1d,
+    WinogradConv2d,
 )
 from compressops.nn.linear import fits_int8
 from compressops.ops.int8_linear import MAX_IN_FEATURES
@@ -68,9 +70,11 @@ def register(
     _rules.append(Rule(source, target, accepts or (lambda plan: True), runs_dense))
 
 
-def targets() -> dict[str, type[PackedModule]]:
-    """Class name to packed module, of all rules."""
-    return {rule.target.__name__: rule.target for rule in _rules}
+def targets() -> dict[str, type[nn.Module]]:
+    """Class name to module, of all that a file may name: the packed modules of all rules, and the
+    layers that run another kernel on a float weight."""
+    found = (*(rule.target for rule in _rules), WinogradConv1d, WinogradConv2d)
+    return {target.__name__: target for target in found}
 
 
 def rules_for(source: type[nn.Module], plan: Plan | None = None) -> list[Rule]:
@@ -133,4 +137,6 @@ register(nn.Linear, Int8Linear, _runs_int8, runs_dense=False)
 register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
 register(nn.Conv1d, PackedConv1d)
 register(nn.Conv2d, PackedConv2d)
+register(WinogradConv1d, PackedConv1d)
+register(WinogradConv2d, PackedConv2d)
 register(nn.Embedding, PackedEmbedding)

@@ -210,6 +210,8 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
         weight = module.weight.detach()
         shape, dense = tuple(weight.shape), weight.nbytes
         kernel, backend, residency = "dense", "torch", "plain"
+        if getattr(module, "op", None):
+            kernel, backend = module.op, module.backend()
         density, ideal, stored = 1.0, float(dense), dense
         axes = ("–", "–", "–")
         done = record(module)
@@ -219,6 +221,8 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
             ideal = weight.numel() * density * done.number.bits / 8
             why = why or "compressed; convert() packs it"
             residency = "parametrized"
+    if getattr(module, "winograd", None) is not None:
+        kernel += f" F({module.winograd.tile}, {module.kernel_size[-1]})"
     if shared:
         dense, ideal, stored = 0, 0.0, 0
         why = "; ".join(filter(None, [why, "its weight is counted with the layer that shares it"]))
@@ -283,14 +287,17 @@ def _memory(totals: Totals, layers: tuple[Layer, ...]) -> list[str]:
 
 
 def _weight_tensors(module: nn.Module) -> list[Tensor]:
-    """The tensors that hold a layer's weight now."""
+    """The tensors that hold a layer's weight now, in whichever form."""
+    winograd = getattr(module, "winograd", None)
+    transformed = [] if winograd is None else winograd.kept()
     if isinstance(module, PackedModule):
         held = module.packed_weight
-        return [*held.part_buffers(), *held.resident_buffers(), *held.buffers()]
+        packed = [*held.part_buffers(), *held.resident_buffers(), *held.buffers()]
+        return [*packed, *transformed]
     if parametrize.is_parametrized(module, "weight"):
         chain = module.parametrizations.weight
         return [*chain.parameters(), *chain.buffers()]
-    return [module.weight]
+    return [module.weight, *transformed]
 
 
 def _axis(choice: Any) -> str:

@@ -29,6 +29,7 @@ from compressops.formats.manifest import build, check_work, naming, opened, read
 from compressops.formats.packed import PackedTensor
 from compressops.model_state import (
     check_all_packed,
+    configured_modules,
     join,
     packed_modules,
     plain_state,
@@ -274,7 +275,7 @@ def save(model: nn.Module, path: Path) -> int:
 
     Args:
         model: its packed modules have ``packed_tensors()`` and ``get_config()``, as those of
-            ``compressops.nn`` do.
+            ``compressops.nn`` do; a `WinogradConv1d` or `WinogradConv2d` is loaded as such.
         path: of the file; its folder exists.
 
     Returns:
@@ -287,8 +288,9 @@ def save(model: nn.Module, path: Path) -> int:
     check_all_packed(model)
     tensors: dict[str, Tensor | PackedTensor] = {}
     modules: dict[str, dict[str, Any]] = {}
-    for name, module in packed_modules(model):
+    for name, module in configured_modules(model):
         modules[name] = module.get_config()
+    for name, module in packed_modules(model):
         for param, packed in module.packed_tensors().items():
             tensors[join(name, param)] = packed
     for name, value in plain_state(model).items():
@@ -317,6 +319,7 @@ def load(
             shape or dtype.
     """
     # Only convert knows modules and formats both; it imports most of the package.
+    from compressops import kernels
     from compressops.convert import from_packed
 
     float_model = model if isinstance(model, nn.Module) else model()
@@ -346,6 +349,7 @@ def load(
         _load_plain(loaded, plain)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from error
+    kernels.prepare(loaded)
     return loaded
 
 

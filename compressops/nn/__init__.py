@@ -1,10 +1,12 @@
-"""Drop-in modules that hold packed weights."""
+"""Drop-in modules: those that hold packed weights, and convolutions that run as Winograd's."""
 
 from compressops.nn.base import PackedModule
 from compressops.nn.conv import PackedConv1d, PackedConv2d
 from compressops.nn.embedding import PackedEmbedding
 from compressops.nn.linear import Int8Linear, PackedLinear
 from compressops.nn.weight import PackedWeight
+from compressops.nn.winograd import Winograd
+from compressops.nn.winograd_conv import WinogradConv1d, WinogradConv2d
 
 __all__ = [
     "Int8Linear",
@@ -14,4 +16,7 @@ __all__ = [
     "PackedLinear",
     "PackedModule",
     "PackedWeight",
+    "Winograd",
+    "WinogradConv1d",
+    "WinogradConv2d",
 ]

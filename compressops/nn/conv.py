@@ -8,12 +8,17 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressops import backends
+from compressops.formats import PackedTensor
 from compressops.nn.base import PackedModule
 from compressops.nn.weight import PackedWeight
+from compressops.nn.winograd import OP, Winograd
+from compressops.nn.winograd_conv import checked, padded
 
 
 class _PackedConv(PackedModule):
-    """What `PackedConv1d` and `PackedConv2d` share: every option of the float layers."""
+    """What `PackedConv1d` and `PackedConv2d` share: every option of the float layers, and the
+    choice between torch's convolution of the decoded weight and Winograd's."""
 
     options = (
         "in_channels",
@@ -33,6 +38,49 @@ class _PackedConv(PackedModule):
         # For F.pad: padding before and after each dimension, last dimension first. The float
         # layers' own name, so that a packed layer can be built from either.
         self._reversed_padding_repeated_twice = list(module._reversed_padding_repeated_twice)
+        # A layer goes on running as the one did that it is made from.
+        runs = getattr(module, "winograd", None)
+        self.winograd: Winograd | None = None if runs is None else runs.copy()
+
+    @classmethod
+    def from_packed(
+        cls,
+        config: dict[str, Any],
+        packed: dict[str, PackedTensor],
+        residency: str = "decoded",
+        input_quantizer: nn.Module | None = None,
+    ) -> PackedModule:
+        """As `PackedModule.from_packed`; ``config["winograd"]``, if there, is its `Winograd`'s."""
+        config = dict(config)
+        runs = config.pop("winograd", None)
+        new = super().from_packed(config, packed, residency, input_quantizer)
+        if runs is not None:
+            new.run_winograd(Winograd.from_config(runs))
+        return new
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        return (
+            config if self.winograd is None else config | {"winograd": self.winograd.get_config()}
+        )
+
+    def run_winograd(self, runs: Winograd | None) -> None:
+        """Run as F(tile, r) from now on, or (None) torch's convolution.
+
+        Raises:
+            ValueError: the op has no such stride, dilation, kernel size or tile.
+        """
+        self.winograd = None if runs is None else checked(self, runs)
+
+    @property
+    def op(self) -> str | None:
+        """``"winograd_conv2d"`` or None."""
+        return None if self.winograd is None else OP
+
+    def backend(self) -> str:
+        return (
+            "torch" if self.op is None else backends.name(self.op, self.packed_weight.device.type)
+        )
 
     @classmethod
     def _template(cls, config: dict[str, Any]) -> nn.Module:
@@ -49,6 +97,10 @@ class _PackedConv(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self.quantize_input(input), self.padding
+        if self.winograd is not None:
+            input, padding = padded(self, input)
+            keep = self.residency == "decoded"
+            return self.winograd(input, self.weight, self.bias, padding, self.groups, keep)
         if self.padding_mode != "zeros":
             input, padding = (
                 F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode),
@@ -62,7 +114,9 @@ class _PackedConv(PackedModule):
 class PackedConv1d(_PackedConv):
     """`torch.nn.Conv1d` with a packed weight ``[out_channels, in_channels / groups, kernel]``.
 
-    Bit for bit the result of a `Conv1d` that holds ``packed.unpack()``.
+    Bit for bit the result of a `Conv1d` that holds ``packed.unpack()``, or of a `WinogradConv1d`
+    that does, where it runs as one. With packed residency the weight is then not only decoded but
+    transformed on each call.
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
@@ -77,7 +131,9 @@ class PackedConv1d(_PackedConv):
 class PackedConv2d(_PackedConv):
     """`torch.nn.Conv2d` with a packed weight ``[out_channels, in_channels / groups, kh, kw]``.
 
-    Bit for bit the result of a `Conv2d` that holds ``packed.unpack()`` in the same memory format.
+    Bit for bit the result of a `Conv2d` that holds ``packed.unpack()`` in the same memory format,
+    or of a `WinogradConv2d` that does, where it runs as one. With packed residency the weight is
+    then not only decoded but transformed on each call.
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
