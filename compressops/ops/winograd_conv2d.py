@@ -68,6 +68,7 @@ def winograd_conv2d(
     padding = _pair(padding)
     if tile == "auto":
         require(transformed is None, OP, "tile", "2, 4 or 6 beside transformed", repr(tile))
+        _check_kernel(weight, groups, OP)
         _check_input(x, weight, padding, groups)
         dtype = str(x.dtype).removeprefix("torch.")
         # On a CPU everything is float32 in the Winograd domain.
@@ -176,14 +177,19 @@ def winograd_conv2d_reference(
 
 
 def _pair(padding: int | Sequence[int]) -> list[int]:
-    return [padding, padding] if isinstance(padding, int) else list(padding)
+    if isinstance(padding, int):
+        return [padding, padding]
+    pair = isinstance(padding, list | tuple) and len(padding) == 2
+    require(pair, OP, "padding", "one or two integers from 0 on", padding)
+    return list(padding)
 
 
 def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _check_weight(weight: torch.Tensor, groups: int, tile: int, op: str = OP) -> None:
+def _check_kernel(weight: torch.Tensor, groups: int, op: str) -> list[int]:
+    """The tiles for a weight, after checks of it and of groups."""
     fits = weight.dim() == 4 and weight.dtype in _DTYPES
     fits = fits and weight.shape[2] in (1, weight.shape[3])
     require(fits, op, "weight", "float [K, C / groups, r, r] or [K, C / groups, 1, r]", weight)
@@ -191,7 +197,13 @@ def _check_weight(weight: torch.Tensor, groups: int, tile: int, op: str = OP) ->
     require(divides, op, "groups", f"a divisor of {weight.shape[0]} output channels", groups)
     tiles = [m for m, r in SUPPORTED if r == weight.shape[3]]
     require(bool(tiles), op, "weight", "3, 5 or 7 wide", weight)
-    require(tile in tiles, op, "tile", f"one of {tiles} for a kernel {weight.shape[3]} wide", tile)
+    return tiles
+
+
+def _check_weight(weight: torch.Tensor, groups: int, tile: int, op: str = OP) -> None:
+    tiles = _check_kernel(weight, groups, op)
+    known = f"one of {tiles} for a kernel {weight.shape[3]} wide"
+    require(tile in tiles, op, "tile", known, repr(tile))
 
 
 def _check_input(x: torch.Tensor, weight: torch.Tensor, padding, groups: int) -> None:

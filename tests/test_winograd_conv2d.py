@@ -1,0 +1,714 @@
+"""winograd_conv2d: every backend against direct convolution in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch._dynamo.testing
+import torch.nn.functional as F
+from conftest import kernel_params
+from hypothesis import given
+from hypothesis import strategies as st
+from winograd_cases import absolute_terms, direct, measured_growth
+
+import compressops as co
+from compressops import backends
+from compressops.ops.winograd_conv2d import _input_gradient
+from compressops.ops.winograd_transform import SUPPORTED
+
+OP = "winograd_conv2d"
+# The op has one kernel for all of AVX-512.
+PARAMS = [p for p in kernel_params(OP) if p.values[0][2] not in ("avx512_vnni", "avx512_vbmi2")]
+ALL_KERNELS = pytest.mark.parametrize("kernel", PARAMS, indirect=True)
+ALL_TILES = pytest.mark.parametrize(("tile", "r"), SUPPORTED)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreted() -> bool:
+    """Whether the kernel runs in Triton's interpreter, which takes a second for what others do in
+    a millisecond: a few cases have to do.
+    """
+    return backends.name(OP, "cpu") == "triton"
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int = 1
+    c: int = 3
+    k: int = 5
+    h: int = 8
+    w: int = 9
+    r: int = 3
+    flat: bool = False
+    tile: int = 4
+    padding: tuple[int, int] = (1, 1)
+    groups: int = 1
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    activation: str = "none"
+    channels_last: bool = False
+
+
+CASES = [
+    *(Case(2, 6, 10, 11, 13, r, flat, tile) for tile, r in SUPPORTED for flat in (False, True)),
+    *(Case(2, 6, 9, 9, 7, r, tile=tile, groups=3, padding=(0, 2)) for tile, r in SUPPORTED),
+    *(Case(c=c, k=k) for c, k in ((1, 1), (15, 17), (16, 16), (17, 31), (33, 65), (130, 40))),
+    *(Case(c=4, k=12, groups=groups) for groups in (2, 4)),
+    Case(c=24, k=24, groups=24, tile=2),
+    Case(c=34, k=66, groups=2, tile=6),
+    *(Case(padding=p) for p in ((0, 0), (0, 1), (2, 0), (2, 2), (3, 5), (9, 8))),
+    *(Case(flat=True, h=1, padding=(0, p)) for p in (0, 2, 7)),
+    Case(flat=True, h=5, padding=(2, 1)),
+    *(Case(c=40, k=20, tile=tile, dtype=dtype) for tile in (2, 4, 6) for dtype in FLOATS[1:]),
+    *(Case(activation=name, dtype=dtype) for name in ("relu", "gelu") for dtype in FLOATS),
+    *(Case(2, 20, 20, channels_last=True, dtype=dtype, activation="relu") for dtype in FLOATS),
+    Case(c=5, k=3, channels_last=True, activation="gelu"),
+    Case(bias=False),
+    Case(3, 4, 4, 50, 37),
+]
+# Few and small, one of each kind.
+INTERPRETED = [
+    *(Case(1, 3, 5, 7, 6, r, flat, tile) for tile, r in SUPPORTED for flat in (False, True)),
+    Case(2, 4, 6, 5, 5, padding=(0, 3), groups=2, dtype=torch.bfloat16, activation="relu"),
+    Case(1, 17, 3, 4, 6, channels_last=True, dtype=torch.float16, activation="gelu", bias=False),
+]
+
+
+def make(case: Case, device: torch.device | str = "cpu"):
+    """x, weight, bias; outputs are of the order of 1, so that gelu is tested where it bends."""
+    rh = 1 if case.flat else case.r
+    x = torch.randn(case.n, case.c, case.h, case.w, device=device).to(case.dtype)
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    channels = case.c // case.groups
+    weight = torch.randn(case.k, channels, rh, case.r, device=device)
+    weight = (weight / max(1, channels * rh * case.r) ** 0.5).to(case.dtype)
+    bias = torch.randn(case.k, device=device).to(case.dtype) if case.bias else None
+    return x, weight, bias
+
+
+def call(x, weight, bias, case: Case) -> torch.Tensor:
+    return co.ops.winograd_conv2d(
+        x, weight, bias, case.padding, case.groups, case.activation, case.tile
+    )
+
+
+def assert_matches(actual: torch.Tensor, x, weight, bias, case: Case) -> None:
+    """Each rounding errs by at most one unit roundoff of a partial sum of absolute values.
+
+    A wrong coefficient would be off by the size of a term, a million times the bound.
+    """
+    expected = direct(x, weight, bias, case.padding, case.groups, case.activation)
+    assert actual.dtype == x.dtype
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return
+    # Elsewhere the transformed weights are rounded to the dtype of x, and the input may be.
+    device = x.device.type
+    narrow = device != "cpu" or backends.name(OP, device) not in ("cpu", "eager")
+    unit = torch.finfo(x.dtype if narrow else torch.float32).eps / 2
+    size = absolute_terms(x, weight, bias, case.padding, case.groups, case.tile)
+    allowed = (8 + weight.shape[1] ** 0.5) * unit * size
+    # erf's error counts where gelu's tail cancels; the last rounding, where it is narrower.
+    allowed = allowed + torch.finfo(torch.float32).eps
+    allowed = allowed + torch.finfo(x.dtype).eps / 2 * expected.abs()
+    if x.dtype == torch.float16:
+        allowed = allowed + 2.0**-24  # below the least normal number
+    excess = ((actual.cpu().double() - expected).abs() / allowed).max().item()
+    assert excess <= 1, excess
+
+
+def check(case: Case, device: torch.device) -> None:
+    args = make(case, device)
+    y = call(*args, case)
+    assert_matches(y, *args, case)
+    format = torch.channels_last if case.channels_last else torch.contiguous_format
+    assert y.is_contiguous(memory_format=format)
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(kernel: torch.device, case: Case) -> None:
+    if not interpreted() or case == CASES[0]:
+        check(case, kernel)
+
+
+@pytest.mark.parametrize("kernel", [p for p in PARAMS if p.values[0][1] == "triton"], indirect=True)
+@pytest.mark.parametrize("case", INTERPRETED, ids=str)
+def test_matches_float64_few(kernel: torch.device, case: Case) -> None:
+    check(case, kernel)
+
+
+@pytest.fixture
+def one_thread():
+    """For thousands of tiny calls: beside other work, each would wait for its second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("tile", [2, 4, 6])
+@pytest.mark.usefixtures("one_thread")
+def test_every_height_and_width(kernel: torch.device, tile: int) -> None:
+    """What may go wrong here is an edge, and then by far: the bound is none of the rounding's."""
+    few, many = interpreted(), range(1, 20)
+    sizes = [(h, w, 1, 1) for h in many for w in many]
+    sizes += [(3, w, padding, 2) for w in many for padding in range(4)]
+    weight, bias = torch.randn(3, 2, 3, 3, device=kernel), torch.randn(3, device=kernel)
+    for h, w, *padding in [(1, 1, 1, 1), (2, 7, 1, 1), (13, 3, 2, 0)] if few else sizes:
+        x = torch.randn(1, 2, h, w, device=kernel)
+        y = co.ops.winograd_conv2d(x, weight, bias, padding, tile=tile)
+        expected = direct(x, weight, bias, padding, 1)
+        assert y.shape == expected.shape
+        assert (y.cpu().double() - expected).abs().max() < 1e-3, (h, w, padding)
+    for h, w in [] if few else [(h, w) for h in (1, 2, 5) for w in many]:
+        x = torch.randn(1, 2, h, w, device=kernel)
+        y = co.ops.winograd_conv2d(x, weight[:, :, :1], bias, (0, 1), tile=tile)
+        expected = direct(x, weight[:, :, :1], bias, (0, 1), 1)
+        assert y.shape == expected.shape
+        assert (y.cpu().double() - expected).abs().max() < 1e-3, (h, w)
+
+
+@given(st.data())
+@pytest.mark.usefixtures("one_thread")
+def test_random_cases(data) -> None:
+    def draw(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    tile, r = data.draw(st.sampled_from(SUPPORTED))
+    flat, groups, padding = data.draw(st.booleans()), draw(1, 3), (draw(0, 8), draw(0, 8))
+    rh = 1 if flat else r
+    case = Case(
+        *(draw(0, 3), groups * draw(0, 20), groups * draw(0, 40)),
+        *(draw(max(1, rh - 2 * padding[0]), 24), draw(max(1, r - 2 * padding[1]), 24)),
+        *(
+            r,
+            flat,
+            tile,
+            padding,
+            groups,
+            data.draw(st.sampled_from(FLOATS)),
+            data.draw(st.booleans()),
+        ),
+        data.draw(st.sampled_from(("none", "relu", "gelu"))),
+    )
+    torch.manual_seed(draw(0, 2**32))
+    args = make(case)
+    assert_matches(call(*args, case), *args, case)
+
+
+def strided(x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The values of ``x`` under other strides."""
+    n, c, h, w = x.shape
+    wide = x.new_zeros(n + 1, c + 2, 2 * h, w + 3)
+    wide[1:, 1:-1, ::2, 2:-1] = x
+    return {
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "slice": wide[1:, 1:-1, ::2, 2:-1],
+        "turned": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "batch last": x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+        "every second channel": torch.stack([x, x], 2).flatten(1, 2)[:, ::2],
+        "slice of channels last": F.pad(x, (0, 0, 0, 0, 3, 2)).contiguous(
+            memory_format=torch.channels_last
+        )[:, 3:-2],
+    }
+
+
+@ALL_KERNELS
+def test_any_strides(kernel: torch.device) -> None:
+    case = Case(2, 18, 20, 9, 11)
+    if interpreted():
+        case = Case(2, 3, 4, 5, 6)
+    x, weight, bias = make(case, kernel)
+    expected = call(x, weight, bias, case)
+    for name, view in strided(x).items():
+        assert torch.equal(view, x)
+        y = call(view, weight, bias, case)
+        assert torch.equal(y, expected), name
+        last = view.is_contiguous(memory_format=torch.channels_last)
+        assert y.is_contiguous(memory_format=torch.channels_last) == last, name
+        assert y.is_contiguous() != last, name
+    for view in strided(weight).values():
+        assert torch.equal(call(x, view, bias, case), expected)
+    assert torch.equal(call(x, weight, torch.stack([bias, bias], 1)[:, 0], case), expected)
+
+
+@ALL_KERNELS
+def test_expanded_inputs(kernel: torch.device) -> None:
+    case = Case(3, 4, 6, 7, 8)
+    weight, bias = make(case, kernel)[1:]
+    for shape in ((1, 4, 7, 8), (3, 1, 7, 8), (3, 4, 1, 8), (1, 1, 1, 1)):
+        x = torch.randn(shape, device=kernel).expand(3, 4, 7, 8)
+        assert torch.equal(call(x, weight, bias, case), call(x.contiguous(), weight, bias, case))
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 5, 6), (2, 5, 1, 1), (1, 1, 1, 1)])
+def test_what_is_contiguous_both_ways_gives_a_contiguous_result(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    y = co.ops.winograd_conv2d(x, torch.randn(4, shape[1], 3, 3), padding=1)
+    assert y.is_contiguous()
+
+
+@ALL_KERNELS
+def test_empty(kernel: torch.device) -> None:
+    for case in (
+        Case(n=0),
+        Case(c=0),
+        Case(c=0, bias=False),
+        Case(k=0),
+        Case(n=0, c=0, k=0, bias=False),
+        Case(c=0, k=4, groups=2, activation="gelu"),
+    ):
+        args = make(case, kernel)
+        y = call(*args, case)
+        assert y.shape == (case.n, case.k, 8, 9)
+        expected = 0.0 if args[2] is None else args[2][:, None, None]
+        if case.activation == "gelu":
+            expected = F.gelu(expected)
+        assert torch.equal(y, torch.zeros_like(y) + expected)
+
+
+@ALL_KERNELS
+def test_one_dimension(kernel: torch.device) -> None:
+    for tile, r in SUPPORTED:
+        x, weight = torch.randn(2, 4, 23, device=kernel), torch.randn(6, 2, r, device=kernel)
+        bias = torch.randn(6, device=kernel)
+        y = co.ops.winograd_conv1d(x, weight, bias, 2, 2, "relu", tile)
+        case = Case(padding=(0, 2), groups=2, activation="relu", tile=tile)
+        assert_matches(y.unsqueeze(2), x.unsqueeze(2), weight.unsqueeze(2), bias, case)
+        packed = co.ops.winograd_conv2d_pack(weight.unsqueeze(2), 2, tile)
+        assert torch.equal(y, co.ops.winograd_conv1d(x, weight, bias, 2, 2, "relu", tile, packed))
+        if interpreted():
+            return
+        turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(y, co.ops.winograd_conv1d(turned, weight, bias, 2, 2, "relu", tile))
+
+
+# Error: as many times that of torch's direct convolution, in the same dtype.
+BOUNDS = {(2, 3): 2.0, (4, 3): 8.0}
+
+
+@ALL_KERNELS
+@ALL_TILES
+def test_error_is_a_bounded_multiple_of_direct_convolutions(
+    kernel: torch.device, tile: int, r: int
+) -> None:
+    if interpreted():
+        pytest.skip("a case large enough takes the interpreter minutes")
+    for dtype in FLOATS:
+        for channels in (64, 256) if dtype == torch.float32 and r == 3 else (64,):
+            growth = measured_growth(tile, r, dtype, channels, kernel)
+            print(
+                f"\nF({tile}, {r}) {str(dtype)[6:]} {channels} channels, × torch's direct error: "
+                f"{growth.max:.2f} max, {growth.rms:.2f} RMS",
+                end="",
+            )
+            if dtype == torch.float32 and (tile, r) in BOUNDS:
+                assert growth.max <= BOUNDS[tile, r]
+                assert growth.rms <= BOUNDS[tile, r]
+            if dtype != torch.float32 and kernel.type == "cpu":
+                assert growth.max <= 1.05  # float32 inside: the last rounding is all the error
+
+
+@ALL_KERNELS
+@ALL_TILES
+def test_no_overflow_in_float16(kernel: torch.device, tile: int, r: int) -> None:
+    if interpreted() and (tile, r) != (6, 3):
+        return
+    alpha = tile + r - 1
+    # Signs that make rows of Bᵀ d B as large as they get, for one tile and for its neighbours.
+    signs = co.ops.winograd_transform.kernel_transform(tile, r).bt
+    patterns = [
+        64.0 * torch.tensor([[1.0 if a * b >= 0 else -1.0 for b in row] for a in row])
+        for row in signs
+    ]
+    x = torch.stack(patterns).half()[None].to(kernel)  # [1, alpha, alpha, alpha]
+    x = torch.cat([x, torch.full_like(x, 64.0), torch.full_like(x, -64.0)])
+    weight = torch.randn(4, alpha, r, r, device=kernel).sign().half()
+    weight = weight / (2 * alpha)
+    for padding in (0, 1, r - 1):
+        case = Case(tile=tile, padding=(padding, padding), dtype=torch.float16)
+        y = call(x, weight, None, case)
+        assert y.isfinite().all()
+        assert_matches(y, x, weight, None, case)
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_tiles_and_gets_lost_nowhere(
+    kernel: torch.device, value: float
+) -> None:
+    case = Case(2, 3, 4, 14, 13, tile=4)
+    if interpreted():
+        case = Case(1, 2, 2, 9, 7, tile=4)
+    x, weight, bias = make(case, kernel)
+    sound = call(x, weight, bias, case)
+    h, w = 6, 5
+    x[0, 1, h, w] = value
+    y = call(x, weight, bias, case)
+    touched = torch.zeros(sound.shape[2:], dtype=torch.bool)
+    touched[h - 1 : h + 2, w - 1 : w + 2] = True  # what reads the pixel in direct convolution
+    assert not y[0, :, touched].isfinite().any()
+    first, end = (h - 5 + 1 + 3) // 4 * 4, (h + 1) // 4 * 4 + 4  # rows of the tiles that read it
+    left, right = (w - 5 + 1 + 3) // 4 * 4, (w + 1) // 4 * 4 + 4
+    touched[first:end, left:right] = True
+    assert torch.equal(y[0, :, ~touched], sound[0, :, ~touched])
+    assert torch.equal(y[1:], sound[1:])
+
+
+@ALL_KERNELS
+def test_relu_keeps_nan(kernel: torch.device) -> None:
+    case = Case(h=4, w=4, activation="relu")
+    x, weight, bias = make(case, kernel)
+    assert call(x.fill_(float("nan")), weight, bias, case).isnan().all()
+
+
+@ALL_KERNELS
+def test_offsets_past_2_to_the_31(kernel: torch.device) -> None:
+    if kernel.type != "cpu" or interpreted():
+        pytest.skip("memory that is never touched costs nothing on a CPU alone")
+    stride = 2**31 + 8
+    memory = torch.empty(stride + 64, dtype=torch.bfloat16)  # 4 GB of addresses
+    x = memory.as_strided((1, 2, 6, 7), (1, stride, 7, 1))
+    x.copy_(torch.randn(x.shape))
+    case = Case(c=2, dtype=torch.bfloat16)
+    weight = make(Case(c=2, dtype=torch.bfloat16))[1]
+    expected = call(x.contiguous(), weight, None, case)
+    assert torch.equal(call(x, weight, None, case), expected)
+
+
+@ALL_KERNELS
+def test_packed_weights_give_the_same(kernel: torch.device) -> None:
+    case = Case(c=6, k=50, groups=2)
+    x, weight, bias = make(case, kernel)
+    expected = call(x, weight, bias, case)
+    packed = co.ops.winograd_conv2d_pack(weight, 2, 4)
+    y = co.ops.winograd_conv2d(x, weight, bias, (1, 1), 2, tile=4, transformed=packed)
+    assert torch.equal(y, expected)
+    assert torch.equal(y, co.ops.winograd_conv2d(x, weight, bias, 1, 2, "none", 4))
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=str)
+def test_packing(dtype: torch.dtype) -> None:
+    for k, c, groups in ((1, 1, 1), (16, 3, 3), (17, 3, 1), (32, 2, 1), (40, 5, 2), (64, 4, 1)):
+        for tile, r in SUPPORTED[:: 3 if k > 17 else 1]:
+            for rh in (1, r):
+                weight = torch.randn(k * groups, c, rh, r).to(dtype)
+                packed = co.ops.winograd_conv2d_pack(weight, groups, tile)
+                P = (tile + r - 1) ** (2 if rh > 1 else 1)
+                exact = co.ops.winograd_conv2d_pack(weight.double(), groups, tile)
+                assert exact.shape == (P, k * groups, c)
+                if dtype == torch.float64:
+                    assert torch.equal(packed, exact)
+                    continue
+                assert packed.dtype == torch.float32
+                assert packed.shape == (groups, -(-k // 16) * 16, P, c)
+                # Rounded once; sums in float64 may end a last bit apart.
+                rounded = co.ops.winograd_conv2d_unpack(packed, k * groups)
+                error = (rounded.double() - exact).abs()
+                assert (error <= 2.0**-24 * (1 + 1e-6) * exact.abs() + 1e-15).all()
+    weight = torch.randn(40, 5, 3, 3)
+    packed = co.ops.winograd_conv2d_pack(weight, 1, 2).flatten()
+    u = co.ops.winograd_conv2d_pack(weight.double(), 1, 2).float()
+    for p, k, c in ((0, 0, 0), (3, 31, 4), (7, 32, 2), (15, 39, 0), (15, 40, 4), (2, 47, 1)):
+        at = (p * 5 + c) * 32 + k if k < 32 else 32 * 16 * 5 + (p * 5 + c) * 16 + k - 32
+        assert packed[at] == pytest.approx(u[p, k, c].item() if k < 40 else 0.0, rel=1e-6)
+
+
+def gradients(y: torch.Tensor, inputs: tuple, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(y, inputs, grad)
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_gradient(kernel: torch.device, activation: str) -> None:
+    cases = [
+        Case(2, 6, 9, 33, 31, groups=3, activation=activation),
+        Case(1, 20, 18, 40, 70, padding=(0, 2), tile=2, activation=activation),
+        Case(1, 3, 4, 9, 9, padding=(3, 1), activation=activation),  # padded by more than r − 1
+        Case(1, 4, 5, 6, 140, 5, True, 4, (0, 1), activation=activation),
+        Case(2, 8, 8, 44, 44, tile=6, dtype=torch.bfloat16, activation=activation),
+    ]
+    for case in cases[2:3] if interpreted() else cases:
+        inputs = tuple(t.requires_grad_() for t in make(case, kernel))
+        wide = tuple(t.detach().cpu().double().requires_grad_() for t in inputs)
+        exact = F.conv2d(*wide, padding=case.padding, groups=case.groups)
+        y = call(*inputs, case)
+        grad = torch.randn(exact.shape)
+        if activation == "relu":
+            grad = torch.where(exact.abs() < 1e-2, 0.0, grad)  # where the sign may round away
+            exact = exact.relu()
+        elif activation == "gelu":
+            exact = F.gelu(exact)
+        actual = gradients(y, inputs, grad.to(y))
+        expected = gradients(exact, wide, grad.to(y.dtype).double())
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[case.dtype]
+        for ours, exact_one, like in zip(actual, expected, inputs, strict=True):
+            assert ours.dtype == like.dtype
+            assert ours.shape == like.shape
+            error = (ours.cpu().double() - exact_one).abs().max() / exact_one.abs().max()
+            assert error < tolerance, (case, error)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@ALL_TILES
+def test_input_gradient_in_the_winograd_domain(tile: int, r: int, flat: bool) -> None:
+    rh = 1 if flat else r
+    for padding in ((0, 0), (rh - 1, r - 1), (0, 1)):
+        x = torch.randn(1, 4, 12, 13, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(6, 2, rh, r, dtype=torch.float64)
+        y = F.conv2d(x, weight, None, 1, padding, 1, 2)
+        grad = torch.randn_like(y)
+        (expected,) = gradients(y, (x,), grad)
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-3)):
+            actual = _input_gradient(grad.to(dtype), weight.to(dtype), padding, 2, tile)
+            assert torch.allclose(actual.double(), expected, atol=tolerance, rtol=0)
+
+
+def small(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+@pytest.mark.parametrize("flat", [False, True])
+def test_gradcheck(activation: str, flat: bool) -> None:
+    inputs = (small(1, 2, 3, 4), small(2, 1, 1 if flat else 3, 3), small(2))
+    settings = ((0, 1), 2, activation, 4)
+    with co.backend("eager"):
+        assert torch.autograd.gradcheck(
+            lambda *tensors: co.ops.winograd_conv2d(*tensors, *settings), inputs
+        )
+    assert torch.autograd.gradcheck(
+        lambda *tensors: co.ops.winograd_conv2d_reference(*tensors, *settings), inputs
+    )
+
+
+def test_second_derivatives() -> None:
+    inputs = (small(1, 1, 2, 3), small(2, 1, 3, 3), small(2))
+    settings = (1, 1, "gelu", 2)
+    with co.backend("eager"):
+        assert torch.autograd.gradgradcheck(
+            lambda *tensors: co.ops.winograd_conv2d(*tensors, *settings), inputs
+        )
+
+
+def test_fused_gelu_of_the_op_itself_has_a_gradient() -> None:
+    case = Case(activation="gelu")
+    x, weight, bias = (t.requires_grad_() for t in make(case))
+    packed = co.ops.winograd_conv2d_pack(weight, 1, 4)
+    op = torch.ops.compressops.winograd_conv2d
+    fused = op(x, weight, packed, bias, [1, 1], 1, "gelu", 4)
+    unfused = F.gelu(op(x, weight, packed, bias, [1, 1], 1, "none", 4))
+    grad = torch.randn_like(fused)
+    for a, b in zip(
+        gradients(fused, (x, weight, bias), grad),
+        gradients(unfused, (x, weight, bias), grad),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_transformed_weights_have_no_gradient_of_their_own() -> None:
+    x, weight, _ = make(Case())
+    packed = co.ops.winograd_conv2d_pack(weight.requires_grad_(), 1, 4)
+    assert not packed.requires_grad
+    y = co.ops.winograd_conv2d(x, weight, tile=4, transformed=packed.requires_grad_())
+    with pytest.raises(NotImplementedError, match="argument 'transformed' has no gradient"):
+        y.sum().backward()
+
+
+def test_reference_is_the_op_in_float64_and_differentiates_through_the_transforms() -> None:
+    for tile, r in SUPPORTED:
+        case = Case(2, 4, 6, 9, 10, r, tile=tile, groups=2, activation="gelu")
+        x, weight, bias = (t.double().requires_grad_() for t in make(case))
+        y = co.ops.winograd_conv2d_reference(x, weight, bias, 1, 2, "gelu", tile)
+        exact = F.gelu(F.conv2d(x, weight, bias, 1, 1, 1, 2))
+        assert torch.allclose(y, exact, atol=1e-10, rtol=0)
+        grad = torch.randn_like(y)
+        for a, b in zip(
+            gradients(y, (x, weight, bias), grad),
+            gradients(exact, (x, weight, bias), grad),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, atol=1e-9, rtol=0)
+    # In float32 its gradient is that of the rounded algorithm, not that of direct convolution.
+    x, weight, _ = make(Case(1, 64, 8, 12, 12, tile=6))
+    weight.requires_grad_()
+    y = co.ops.winograd_conv2d_reference(x, weight, None, 1, 1, "none", 6)
+    assert "Convolution" not in type(y.grad_fn).__name__
+    last = x.contiguous(memory_format=torch.channels_last)
+    z = co.ops.winograd_conv2d_reference(last, weight, None, 1, 1, "none", 6)
+    assert z.is_contiguous(memory_format=torch.channels_last)
+    assert torch.allclose(y, z, atol=1e-4)
+
+
+@ALL_KERNELS
+def test_opcheck(kernel: torch.device) -> None:
+    settings = (
+        (Case(2, 4, 6, 5, 6, groups=2, activation="gelu"), True),
+        (Case(1, 3, 5, 5, 6, channels_last=True, activation="relu"), True),
+        (Case(1, 3, 5, 1, 9, flat=True, padding=(0, 0), tile=2, bias=False), False),
+    )
+    for case, needs_grad in settings[-1:] if interpreted() else settings:
+        x, weight, bias = make(case, kernel)
+        packed = co.ops.winograd_conv2d_pack(weight, case.groups, case.tile)
+        rest = (packed, bias, list(case.padding), case.groups, case.activation, case.tile)
+        if kernel.type == "cpu":
+            torch.library.opcheck(
+                torch.ops.compressops_native.winograd_conv2d.default,
+                (x, weight, *rest),
+                test_utils=("test_schema", "test_faketensor"),
+            )
+        args = (x.requires_grad_(needs_grad), weight.requires_grad_(needs_grad), *rest)
+        torch.library.opcheck(torch.ops.compressops.winograd_conv2d.default, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    x, weight, bias = make(Case(5, 4, 6, 9, 8, groups=2))
+    packed = co.ops.winograd_conv2d_pack(weight, 2, 4)
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        first = co.ops.winograd_conv2d(x * 2, weight, bias, 1, 2, "gelu")
+        return first + co.ops.winograd_conv2d(x, weight, None, 1, 2, tile=4, transformed=packed)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in ((5, 4, 9, 8), (7, 4, 17, 30)):
+        x = torch.randn(size)
+        assert torch.equal(compiled(x, weight), layer(x, weight))
+    last = x.contiguous(memory_format=torch.channels_last)
+    assert compiled(last, weight).stride() == layer(last, weight).stride()
+    x.requires_grad_(), weight.requires_grad_()
+    y = compiled(x, weight)
+    grad = torch.randn_like(y)
+    expected = gradients(layer(x, weight), (x, weight), grad)
+    for a, b in zip(gradients(y, (x, weight), grad), expected, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_one_graph_serves_all_sizes() -> None:
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    weight = torch.randn(6, 4, 3, 3)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return co.ops.winograd_conv2d(x, weight, None, 1)
+
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for size in ((5, 4, 19, 18), (7, 4, 17, 30), (13, 4, 64, 65)):
+        compiled(torch.randn(size))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap() -> None:
+    x, weight = torch.randn(3, 2, 4, 6, 7), torch.randn(3, 5, 4, 3, 3)
+
+    def layer(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return co.ops.winograd_conv2d(x, weight, None, 1, tile=4)
+
+    expected = torch.stack([layer(a, b) for a, b in zip(x, weight, strict=True)])
+    assert torch.allclose(torch.vmap(layer)(x, weight), expected, atol=1e-5)
+
+
+def test_torch_func_goes_through_the_reference() -> None:
+    x, weight, _ = make(Case())
+
+    def loss(weight: torch.Tensor) -> torch.Tensor:
+        return co.ops.winograd_conv2d_reference(x, weight, None, 1).square().sum()
+
+    weight.requires_grad_()
+    (expected,) = torch.autograd.grad(loss(weight), weight)
+    assert torch.allclose(torch.func.grad(loss)(weight.detach()), expected, atol=1e-4)
+
+
+def bad_arguments() -> dict:
+    x, weight = torch.randn(2, 4, 6, 7), torch.randn(6, 2, 3, 3)
+    packed = co.ops.winograd_conv2d_pack(weight, 2, 4)
+    return {
+        "x": [x[0], x.long(), x[:, :, :0], x[:, :, :, :1].expand(2, 4, 6, 0)],
+        "weight": [
+            *(weight[0], weight.half(), weight.long(), torch.randn(6, 4, 3, 3)),
+            *(torch.randn(6, 2, 2, 2), torch.randn(6, 2, 3, 1), torch.randn(6, 2, 5, 3)),
+        ],
+        "transformed": [
+            *(packed[:, :, :16], packed.half(), packed.double(), packed.flatten()),
+            co.ops.winograd_conv2d_pack(weight, 2, 2),
+        ],
+        "bias": [torch.zeros(5), torch.zeros(6, 1), torch.zeros(6, dtype=torch.int64)],
+        "padding": [[-1, 0], [0, -1], [1], [1, 1, 1]],
+        "groups": [0, -1, 3, 8],
+        "activation": ["swish", ""],
+        "tile": [0, 1, 3, 5, 6 + 2**32],
+    }
+
+
+def good_arguments() -> dict:
+    weight = torch.randn(6, 2, 3, 3)
+    return {
+        "x": torch.randn(2, 4, 6, 7),
+        "weight": weight,
+        "transformed": co.ops.winograd_conv2d_pack(weight, 2, 4),
+        "bias": torch.zeros(6),
+        "padding": [0, 0],
+        "groups": 2,
+        "activation": "none",
+        "tile": 4,
+    }
+
+
+@pytest.mark.parametrize("name", list(bad_arguments()))
+@ALL_KERNELS
+def test_bad_arguments_are_named_with_their_value(kernel: torch.device, name: str) -> None:
+    if kernel.type != "cpu":
+        pytest.skip("the arguments are made on a CPU")
+    op = torch.ops.compressops.winograd_conv2d
+    good = good_arguments()
+    op(**good)
+    for bad in bad_arguments()[name]:
+        with pytest.raises(ValueError, match=f"{OP}: argument '") as error:
+            op(**{**good, name: bad})
+        assert "got" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w: co.ops.winograd_conv2d(x[0], w), "'x' must be .* shape \\[4, 6, 7\\]"),
+        (
+            lambda x, w: co.ops.winograd_conv2d(x, w, padding="same"),
+            "'padding' must be .* got same",
+        ),
+        (lambda x, w: co.ops.winograd_conv2d(x, w, padding=1.5), "'padding' must be .* got 1.5"),
+        (lambda x, w: co.ops.winograd_conv2d(x, w, padding=(1,)), "'padding' must be .* got"),
+        (lambda x, w: co.ops.winograd_conv2d(x, w, tile="best"), "'tile' must be .* got 'best'"),
+        (lambda x, w: co.ops.winograd_conv2d(x, w, tile=8), "'tile' must be one of .* got 8"),
+        (
+            lambda x, w: co.ops.winograd_conv2d(
+                x, w, transformed=co.ops.winograd_conv2d_pack(w, 1, 4)
+            ),
+            "'tile' must be 2, 4 or 6 beside transformed, got 'auto'",
+        ),
+        (lambda x, w: co.ops.winograd_conv2d(x, w[..., :2, :2]), "'weight' must be .* wide"),
+        (lambda x, w: co.ops.winograd_conv2d(x[:, :, :2], w), "'x' must be at least 3 × 3 large"),
+        (lambda x, w: co.ops.winograd_conv1d(x, w), "winograd_conv1d: argument 'x'"),
+        (lambda x, w: co.ops.winograd_conv1d(x[0], w), "winograd_conv1d: argument 'weight'"),
+        (
+            lambda x, w: co.ops.winograd_conv1d(x[0], w[0], padding=(1, 1)),
+            "winograd_conv1d: argument 'padding' .* got \\(1, 1\\)",
+        ),
+        (lambda x, w: co.ops.winograd_conv2d_pack(w[0]), "winograd_conv2d_pack: argument 'weight'"),
+        (lambda x, w: co.ops.winograd_conv2d_pack(w, 4), "argument 'groups' must be .* got 4"),
+        (lambda x, w: co.ops.winograd_conv2d_pack(w, 1, 3), "argument 'tile' must be .* got 3"),
+        (lambda x, w: co.ops.winograd_conv2d_reference(x, w, tile=3), "argument 'tile' .* got 3"),
+        (lambda x, w: co.ops.winograd_conv2d(x.double(), w), "argument 'weight' must be torch.flo"),
+    ],
+)
+def test_bad_arguments_of_the_public_functions(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(2, 4, 6, 7), torch.randn(6, 4, 3, 3))
