@@ -91,7 +91,8 @@ def make_case(layer: Layer, batch: int, threads: int) -> Case:
 def ours(case: Case, memory_format: torch.memory_format, tile: int | str) -> Peer:
     x = case.x.to(memory_format=memory_format)
     if tile == "auto":
-        tile = co.ops.choose_tile(case.x.shape, case.weight.shape, case.padding)
+        pair = (case.padding, case.padding)
+        tile = co.ops.choose_tile(case.x.shape, case.weight.shape, pair)
     transformed = co.ops.winograd_conv2d_pack(case.weight, 1, tile)
 
     def run() -> torch.Tensor:

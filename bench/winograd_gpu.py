@@ -76,8 +76,8 @@ def run_layer(layer: Any, batch: int, kind: str, rounds: int) -> dict:
         x.shape,
         weight.shape,
         (layer.padding, layer.padding),
-        half=dtype != torch.float32,
-        device_type="cuda",
+        dtype=str(dtype).removeprefix("torch."),
+        half_domain=True,
     )
     transformed = co.ops.winograd_conv2d_pack(weight, 1, tile)
 

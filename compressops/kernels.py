@@ -23,13 +23,14 @@ from compressops.nn import (
 )
 from compressops.nn.winograd import OP
 from compressops.nn.winograd_conv import padded, tiles_for, why_not
+from compressops.ops.winograd_model import MAX_ERROR_GROWTH
 from compressops.ops.winograd_transform import kernel_transform
 
 FLOAT_LAYERS = {nn.Conv1d: WinogradConv1d, nn.Conv2d: WinogradConv2d}
 # How much faster a layer has to be: what noise can feign shall not make a model slower.
 MARGIN = 1.05
-# Errors above this multiple of the direct convolution's are too large: about what F(4, 3) has.
-ERROR_LIMIT = 8.0
+# Measured errors above this multiple of the direct convolution's are too large.
+ERROR_LIMIT = MAX_ERROR_GROWTH
 # Activations may become this many times larger than those of the example.
 HEADROOM = 4.0
 # Rows and columns of one image that errors are measured on.

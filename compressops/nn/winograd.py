@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from typing import Any, NamedTuple
@@ -168,14 +169,9 @@ class Winograd:
     def _tile(self, input: Tensor, weight: Tensor, padding: tuple[int, ...], groups: int) -> int:
         if self.tile != "auto":
             return self.tile
-        return ops.choose_tile(
-            input.shape,
-            weight.shape,
-            padding,
-            groups,
-            half=input.dtype in (torch.float16, torch.bfloat16),
-            device_type=input.device.type,
-        )
+        # A tracer's sizes may be symbols, which are not hashable.
+        choose = _choose_tile.__wrapped__ if torch.compiler.is_compiling() else _choose_tile
+        return choose(input.shape, weight.shape, padding, groups, input.dtype, input.is_cpu)
 
     def _transformed(self, weight: Tensor, dtype: torch.dtype, groups: int, tile: int) -> _Kept:
         state = _state(weight, dtype, groups, tile)
@@ -188,6 +184,23 @@ class Winograd:
         kept = _Kept(state or (), source, cast, ops.winograd_conv2d_pack(cast, groups, tile))
         self._kept = kept if state is not None else None
         return kept
+
+
+# The model behind it takes longer than a small convolution.
+@functools.lru_cache(maxsize=4096)
+def _choose_tile(
+    x_shape: torch.Size,
+    weight_shape: torch.Size,
+    padding: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    is_cpu: bool,
+) -> int:
+    name = str(dtype).removeprefix("torch.")
+    # On a CPU the Winograd domain is float32.
+    return ops.choose_tile(
+        x_shape, weight_shape, padding, groups, dtype=name, half_domain=not is_cpu
+    )
 
 
 _counter = itertools.count()
@@ -219,7 +232,9 @@ _library.define(
 )
 _library.impl(
     "winograd_layer",
-    lambda x, weight, bias, padding, groups, key: _live[key].run(x, weight, bias, padding, groups),
+    lambda x, weight, bias, padding, groups, key: _live[key].run(
+        x, weight, bias, tuple(padding), groups
+    ),
     "CompositeExplicitAutograd",
 )
 
