@@ -185,6 +185,8 @@ def run_case(layer: Layer, case: Case, rounds: int, arguments: argparse.Namespac
     if "converted" in seconds and "torch NCHW" in seconds:
         row["converted to"] = entered["converted"].note
         row["converted × torch NCHW"] = median_ratio(seconds["torch NCHW"], seconds["converted"])
+    # Beside a busy machine's medians: what each can do.
+    row["least µs"] = {name: min(times) * 1e6 for name, times in seconds.items()}
     row["notes"] = {n: p.note for n, p in entered.items() if p.note}
     row["missing"] = missing
     return row
@@ -284,7 +286,11 @@ def main() -> None:
             row["% FMA peak"] = 100 * row["GFLOP/s"] / peaks[threads]
         for peer, why in row["missing"].items():
             print(f"{name}: without {peer}: {why}")
-        times = {k.removesuffix(" µs"): round(v, 1) for k, v in row.items() if k.endswith(" µs")}
+        times = {
+            k.removesuffix(" µs"): round(v, 1)
+            for k, v in row.items()
+            if isinstance(v, float) and k.endswith(" µs")
+        }
         Console(width=200).print(name, times)
         rows.append(row)
     if not rows:
