@@ -1,4 +1,4 @@
-"""A training step of CifarNet on a CPU: direct convolutions against Retrain(convolutions="winograd").
+"""A training step of CifarNet on a CPU: direct convolutions, and Retrain(convolutions="winograd").
 
     python bench/bench_training.py --batch 500
 

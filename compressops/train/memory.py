@@ -20,9 +20,9 @@ def keep_freed_memory() -> bool:
 
     glibc maps every block above 32 MB anew and gives it back when it is freed, so each step of a
     training touches all of its activations' pages for the first time: for CifarNet at a batch of
-    500 half a million page faults a step, a quarter to a third of its time on two cores. After this call freed blocks stay in
-    the heap. That changes no result. It costs memory: the process keeps its largest size to its end,
-    and that grows by the heap's gaps (here from 1.4 to 2.1 GB).
+    500 half a million page faults a step, a quarter to a third of its time on two cores. After
+    this call freed blocks stay in the heap. That changes no result. It costs memory: the process
+    keeps its largest size to its end, and that grows by the heap's gaps (here from 1.4 to 2.1 GB).
 
     For programs, not libraries: the command line, the demo and the scripts of this project call it
     before they train. ``COMPRESSOPS_KEEP_MEMORY=0`` in the environment, or any setting of glibc's
