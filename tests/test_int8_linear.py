@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -114,6 +115,47 @@ def test_extreme_sums_are_exact(kernel: torch.device, k: int, sign: float) -> No
     y = co.ops.int8_linear(x, packed, ones, sums)
     expected = torch.where(torch.arange(18, device=kernel) < 9, -sign, sign) * 127 * 127 * k
     assert torch.equal(y, expected.expand(2, -1))
+
+
+def gelu_of(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The epilogue alone: weights of 0 leave the bias."""
+    x, n = torch.ones(1, 4, device=device), len(values)
+    weight, sums = co.ops.int8_linear_pack(torch.zeros(n, 4, dtype=torch.int8, device=device))
+    scales = torch.ones(n, device=device)
+    return co.ops.int8_linear(x, weight, scales, sums, values.to(device), "gelu")[0].cpu()
+
+
+def exact_gelu(values: torch.Tensor) -> torch.Tensor:
+    """In float64; the complement of erf does not cancel."""
+    y = values.double()
+    return 0.5 * y * torch.special.erfc(-y / math.sqrt(2))
+
+
+@ALL_KERNELS
+def test_gelu_is_as_exact_as_torchs(kernel: torch.device) -> None:
+    values = torch.cat([torch.linspace(-14, 20, 3001), torch.logspace(-40, 1, 500)])
+    values = torch.cat([values, -values[-500:], torch.tensor([0.0, -0.0])])
+    exact = exact_gelu(values)
+    found, theirs = gelu_of(values, kernel).double(), F.gelu(values).double()
+    assert (found - exact).abs().max() <= 2 * (theirs - exact).abs().max()
+    assert (found - exact).square().mean() <= 4 * (theirs - exact).square().mean()
+
+
+@pytest.mark.parametrize(
+    "kernel", [p for p in kernel_params("int8_linear") if p.values[0][1] == "cpu"], indirect=True
+)
+def test_gelu_on_the_cpu_everywhere(kernel: torch.device) -> None:
+    """Small values to a few units in the last place, large ones whole or gone."""
+    small = torch.cat([torch.linspace(-0.5, 0.5, 100_003), torch.logspace(-37, -1, 4001)])
+    found = gelu_of(small, kernel).double()
+    assert ((found - exact_gelu(small)).abs() <= 3 * 2.0**-23 * exact_gelu(small).abs()).all()
+    large = torch.cat([torch.linspace(5.5, 80, 999), torch.tensor([3.4e38, torch.inf])])
+    assert (gelu_of(large, kernel) >= large * (1 - 2**-23)).all()
+    assert (gelu_of(large, kernel) <= large).all()
+    assert gelu_of(-large[:-1], kernel).abs().max() < 1.2e-6
+    special = gelu_of(torch.tensor([torch.nan, -torch.inf, 0.0]), kernel)
+    assert special[:2].isnan().all()
+    assert special[2] == 0
 
 
 @ALL_KERNELS

@@ -8,7 +8,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -18,6 +17,7 @@
 
 #include "../check.h"
 #include "cpu_features.h"
+#include "gelu.h"
 
 namespace compressops::cpu {
 namespace {
@@ -44,25 +44,27 @@ Activation parse_activation(const std::string& name) {
   return Activation::kGelu;
 }
 
-template <Activation kActivation>
-float activate(float y) {
-  if constexpr (kActivation == Activation::kRelu) return y < 0.0f ? 0.0f : y;  // keeps NaN
-  if constexpr (kActivation == Activation::kGelu)
-    return 0.5f * y * (1.0f + std::erf(y * 0.70710678118654752f));
-  return y;
-}
-
-// One row of sums to outputs. `bias` may be null.
+// One row of sums to at most kMaxPanels · kColumns outputs. `bias` may be null.
 template <Activation kActivation, typename T>
 void finish_row(const int32_t* sums, const int32_t* weight_sums, float x_scale, const float* scales,
-                const float* bias, int64_t columns, T* out) {
+                const float* bias, int64_t columns, Gelu gelu, T* out) {
+  // GELU works on a row of floats; the others finish each output where it is.
+  alignas(64) float row[kMaxPanels * kColumns];
   for (int64_t n = 0; n < columns; ++n) {
     // The rows were shifted by 128 to be unsigned; unsigned arithmetic may wrap.
     const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) -
                                           128u * static_cast<uint32_t>(weight_sums[n]));
     float y = static_cast<float>(sum) * (x_scale * scales[n]);
     if (bias != nullptr) y += bias[n];
-    out[n] = static_cast<T>(activate<kActivation>(y));
+    if constexpr (kActivation == Activation::kRelu) y = y < 0.0f ? 0.0f : y;  // keeps NaN
+    if constexpr (kActivation == Activation::kGelu)
+      row[n] = y;
+    else
+      out[n] = static_cast<T>(y);
+  }
+  if constexpr (kActivation == Activation::kGelu) {
+    gelu(row, columns);
+    std::copy(row, row + columns, out);
   }
 }
 
@@ -174,6 +176,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     const T* input = static_cast<const T*>(dense_x.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());
     const auto finish = row_finisher<T>(activation);
+    const Gelu gelu_kernel = gelu();
 
     // A thread is worth starting for about 16 K elements.
     const int64_t rows_grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
@@ -215,7 +218,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                        packed.k_blocks, rows, panel_count, accumulators);
           for (int r = 0; r < rows; ++r) {
             finish(accumulators + r * panel_count * kColumns, sums + n0, x_scales[m + r],
-                   scales + n0, biases.empty() ? nullptr : biases.data() + n0, columns,
+                   scales + n0, biases.empty() ? nullptr : biases.data() + n0, columns, gelu_kernel,
                    output + (m + r) * N + n0);
           }
         }

@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "gelu.h"
 #include "winograd_conv2d_image.h"
 #include "winograd_conv2d_plan.h"
 
@@ -98,9 +99,7 @@ struct Task {
                            segment.count, added, activation == Activation::kRelu, pixels,
                            row_stride, direct ? y.strides.w : kBlock);
       if (direct) return;
-      if (activation == Activation::kGelu)
-        for (int64_t i = 0; i < rows * row_stride; ++i)
-          window[i] = 0.5f * window[i] * (1.0f + std::erf(window[i] * 0.70710678118654752f));
+      if (activation == Activation::kGelu) gelu()(window, rows * row_stride);
       isa.scatter(window, row_stride, channels, rows, columns, y.element, y.strides, to);
     });
   }
