@@ -97,8 +97,10 @@ def context(arguments: argparse.Namespace) -> dict:
         if line.startswith("model name"):
             cpu = line.split(":", 1)[1].strip()
             break
+    # Results that were written a moment ago change nothing that is measured.
+    changes = git("status", "--porcelain", "--", ".", ":!bench/results")
     return {
-        "commit": git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else ""),
+        "commit": git("rev-parse", "HEAD") + ("+changes" if changes else ""),
         "date": time.strftime("%Y-%m-%d"),
         # Folders of the machine that it ran on mean nothing elsewhere.
         "command": "python bench/" + " ".join(Path(word).name for word in sys.argv),

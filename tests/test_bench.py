@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from compressops.schema import SCHEMAS
+
 BENCH = Path(__file__).resolve().parent.parent / "bench"
+README = BENCH.parent / "README.md"
 
 
 @pytest.mark.parametrize("script", sorted(BENCH.glob("bench_*.py")), ids=lambda path: path.stem)
@@ -18,3 +22,20 @@ def test_smoke(script: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not out.exists()
+
+
+def test_gpu_verify_runs_its_parity_on_what_is_there() -> None:
+    command = [sys.executable, str(BENCH / "gpu_verify.py"), "--smoke"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    for op in SCHEMAS:
+        assert op in done.stdout
+
+
+def test_the_table_shows_every_row() -> None:
+    command = [sys.executable, str(BENCH / "cifarnet_table.py"), "show"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| ") == 7
+    assert done.stdout in README.read_text(encoding="utf-8")

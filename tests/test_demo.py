@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from html.parser import HTMLParser
@@ -100,6 +101,16 @@ def test_the_demo_end_to_end(run, capsys: pytest.CaptureFixture) -> None:
         assert name in printed
     assert f"{(out / 'packed.safetensors').stat().st_size:,}" in printed
     assert load_file(out / "logits.safetensors")["logits"].shape == (64, 10)
+    found = json.loads((out / "result.json").read_text())
+    sizes = [(out / f"{n}.safetensors").stat().st_size for n in ("float", "packed")]
+    assert [found["float_file_bytes"], found["file_bytes"]] == sizes
+    assert found["file_rate"] == sizes[0] / sizes[1]
+    assert [row["stage"].split()[0] for row in found["stages"]][1:] == [
+        *("Prune", "Retrain", "Quantize", "Encode")
+    ]
+    assert found["top1"] == found["stages"][-1]["top1"] == found["top1_from_file_in_new_process"]
+    assert found["stages"][-1]["stored_bytes"] + found["header_bytes"] == found["file_bytes"]
+    assert found["samples"] == 64
 
     text = (out / "report.html").read_text(encoding="utf-8")
     # Letters of an image can spell anything.

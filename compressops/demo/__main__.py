@@ -8,24 +8,28 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compressops.compress import Recipe, compress
+from compressops.compress import Recipe, Table, compress
 from compressops.convert import convert
 from compressops.demo.html import Findings, Stage, render, stage_cells
 from compressops.registry import is_layer
 from compressops.report import report
-from compressops.serialize import inspect, save, verify
+from compressops.serialize import FileInfo, inspect, save, verify
 from compressops.train.memory import keep_freed_memory
 
 ROOT = Path(__file__).parents[2]
+# What the demo found, beside its report.
+RESULT = "result.json"
 CLASSIFY = (sys.executable, "-m", "compressops.demo.classify")
 
 
@@ -96,14 +100,20 @@ def main(arguments: list[str] | None = None) -> int:
     page.write_text(render(findings), encoding="utf-8")
     console.print(_table(stages))
     console.print(layers)
-    rate = float_file.stat().st_size / file.stat().st_size
+    facts = {
+        "recipe": f"{args.recipe.parent.name}/{args.recipe.name}",
+        "seconds_in_all": round(time.monotonic() - began, 1),
+        **_facts(result.table, found, float_file.stat().st_size, info),
+    }
+    (args.out / RESULT).write_text(json.dumps(facts, indent=1) + "\n")
     console.print(
-        f"\nThe file is {rate:.2f}× smaller than the float32 file. Done in "
-        f"{(time.monotonic() - began) / 60:.1f} minutes.",
+        f"\nThe file is {facts['file_rate']:.2f}× smaller than the float32 file. Done in "
+        f"{facts['seconds_in_all'] / 60:.1f} minutes.",
         highlight=False,
     )
     for path, what in (
         (page, "plots and tables, to be opened in a browser"),
+        (args.out / RESULT, "the same figures for programs"),
         (file, "the packed network: compressops inspect, verify, report"),
         (float_file, "the float network"),
         (args.out / "work", "checkpoints; --fresh starts without them"),
@@ -128,6 +138,26 @@ def _classify(file: Path, recipe: Path, out: Path) -> tuple[dict, torch.Tensor]:
     return json.loads(done.stdout.splitlines()[-1]), load_file(out)["logits"]
 
 
+def _facts(table: Table, found: dict, float_bytes: int, info: FileInfo) -> dict[str, Any]:
+    """The figures of the result file."""
+    last = table[-1]
+    return {
+        "top1": last.top1,
+        "top5": last.top5,
+        "top1_from_file_in_new_process": found["top1"],
+        "top5_from_file_in_new_process": found["top5"],
+        "samples": found["samples"],
+        "density": last.density,
+        "bits": last.bits,
+        "ideal_rate": last.ideal_rate,
+        "float_file_bytes": float_bytes,
+        "file_bytes": info.file_bytes,
+        "file_rate": float_bytes / info.file_bytes,
+        "header_bytes": info.header_bytes,
+        "stages": [asdict(row) for row in table],
+    }
+
+
 def _stages(rows: object, float_bytes: int, file_bytes: int) -> list[Stage]:
     """The table's rows; the files at both ends are the measured ones."""
     stages = [
@@ -149,8 +179,8 @@ def _stages(rows: object, float_bytes: int, file_bytes: int) -> list[Stage]:
     return stages
 
 
-def _table(stages: list[Stage]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+def _table(stages: list[Stage]) -> RichTable:
+    table = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, header in enumerate(Stage.headers):
         table.add_column(header, justify="right" if i else "left")
     for stage in stages:
