@@ -201,7 +201,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   const Shape shape =
       make_shape(x.size(0), weight.size(1), x.size(2), x.size(3), weight.size(0) / groups, groups,
                  weight.size(2) == 1, r, tile, padding[0], padding[1]);
-  COMPRESSOPS_CHECK(shape.OH >= 0 && shape.OW >= 0, kOp, "x",
+  COMPRESSOPS_CHECK(shape.OH >= 1 && shape.OW >= 1, kOp, "x",
                     "at least as large as the kernel, padding included", x);
   COMPRESSOPS_CHECK(transformed.is_cpu() && transformed.scalar_type() == ScalarType::Float &&
                         transformed.dim() == 4 && transformed.size(0) == groups &&
