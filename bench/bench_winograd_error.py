@@ -58,7 +58,7 @@ def row(tile: int, r: int, dtype: torch.dtype, channels: int, size: int, seeds: 
         "RMS error, u": statistics.mean(relative),
         "predicted, u": model.relative_error(terms, terms, channels)
         if dtype == torch.float32
-        else float("nan"),
+        else "–",
     }
 
 
