@@ -496,6 +496,23 @@ def test_second_derivatives() -> None:
         )
 
 
+@ALL_KERNELS
+def test_second_derivatives_in_float32(kernel: torch.device) -> None:
+    """Where the first ones may be another kernel's, as a penalty on gradients needs them."""
+    if interpreted():
+        pytest.skip("the gradients are direct there")
+    case = Case(2, 6, 8, 44, 45, groups=2)
+    tensors = make(case, kernel)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = tuple(t.to(dtype).requires_grad_() for t in tensors)
+        y = call(*inputs, case) if dtype == torch.float32 else F.conv2d(*inputs, 1, 1, 1, 2)
+        first = torch.autograd.grad(y.square().mean(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), inputs))
+    for ours, exact in zip(*results, strict=True):
+        assert (ours - exact).abs().max() < 1e-4 * exact.abs().max()
+
+
 def test_fused_gelu_of_the_op_itself_has_a_gradient() -> None:
     case = Case(activation="gelu")
     x, weight, bias = (t.requires_grad_() for t in make(case))

@@ -286,7 +286,10 @@ def _backward(ctx, grad):
         before = _call(x, weight, transformed, bias, ctx.padding, ctx.groups, "none", ctx.tile)
         grad = torch.ops.aten.gelu_backward(grad, before)
     x_by_winograd = needs_x and _input_gradient_is_winograd(x, weight, ctx.padding, ctx.tile)
-    weight_by_winograd = needs_weight and _weight_gradient_is_winograd(x)
+    # With create_graph the gradients are differentiated in turn: `winograd_conv2d_grad` is not.
+    weight_by_winograd = (
+        needs_weight and not torch.is_grad_enabled() and _weight_gradient_is_winograd(x)
+    )
     direct = [needs_x and not x_by_winograd, needs_weight and not weight_by_winograd, False]
     grad_x = grad_weight = grad_bias = None
     if any(direct):

@@ -27,7 +27,8 @@ def winograd_conv2d_grad(
     """``Σ (A y Aᵀ) ⊙ (Bᵀ d B)`` over all tiles: the gradient of the transformed weights G g Gᵀ.
 
     That of the weights themselves is ``Gᵀ · G`` of it, :func:`winograd_conv2d_weight_grad`. It
-    takes as many times fewer multiplications than the direct sum as the forward pass.
+    takes as many times fewer multiplications than the direct sum as the forward pass. It has no
+    gradient itself: to differentiate through it raises ``NotImplementedError``.
 
     Args:
         x: ``[N, C, H, W]`` float32, float16 or bfloat16, any strides; float64 on the eager backend.
@@ -56,7 +57,7 @@ def winograd_conv2d_weight_grad(
 ) -> torch.Tensor:
     """The gradient of the weights, ``[K, C / groups, *kernel_size]`` in the dtype of ``x``.
 
-    Arguments and errors are those of :func:`winograd_conv2d_grad`.
+    Arguments and errors are those of :func:`winograd_conv2d_grad`; nor has it a gradient.
     """
     transformed = winograd_conv2d_grad(x, grad, kernel_size, padding, groups, tile)
     shape = (grad.shape[1], x.shape[1] // groups, *kernel_size)
@@ -104,4 +105,11 @@ def _fake(x, grad, kernel_size, padding=(0, 0), groups=1, tile=4) -> torch.Tenso
     return x.new_empty((down.alpha * across.alpha, *shape[:2]), dtype=dtype)
 
 
-_call = register(OP, eager=_eager, fake=_fake, check=_check)
+def _backward(ctx, grad):
+    # Without a formula autograd would only warn, and take the gradient for zero.
+    raise NotImplementedError(
+        f"{OP} is not differentiable; winograd_conv2d is, any number of times"
+    )
+
+
+_call = register(OP, eager=_eager, fake=_fake, check=_check, backward=_backward)
