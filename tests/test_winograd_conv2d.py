@@ -269,7 +269,8 @@ def test_empty(kernel: torch.device) -> None:
         expected = 0.0 if args[2] is None else args[2][:, None, None]
         if case.activation == "gelu":
             expected = F.gelu(expected)
-        assert torch.equal(y, torch.zeros_like(y) + expected)
+        allowed = 1e-6 if case.activation == "gelu" else 0.0  # the CPU's own gelu rounds otherwise
+        torch.testing.assert_close(y, torch.zeros_like(y) + expected, rtol=0, atol=allowed)
 
 
 @ALL_KERNELS
