@@ -246,11 +246,11 @@ def test_expanded_inputs(kernel: torch.device) -> None:
         assert torch.equal(call(x, weight, bias, case), call(x.contiguous(), weight, bias, case))
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 5, 6), (2, 5, 1, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("shape", [(2, 1, 5, 6), (2, 5, 1, 1), (1, 1, 1, 1), (0, 5, 4, 6)])
 def test_what_is_contiguous_both_ways_gives_a_contiguous_result(shape: tuple[int, ...]) -> None:
-    x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(shape).permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     y = co.ops.winograd_conv2d(x, torch.randn(4, shape[1], 3, 3), padding=1)
-    assert y.is_contiguous()
+    assert y.stride() == torch.empty(y.shape).stride()
 
 
 @ALL_KERNELS
@@ -649,7 +649,10 @@ def bad_arguments() -> dict:
     x, weight = torch.randn(2, 4, 6, 7), torch.randn(6, 2, 3, 3)
     packed = co.ops.winograd_conv2d_pack(weight, 2, 4)
     return {
-        "x": [x[0], x.long(), x[:, :, :0], x[:, :, :, :1].expand(2, 4, 6, 0)],
+        "x": [
+            *(x[0], x.long(), x[:, :, :0], x[:, :, :, :1].expand(2, 4, 6, 0)),
+            *(x[:, :, :2], x[..., :2]),  # one less than there would be an output
+        ],
         "weight": [
             *(weight[0], weight.half(), weight.long(), torch.randn(6, 4, 3, 3)),
             *(torch.randn(6, 2, 2, 2), torch.randn(6, 2, 3, 1), torch.randn(6, 2, 5, 3)),
@@ -658,8 +661,13 @@ def bad_arguments() -> dict:
             *(packed[:, :, :16], packed.half(), packed.double(), packed.flatten()),
             co.ops.winograd_conv2d_pack(weight, 2, 2),
         ],
-        "bias": [torch.zeros(5), torch.zeros(6, 1), torch.zeros(6, dtype=torch.int64)],
-        "padding": [[-1, 0], [0, -1], [1], [1, 1, 1]],
+        "bias": [
+            torch.zeros(5),
+            torch.zeros(6, 1),
+            torch.zeros(6, dtype=torch.int64),
+            torch.zeros(6).double(),
+        ],
+        "padding": [[-1, 0], [0, -1], [1], [1, 1, 1], [2**63 - 1, 0], [0, 2**62 + 1]],
         "groups": [0, -1, 3, 8],
         "activation": ["swish", ""],
         "tile": [0, 1, 3, 5, 6 + 2**32],

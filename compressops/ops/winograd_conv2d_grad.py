@@ -73,8 +73,8 @@ def _check(x, grad, kernel_size, padding=(0, 0), groups=1, tile=4) -> None:
     tiles = [m for m, r in SUPPORTED if square and r == kernel_size[1]]
     require(bool(tiles), OP, "kernel_size", "r, r or 1, r with r of 3, 5 or 7", list(kernel_size))
     require(tile in tiles, OP, "tile", f"one of {tiles} for a kernel {kernel_size[1]} wide", tile)
-    pair = len(padding) == 2 and all(p >= 0 for p in padding)
-    require(pair, OP, "padding", "two integers from 0 on", list(padding))
+    pair = len(padding) == 2 and all(0 <= p <= domain.MAX_PADDING for p in padding)
+    require(pair, OP, "padding", "two integers from 0 to 2^60", list(padding))
     size = domain.output_size(x.shape, (0, 0, *kernel_size), padding)
     fits = grad.dim() == 4 and grad.dtype == x.dtype and grad.device == x.device
     fits = fits and grad.shape[0] == x.shape[0] and grad.shape[1] % groups == 0
