@@ -256,6 +256,20 @@ def test_inference_mode() -> None:
     close(ours(x), F.conv2d(x, ours.weight, ours.bias))
 
 
+@torch.inference_mode()
+def test_writes_in_inference_mode_are_seen(packs: list) -> None:
+    for made_there in (True, False):
+        with torch.inference_mode(made_there):
+            ours = WinogradConv2d(6, 10, 3, tile=4)
+        x = torch.randn(1, 6, 9, 9)
+        ours(x)
+        ours.load_state_dict(float_layer().state_dict())
+        close(ours(x), F.conv2d(x, ours.weight, ours.bias))
+    before = len(packs)
+    ours(x)
+    assert len(packs) == before  # of the one that was made outside
+
+
 # Gradients, autocast, graphs.
 
 

@@ -113,6 +113,13 @@ def test_the_op_takes_it_for_its_own_gradient() -> None:
     assert relative_error(weight.grad, exact) < 1e-5
 
 
+def test_it_is_not_differentiable_and_says_so() -> None:
+    x, grad, *rest = arguments(SHAPES[1], 3, False, torch.float32, "cpu")
+    u = winograd_conv2d_grad(x.requires_grad_(), grad, *rest)
+    with pytest.raises(NotImplementedError, match="winograd_conv2d_grad is not differentiable"):
+        u.sum().backward()
+
+
 def test_opcheck() -> None:
     for dtype in (torch.float32, torch.float16):
         x, grad, *rest = arguments(SHAPES[3], 3, False, dtype, "cpu")

@@ -31,8 +31,9 @@ class Winograd:
 
     The transformed weight is computed when it is first needed, and again when the weight is
     another one: of other memory, dtype or device, or written to in place (by an optimizer, by
-    ``load_state_dict``). It is neither saved nor copied. A write through ``weight.data`` leaves
-    no trace that could be seen; call `clear` after one.
+    ``load_state_dict``). It is neither saved nor copied. A write through ``weight.data`` leaves no
+    trace that could be seen; call `clear` after one. Nothing is kept of a weight that was made in
+    inference mode, which does not count writes: make the model outside of it.
 
     Args:
         tile: outputs a dimension, 2, 4 or 6, or ``"auto"``: `ops.choose_tile` for each input.
@@ -210,9 +211,9 @@ _live: weakref.WeakValueDictionary[str, Winograd] = weakref.WeakValueDictionary(
 def _state(weight: Tensor, *how: Any) -> tuple[Any, ...] | None:
     """What changes when the weight does, or None where that cannot be told."""
     try:
-        # Tensors of inference mode don't count what is written to them.
-        version = 0 if weight.is_inference() else weight._version
-        address = weight.data_ptr()
+        if weight.is_inference():  # these don't count what is written to them
+            return None
+        version, address = weight._version, weight.data_ptr()
     except RuntimeError:  # tensors of transforms and tracers have no memory
         return None
     if not address:

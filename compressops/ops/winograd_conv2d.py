@@ -46,7 +46,7 @@ def winograd_conv2d(
     Args:
         x: ``[N, C, H, W]`` float32, float16 or bfloat16, any strides; float64 on the eager backend.
         weight: ``[K, C / groups, r, r]`` or ``[K, C / groups, 1, r]``, dtype of ``x``.
-        bias: float ``[K]`` or None.
+        bias: float ``[K]`` or None; float64 beside float64 alone.
         padding: zeros on each side, one number or ``(height, width)``.
         groups: divides C and K.
         activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
@@ -180,7 +180,7 @@ def _pair(padding: int | Sequence[int]) -> list[int]:
     if isinstance(padding, int):
         return [padding, padding]
     pair = isinstance(padding, list | tuple) and len(padding) == 2
-    require(pair, OP, "padding", "one or two integers from 0 on", padding)
+    require(pair, OP, "padding", "one or two integers from 0 to 2^60", padding)
     return list(padding)
 
 
@@ -214,8 +214,10 @@ def _check_input(x: torch.Tensor, weight: torch.Tensor, padding, groups: int) ->
     channels = x.shape[1] // groups
     fits = weight.dim() == 4 and weight.dtype == x.dtype and weight.shape[1] == channels
     require(fits, OP, "weight", f"{x.dtype} [K, {channels}, r, r] or [.., 1, r]", weight)
-    pair = len(padding) == 2 and all(isinstance(p, int | torch.SymInt) and p >= 0 for p in padding)
-    require(pair, OP, "padding", "one or two integers from 0 on", padding)
+    pair = len(padding) == 2 and all(
+        isinstance(p, int | torch.SymInt) and 0 <= p <= domain.MAX_PADDING for p in padding
+    )
+    require(pair, OP, "padding", "one or two integers from 0 to 2^60", padding)
     height, width = domain.output_size(x.shape, weight.shape, padding)
     fits = height >= 1 and width >= 1
     taps = f"{weight.shape[2]} × {weight.shape[3]}"
@@ -224,7 +226,8 @@ def _check_input(x: torch.Tensor, weight: torch.Tensor, padding, groups: int) ->
 
 def _check_rest(x, weight, bias, activation) -> None:
     if bias is not None:
-        fits = bias.dtype in _DTYPES and tuple(bias.shape) == (weight.shape[0],)
+        fits = bias.dtype in _DTYPES and (bias.dtype != torch.float64 or x.dtype == torch.float64)
+        fits = fits and tuple(bias.shape) == (weight.shape[0],)
         require(fits, OP, "bias", f"float [{weight.shape[0]}] or None", bias)
     known = f"one of {ACTIVATIONS}"
     require(activation in ACTIVATIONS, OP, "activation", known, repr(activation))
@@ -286,7 +289,10 @@ def _backward(ctx, grad):
         before = _call(x, weight, transformed, bias, ctx.padding, ctx.groups, "none", ctx.tile)
         grad = torch.ops.aten.gelu_backward(grad, before)
     x_by_winograd = needs_x and _input_gradient_is_winograd(x, weight, ctx.padding, ctx.tile)
-    weight_by_winograd = needs_weight and _weight_gradient_is_winograd(x)
+    # With create_graph the gradients are differentiated in turn: `winograd_conv2d_grad` is not.
+    weight_by_winograd = (
+        needs_weight and not torch.is_grad_enabled() and _weight_gradient_is_winograd(x)
+    )
     direct = [needs_x and not x_by_winograd, needs_weight and not weight_by_winograd, False]
     grad_x = grad_weight = grad_bias = None
     if any(direct):

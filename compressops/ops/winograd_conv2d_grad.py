@@ -27,7 +27,8 @@ def winograd_conv2d_grad(
     """``Σ (A y Aᵀ) ⊙ (Bᵀ d B)`` over all tiles: the gradient of the transformed weights G g Gᵀ.
 
     That of the weights themselves is ``Gᵀ · G`` of it, :func:`winograd_conv2d_weight_grad`. It
-    takes as many times fewer multiplications than the direct sum as the forward pass.
+    takes as many times fewer multiplications than the direct sum as the forward pass. It has no
+    gradient itself: to differentiate through it raises ``NotImplementedError``.
 
     Args:
         x: ``[N, C, H, W]`` float32, float16 or bfloat16, any strides; float64 on the eager backend.
@@ -56,7 +57,7 @@ def winograd_conv2d_weight_grad(
 ) -> torch.Tensor:
     """The gradient of the weights, ``[K, C / groups, *kernel_size]`` in the dtype of ``x``.
 
-    Arguments and errors are those of :func:`winograd_conv2d_grad`.
+    Arguments and errors are those of :func:`winograd_conv2d_grad`; nor has it a gradient.
     """
     transformed = winograd_conv2d_grad(x, grad, kernel_size, padding, groups, tile)
     shape = (grad.shape[1], x.shape[1] // groups, *kernel_size)
@@ -72,8 +73,8 @@ def _check(x, grad, kernel_size, padding=(0, 0), groups=1, tile=4) -> None:
     tiles = [m for m, r in SUPPORTED if square and r == kernel_size[1]]
     require(bool(tiles), OP, "kernel_size", "r, r or 1, r with r of 3, 5 or 7", list(kernel_size))
     require(tile in tiles, OP, "tile", f"one of {tiles} for a kernel {kernel_size[1]} wide", tile)
-    pair = len(padding) == 2 and all(p >= 0 for p in padding)
-    require(pair, OP, "padding", "two integers from 0 on", list(padding))
+    pair = len(padding) == 2 and all(0 <= p <= domain.MAX_PADDING for p in padding)
+    require(pair, OP, "padding", "two integers from 0 to 2^60", list(padding))
     size = domain.output_size(x.shape, (0, 0, *kernel_size), padding)
     fits = grad.dim() == 4 and grad.dtype == x.dtype and grad.device == x.device
     fits = fits and grad.shape[0] == x.shape[0] and grad.shape[1] % groups == 0
@@ -104,4 +105,11 @@ def _fake(x, grad, kernel_size, padding=(0, 0), groups=1, tile=4) -> torch.Tenso
     return x.new_empty((down.alpha * across.alpha, *shape[:2]), dtype=dtype)
 
 
-_call = register(OP, eager=_eager, fake=_fake, check=_check)
+def _backward(ctx, grad):
+    # Without a formula autograd would only warn, and take the gradient for zero.
+    raise NotImplementedError(
+        f"{OP} is not differentiable; winograd_conv2d is, any number of times"
+    )
+
+
+_call = register(OP, eager=_eager, fake=_fake, check=_check, backward=_backward)

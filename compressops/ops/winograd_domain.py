@@ -14,6 +14,9 @@ from .winograd_transform import SUPPORTED, Matrix, Transform, identity_transform
 # CPU packing: panels of 32 output channels, the last of 16 where 16 are enough.
 PANEL, BLOCK = 32, 16
 
+# So that no size overflows 64 bits before it is asked for as memory.
+MAX_PADDING = 1 << 60
+
 Floats = tuple[tuple[float, ...], ...]
 
 

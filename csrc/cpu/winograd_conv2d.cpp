@@ -14,7 +14,6 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <cmath>
 #include <optional>
 #include <string>
 #include <vector>
@@ -160,6 +159,7 @@ std::vector<float> padded_bias(const std::optional<Tensor>& bias, const Shape& s
 }
 
 bool is_channels_last(const Tensor& x) {
+  if (x.numel() == 0) return false;  // contiguous, whatever its strides
   int64_t expected = 1;
   bool last = true, contiguous = true;
   for (int dim : {1, 3, 2, 0}) {
@@ -193,9 +193,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   COMPRESSOPS_CHECK(
       (tile == 2 || tile == 4 || tile == 6) && r >= 2 && (alpha == 4 || alpha == 6 || alpha == 8),
       kOp, "tile", "2, 4 or 6 with tile + " + std::to_string(r) + " - 1 of 4, 6 or 8", tile);
-  COMPRESSOPS_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, kOp, "padding",
-                    "two integers from 0 on",
-                    padding.empty() ? -1 : *std::min_element(padding.begin(), padding.end()));
+  check_padding(kOp, padding);
   const Activation activation = parse_activation(activation_name);
 
   const Shape shape =

@@ -87,9 +87,7 @@ Tensor winograd_conv2d_grad(const Tensor& x, const Tensor& grad, std::vector<int
   COMPRESSOPS_CHECK(
       (tile == 2 || tile == 4 || tile == 6) && r >= 2 && (alpha == 4 || alpha == 6 || alpha == 8),
       kOp, "tile", "2, 4 or 6 with tile + " + std::to_string(r) + " - 1 of 4, 6 or 8", tile);
-  COMPRESSOPS_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, kOp, "padding",
-                    "two integers from 0 on",
-                    padding.empty() ? -1 : *std::min_element(padding.begin(), padding.end()));
+  check_padding(kOp, padding);
   const int64_t OH = x.size(2) + 2 * padding[0] - kernel_size[0] + 1;
   const int64_t OW = x.size(3) + 2 * padding[1] - r + 1;
   COMPRESSOPS_CHECK(grad.is_cpu() && grad.dim() == 4 && grad.scalar_type() == x.scalar_type() &&

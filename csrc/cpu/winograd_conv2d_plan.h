@@ -1,5 +1,4 @@
-// How winograd_conv2d cuts its work: see the head of winograd_conv2d.cpp, which alone includes
-// this.
+// How winograd_conv2d and its gradient cut their work: see the head of winograd_conv2d.cpp.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +47,7 @@ inline Shape make_shape(int64_t N, int64_t C, int64_t H, int64_t W, int64_t K, i
   return shape;
 }
 
-// How the work is cut; see the head of this file.
+// How the work is cut.
 struct Plan {
   int64_t chunks;
   int64_t most_tiles;     // of a chunk
