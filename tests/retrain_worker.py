@@ -10,6 +10,7 @@ import sys
 import time
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from compressops.compress import Encode, Prune, Quantize, Recipe, Result, Retrain, compress
@@ -121,7 +122,8 @@ def main() -> None:
     """Every process writes its result, to compare them."""
     result = compress_images(workdir=sys.argv[1] + ".work")
     rows = [(row.top1, row.top5) for row in result.table]
-    state = {"model": result.model.state_dict(), "rows": rows}
+    world = PartialState().num_processes
+    state = {"model": result.model.state_dict(), "rows": rows, "world": world}
     torch.save(state, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
 
 

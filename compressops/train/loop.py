@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,8 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
 
     Raises:
         ImportError: accelerate is not installed.
+        ValueError: the launcher started a kind of training that is not supported, or several
+            processes of which Accelerate makes none of one training.
     """
     try:
         from accelerate import Accelerator
@@ -49,12 +52,32 @@ def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
     if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
         # The state is shared by all accelerators of a process and keeps its first precision.
         AcceleratorState._reset_state(reset_partial_state=False)
-    accelerator = Accelerator(mixed_precision=precision)
+    # Where nothing but a CPU is, Accelerate has to be told: it would take each of torchrun's
+    # processes for the only one.
+    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
+    _check_launch(accelerator)
     if str(accelerator.distributed_type) not in _SUPPORTED:
         raise ValueError(
             f"Retrain runs in one process or under DDP, not {accelerator.distributed_type}"
         )
     return accelerator
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Refuse to train the same model in several processes that know nothing of each other, and say
+    where a launcher started fewer than it was asked for."""
+    launched, world = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    if launched > world:
+        raise ValueError(
+            f"a launcher started {launched} processes, and Accelerate trains in {world} on "
+            f"{accelerator.device}"
+        )
+    if world == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
+        warnings.warn(
+            "accelerate launch --cpu starts one process, whatever --num_processes says, and leaves "
+            "others to MPI; on a CPU use torchrun --nproc_per_node N",
+            stacklevel=3,
+        )
 
 
 _SUPPORTED = {f"DistributedType.{name}" for name in ("NO", "MULTI_CPU", "MULTI_GPU")}
