@@ -456,6 +456,8 @@ def test_new_parts_are_transformed_anew() -> None:
     [
         ({"winograd": {"tile": 5}}, "got 5"),
         ({"winograd": {"tile": [4]}}, r"got \[4\]"),
+        ({"winograd": {"tile": 4.0}}, "got 4.0"),
+        ({"winograd": {"aware": True}}, "must have a tile"),
         ({"winograd": 4}, "got 4"),
         ({"winograd": {"tile": 4, "color": "red"}}, "'color'"),
         ({"winograd": {"tile": 4}, "stride": [2, 2]}, "stride 1"),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import compressops as co
+from compressops.nn import WinogradConv2d
 from compressops.train.convolutions import winograd_convolutions
 
 
@@ -62,6 +63,19 @@ def test_it_is_winograd_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 1
     model(torch.randn(1, 16, 8, 8))
     assert len(calls) == 1
+
+
+def test_classes_that_convolve_in_their_own_way_go_on_so() -> None:
+    class Normalized(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return super()._conv_forward(x, weight / weight.norm(), bias)
+
+    model = nn.Sequential(Normalized(16, 16, 3), WinogradConv2d(16, 16, 3, aware=True))
+    torch.nn.utils.parametrize.register_parametrization(
+        model.append(nn.Conv2d(16, 16, 3))[2], "weight", nn.Tanh()
+    )
+    with winograd_convolutions(model) as names:
+        assert names == ["2"]
 
 
 def test_modules_are_as_before_also_after_an_error() -> None:

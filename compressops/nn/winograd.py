@@ -46,7 +46,7 @@ class Winograd:
     """
 
     def __init__(self, tile: int | str = "auto", aware: bool = False) -> None:
-        if tile != "auto" and (isinstance(tile, bool) or tile not in (2, 4, 6)):
+        if tile != "auto" and (type(tile) is not int or tile not in (2, 4, 6)):
             raise ValueError(f"tile must be 'auto', 2, 4 or 6, got {tile!r}")
         if not isinstance(aware, bool):
             raise ValueError(f"aware must be True or False, got {aware!r}")
@@ -63,7 +63,7 @@ class Winograd:
         Raises:
             ValueError: ``config`` is nothing that `get_config` gives.
         """
-        if not isinstance(config, dict) or not set(config) <= {"tile", "aware"}:
+        if not isinstance(config, dict) or not {"tile"} <= set(config) <= {"tile", "aware"}:
             raise ValueError(f"winograd must have a tile and maybe aware, got {config!r}")
         return cls(**config)
 
