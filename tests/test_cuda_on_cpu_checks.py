@@ -128,7 +128,7 @@ INT8_PLANTS = {
         "wrong result",
     ),
     "shuffle over half a warp": (
-        Plant(QUANTIZE, "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
+        Plant("warp.cuh", "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
         "wrong result",
     ),
 }
