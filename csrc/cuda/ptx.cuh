@@ -19,6 +19,13 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
+// blockIdx.x, read anew: what is computed from it need not stay in registers from an earlier use.
+__device__ __forceinline__ unsigned block_index_x() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(index));
+  return index;
+}
+
 // Starts a copy of 16 bytes to shared memory past the registers and L1; zeros if not `valid`, and
 // then `source` is not read.
 __device__ __forceinline__ void cp_async_16(Shared<int4> target, Global<const int4> source,
@@ -82,6 +89,8 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
 }
 
 #else
+
+inline unsigned block_index_x() { return blockIdx.x; }
 
 inline void cp_async_16(Shared<int4> target, Global<const int4> source, bool valid) {
   cuda_on_cpu::start_copy(target, source, valid);

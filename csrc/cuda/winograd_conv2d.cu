@@ -48,8 +48,7 @@ void run(const WinogradShape& shape, const Tensor& x, const Tensor& transformed,
   args.activation = activation;
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.y_strides = strides_of(y);
-  const WinogradPlan plan = plan_winograd_conv2d<T>(shape, args.y_strides.c == 1,
-                                                    multiprocessor_count(x, kOp), l2_bytes(x));
+  const WinogradPlan plan = plan_winograd_conv2d(args, multiprocessor_count(x, kOp), l2_bytes(x));
   const Tensor scratch =
       torch::stable::new_empty(x, {plan.scratch_bytes()}, ScalarType::Byte);
   check_cuda(launch_winograd_conv2d(args, plan, static_cast<int4*>(scratch.mutable_data_ptr()),

@@ -51,26 +51,31 @@ struct WinogradTilings<float> {
 struct WinogradPlan {
   WinogradKernel kernel;
   int64_t tiles, groups;  // in a chunk, at most
-  int64_t v_bytes, m_bytes, scale_bytes;
+  int64_t u_bytes, v_bytes, m_bytes, scale_bytes;
 
-  int64_t scratch_bytes() const { return v_bytes + m_bytes + scale_bytes; }
+  int64_t scratch_bytes() const { return u_bytes + v_bytes + m_bytes + scale_bytes; }
 };
+
+// Words of a row of `count` elements that is filled up to whole 16 bytes.
+template <class T>
+int64_t winograd_words(int64_t count) {
+  return ceil_div<int64_t>(count, 16 / sizeof(T)) * 4;
+}
 
 // The chunk of `tiles` tiles and `groups` groups from those on.
 template <class T>
 WinogradChunk winograd_chunk(const WinogradShape& shape, bool channels_last, WinogradKernel kernel,
                              int64_t first_group, int64_t groups, int64_t first_tile,
                              int64_t tiles) {
-  constexpr int64_t kPer16Bytes = 16 / sizeof(T);
   WinogradChunk chunk;
   chunk.first_group = first_group;
   chunk.groups = groups;
   chunk.first_tile = first_tile;
   chunk.tiles = tiles;
-  chunk.v_words = ceil_div(shape.C, kPer16Bytes) * 4;
+  chunk.v_words = winograd_words<T>(shape.C);
   chunk.rows = channels_last ? tiles : shape.K;
   chunk.columns = channels_last ? shape.K : tiles;
-  chunk.m_words = ceil_div(chunk.columns, kPer16Bytes) * 4;
+  chunk.m_words = winograd_words<T>(chunk.columns);
   const bool large = kernel == WinogradKernel::kChunkedLarge;
   chunk.row_log2 = chunk.column_log2 = large ? 6 : 5;
   chunk.scale_rows = ceil_div(chunk.rows, int64_t{1} << chunk.row_log2);
@@ -91,10 +96,15 @@ constexpr bool winograd_fusible(const WinogradShape& shape) {
 
 // `scratch_bytes` is what V and M of a chunk may take, more only where 128 tiles need it.
 template <class T>
-WinogradPlan plan_winograd_conv2d(const WinogradShape& shape, bool channels_last,
-                                  int64_t multiprocessors, int64_t scratch_bytes,
+WinogradPlan plan_winograd_conv2d(const WinogradArgs<T>& args, int64_t multiprocessors,
+                                  int64_t scratch_bytes,
                                   WinogradKernel kernel = WinogradKernel::kAuto) {
-  WinogradPlan plan = {kernel, 0, 0, 0, 0, 0};
+  const WinogradShape& shape = args.shape;
+  const bool channels_last = args.y_strides.c == 1;
+  WinogradPlan plan = {kernel, 0, 0, 0, 0, 0, 0};
+  if (shape.C % (16 / sizeof(T)) != 0 || misalignment(args.u, 16) != 0) {
+    plan.u_bytes = shape.positions() * shape.groups * shape.K * 4 * winograd_words<T>(shape.C);
+  }
   if (kernel == WinogradKernel::kAuto && winograd_fusible<T>(shape)) {
     plan.kernel = WinogradKernel::kFused;
   }
@@ -138,7 +148,6 @@ template <class Tiling, class T>
 cudaError_t launch_winograd_multiply(const WinogradArgs<T>& args, const WinogradChunk& chunk,
                                      Global<const T> v, Global<WinogradProduct<T>> m,
                                      Global<float> scales, cudaStream_t stream) {
-  const bool u_aligned = args.shape.C % (16 / sizeof(T)) == 0 && misalignment(args.u, 16) == 0;
   dim3 grid;
   if (!winograd_grid(winograd_product_blocks<Tiling>(chunk.rows, chunk.columns,
                                                      args.shape.positions() * chunk.groups),
@@ -146,7 +155,7 @@ cudaError_t launch_winograd_multiply(const WinogradArgs<T>& args, const Winograd
     return cudaErrorInvalidValue;
   }
   return launch(winograd_multiply<T, Tiling>, grid, dim3(Tiling::kThreads), Tiling::kSharedBytes,
-                stream, args, chunk, u_aligned, v, m, scales);
+                stream, args, chunk, v, m, scales);
 }
 
 template <int kAlphaH, int kAlphaW, class T>
@@ -156,9 +165,10 @@ cudaError_t launch_winograd_chunk(const WinogradArgs<T>& args, const WinogradPla
   const auto part = [&](int64_t first, int64_t bytes) {
     return slice(view_as<uint32_t>(scratch), first / 4, bytes / 4);
   };
-  const Global<uint32_t> v = part(0, plan.v_bytes), m = part(plan.v_bytes, plan.m_bytes);
+  const Global<uint32_t> v = part(plan.u_bytes, plan.v_bytes);
+  const Global<uint32_t> m = part(plan.u_bytes + plan.v_bytes, plan.m_bytes);
   const Global<float> scales =
-      view_as<float>(part(plan.v_bytes + plan.m_bytes, plan.scale_bytes));
+      view_as<float>(part(plan.u_bytes + plan.v_bytes + plan.m_bytes, plan.scale_bytes));
 
   dim3 grid;
   if (args.shape.C > 0) {
@@ -215,7 +225,6 @@ template <int kAlphaH, int kAlphaW, class T>
 cudaError_t launch_winograd_fused(const WinogradArgs<T>& args, cudaStream_t stream) {
   using Fusion = WinogradFusion<kAlphaH, kAlphaW>;
   const WinogradShape& shape = args.shape;
-  const bool u_aligned = shape.C % 8 == 0 && misalignment(args.u, 16) == 0;
   dim3 grid;
   if (!winograd_grid(shape.groups * ceil_div<int64_t>(shape.tiles(), Fusion::kTiles) *
                          ceil_div<int64_t>(shape.K, Fusion::kBlockK),
@@ -223,7 +232,7 @@ cudaError_t launch_winograd_fused(const WinogradArgs<T>& args, cudaStream_t stre
     return cudaErrorInvalidValue;
   }
   return launch(winograd_fused<T, Fusion>, grid, dim3(Fusion::kThreads), Fusion::kSharedBytes,
-                stream, args, u_aligned);
+                stream, args);
 }
 
 template <int kAlphaH, int kAlphaW, class T>
@@ -246,6 +255,17 @@ cudaError_t launch_winograd_conv2d(WinogradArgs<T> args, const WinogradPlan& pla
   const WinogradShape& shape = args.shape;
   if (shape.tiles() == 0 || shape.K == 0 || shape.groups == 0) return cudaSuccess;
   describe_layout(args);
+  if (plan.u_bytes > 0) {
+    const int64_t rows = shape.positions() * shape.groups * shape.K;
+    const int64_t words = winograd_words<T>(shape.C);
+    const Global<uint32_t> padded = slice(view_as<uint32_t>(scratch), 0, plan.u_bytes / 4);
+    dim3 grid;
+    if (!winograd_grid(winograd_blocks(rows, words), &grid)) return cudaErrorInvalidValue;
+    const cudaError_t error = launch(winograd_pad_u<T>, grid, dim3(kWinogradThreads), 0, stream,
+                                     args.u, rows, shape.C, words, padded);
+    if (error != cudaSuccess) return error;
+    args.u = view_as<const T>(padded);
+  }
   const bool flat = shape.alpha_h == 1;
   switch (shape.alpha_w) {
     case 4:

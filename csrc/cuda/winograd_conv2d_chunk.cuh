@@ -57,13 +57,15 @@ struct WinogradPlace {
 
 // V = Bᵀ d B where the channels of x are side by side: lanes take words of channels.
 template <class T, int kAlphaH, int kAlphaW>
-__global__ void __launch_bounds__(kWinogradThreads)
+__global__ void __launch_bounds__(kWinogradThreads, 1)
     winograd_input_channels(WinogradArgs<T> args, WinogradChunk chunk, Global<uint32_t> v) {
   const WinogradPlace place(chunk.tiles, chunk.v_words);
   if (place.line >= chunk.tiles || place.word >= chunk.v_words) return;
   const WinogradWindow window(args.shape, args.x_strides, chunk.first_tile + place.line);
   uint32_t d[kAlphaH][kAlphaW];
-  winograd_load<T>(args, window, chunk.first_group + place.group, place.word * kPerWord<T>, d);
+  const int64_t C = args.shape.C, c = place.word * kPerWord<T>;
+  winograd_load(args, window, ((chunk.first_group + place.group) * C + c) * args.x_strides.c, C - c,
+                d);
   const int64_t position = chunk.tiles * chunk.v_words;
   const Global<uint32_t> out =
       v + (place.group * kAlphaH * kAlphaW * position + place.line * chunk.v_words + place.word);
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kWinogradThreads)
 constexpr int kWinogradRun = kWinogradThreads / kWarpSize;
 
 template <class T, int kAlphaH, int kAlphaW>
-__global__ void __launch_bounds__(kWinogradThreads)
+__global__ void __launch_bounds__(kWinogradThreads, 1)
     winograd_input_tiles(WinogradArgs<T> args, WinogradChunk chunk, Global<uint32_t> v) {
   constexpr int kStride = kWinogradRun + 1;  // odd: a column of it lies in 32 banks
   COMPRESSOPS_SHARED_ARRAY(uint32_t, staged, kAlphaW * kWarpSize * kStride);
@@ -92,7 +94,8 @@ __global__ void __launch_bounds__(kWinogradThreads)
 
   const WinogradWindow window(args.shape, args.x_strides, chunk.first_tile + first_tile + lane);
   uint32_t d[kAlphaH][kAlphaW];
-  winograd_load<T>(args, window, chunk.first_group + group, (first_word + warp) * kPerWord<T>, d);
+  const int64_t C = args.shape.C, c = (first_word + warp) * kPerWord<T>;
+  winograd_load(args, window, ((chunk.first_group + group) * C + c) * args.x_strides.c, C - c, d);
 
   const int64_t tile = first_tile + thread / kWinogradRun, word = first_word + thread % kWinogradRun;
   const bool writes = tile < chunk.tiles && word < chunk.v_words;
@@ -118,7 +121,7 @@ __global__ void __launch_bounds__(kWinogradThreads)
 // y = activation(Aᵀ M A + bias). A thread takes a word of M: one tile of two channels, where these
 // are last in y, or one channel of two tiles.
 template <class T, int kAlphaH, int kAlphaW, bool kChannelsLast>
-__global__ void __launch_bounds__(kWinogradThreads)
+__global__ void __launch_bounds__(kWinogradThreads, 1)
     winograd_output(WinogradArgs<T> args, WinogradChunk chunk, Global<const uint32_t> m,
                     Global<const float> scales) {
   using Product = WinogradProduct<T>;

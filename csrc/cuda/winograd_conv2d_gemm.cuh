@@ -22,28 +22,20 @@ struct WinogradTiling {
   static_assert(kStageLeft % kThreads == 0 && kStageRight % kThreads == 0);
 };
 
-// Rows of V or U that one position and group multiplies.
+// U with its rows of C filled up with zeros to `words` words, for kernels that read 16 bytes at a
+// time. Only where C is no multiple of that, or u begins elsewhere.
 template <class T>
-struct WinogradOperand {
-  Global<const T> data;
-  int64_t rows, row_stride, depth;
-  bool aligned;  // every row begins on 16 bytes and has whole chunks of them
-};
-
-// Elements [at, at + 16 bytes) of a row of `depth`, zeros past its end.
-template <class T>
-__device__ __forceinline__ int4 load_chunk(Global<const T> row, int64_t at, int64_t depth) {
-  constexpr int kElements = 16 / sizeof(T), kBits = 8 * sizeof(T);
-  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
-  uint32_t words[4] = {0, 0, 0, 0};
+__global__ void __launch_bounds__(kWinogradThreads)
+    winograd_pad_u(Global<const T> u, int64_t rows, int64_t C, int64_t words, Global<uint32_t> out) {
+  const WinogradPlace place(rows, words);
+  if (place.line >= rows || place.word >= words) return;
+  float values[kPerWord<T>];
 #pragma unroll
-  for (int i = 0; i < kElements; ++i) {
-    if (at + i >= depth) continue;
-    const uint32_t bits = load_nc<Bits>(view_as<const Bits>(row), at + i);
-    words[i / kPerWord<T>] |= bits << (kBits * (i % kPerWord<T>));
+  for (int s = 0; s < kPerWord<T>; ++s) {
+    const int64_t c = place.word * kPerWord<T> + s;
+    values[s] = c < C ? to_float(load_nc<T>(u, place.line * C + c)) : 0.0f;
   }
-  return make_int4(static_cast<int>(words[0]), static_cast<int>(words[1]),
-                   static_cast<int>(words[2]), static_cast<int>(words[3]));
+  out[place.line * words + place.word] = pack_word<T>(values);
 }
 
 // Where chunk `chunk` of a row lies in a stage. Two rows share a 128-byte line; the XOR spreads
@@ -54,27 +46,39 @@ __device__ __forceinline__ int stage_slot(int row, int chunk) {
   return row * 4 + (chunk ^ (row >> kRowShift & 3));
 }
 
-template <int kRows, int kThreads, int kRowShift, class T>
-__device__ __forceinline__ void load_stage(const WinogradOperand<T>& operand, Shared<int4> stage,
-                                           int64_t first_row, int64_t first_element) {
-  constexpr int kElements = 16 / sizeof(T);
+// Copies rows of V or U into stages, one step of 64 bytes after the other. A thread has one chunk of
+// every kThreads / 4-th row.
+template <class T, int kRows, int kThreads, int kRowShift>
+struct WinogradLoader {
+  static constexpr int kLoads = kRows * 4 / kThreads, kElements = 16 / sizeof(T);
+  Global<const T> row;
+  int64_t row_step;
+  unsigned rows;  // which of the thread's there are
+
+  __device__ __forceinline__ WinogradLoader(Global<const T> data, int64_t first_row, int64_t count,
+                                            int64_t row_stride) {
+    const int64_t first = first_row + static_cast<int>(threadIdx.x) / 4;
+    row = data + first * row_stride;
+    row_step = kThreads / 4 * row_stride;
+    rows = 0;
 #pragma unroll
-  for (int i = 0; i < kRows * 4 / kThreads; ++i) {
-    const int index = i * kThreads + static_cast<int>(threadIdx.x);
-    const int row = index / 4, chunk = index % 4;
-    const int64_t at = first_element + kElements * chunk;
-    const bool valid = first_row + row < operand.rows && at < operand.depth;
-    const int64_t source = valid ? (first_row + row) * operand.row_stride : 0;
-    const int slot = stage_slot<kRowShift>(row, chunk);
-    if (operand.aligned) {
-      cp_async_16(stage + slot, view_as<const int4>(operand.data + (source + (valid ? at : 0))),
-                  valid);
-    } else {
-      stage[slot] =
-          valid ? load_chunk<T>(operand.data + source, at, operand.depth) : make_int4(0, 0, 0, 0);
+    for (int i = 0; i < kLoads; ++i) {
+      rows |= static_cast<unsigned>(first + i * (kThreads / 4) < count) << i;
     }
   }
-}
+
+  // Elements from `at` on, of which the row has some.
+  __device__ __forceinline__ void load(Shared<int4> stage, int64_t at, bool valid) const {
+    static_assert(kThreads % 32 == 0 && (kThreads / 4 >> kRowShift) % 4 == 0);
+    const int thread = static_cast<int>(threadIdx.x);
+    const int slot = stage_slot<kRowShift>(thread / 4, thread % 4);  // the same XOR in all rows
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      cp_async_16(stage + (slot + i * kThreads), view_as<const int4>(row + (i * row_step + at)),
+                  valid && (rows >> i & 1) != 0);
+    }
+  }
+};
 
 // The sums of a warp, of 16-bit elements by mma.sync. Column n of the j-th of four MMAs side by side
 // is column 8 (n / 2) + 2 j + n % 2 of their 32, so that a lane ends up with 8 columns in
@@ -88,21 +92,24 @@ struct WinogradSums {
 
   __device__ __forceinline__ void multiply(Shared<int4> left, Shared<int4> right, int warp_m,
                                            int warp_n, int lane) {
+    const int n = lane % 8;
 #pragma unroll
     for (int chunk = 0; chunk < Tiling::kChunks; chunk += 2) {
+      // The XOR of a slot is the same in all rows of a lane, so they lie at constant distances.
+      const int slot_a = stage_slot<1>(warp_m + lane % 16, chunk + lane / 16);
+      const int slot_b = stage_slot<kRightShift>(
+          warp_n + 8 * (n / 2) + 2 * (lane / 16) + n % 2, chunk + lane / 8 % 2);
       uint32_t a[kTilesM][4];
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
         // Matrices: rows 0-7 and 8-15 of the first chunk, then of the second.
-        ldmatrix_x4(a[i], left + stage_slot<1>(warp_m + 16 * i + lane % 16, chunk + lane / 16));
+        ldmatrix_x4(a[i], left + (slot_a + 16 * i * Tiling::kChunks));
       }
 #pragma unroll
       for (int j = 0; j < kTilesN; j += 2) {
         // Matrices: both chunks of MMA j, then of j + 1.
-        const int n = lane % 8, mma = j % 4 + lane / 16;
-        const int row = warp_n + j / 4 * 32 + 8 * (n / 2) + 2 * mma + n % 2;
         uint32_t b[4];
-        ldmatrix_x4(b, right + stage_slot<kRightShift>(row, chunk + lane / 8 % 2));
+        ldmatrix_x4(b, right + (slot_b + (j / 4 * 32 + 2 * (j % 4)) * Tiling::kChunks));
 #pragma unroll
         for (int i = 0; i < kTilesM; ++i) {
           mma_m16n8k16<T>(sums[i][j], a[i], {b[0], b[1]});
@@ -187,15 +194,18 @@ struct WinogradSums<float, Tiling> {
                                            int warp_n, int lane) {
 #pragma unroll
     for (int chunk = 0; chunk < Tiling::kChunks; ++chunk) {
+      // The XOR of a slot is the same in rows 8 apart, and differs by 2 in those between.
+      const int slot_a = stage_slot<1>(warp_m + lane / 8, chunk);
+      const int slot_b = stage_slot<kRightShift>(warp_n + lane % 8, chunk);
       float a[8][4];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        as_floats(left[stage_slot<1>(warp_m + lane / 8 + 4 * i, chunk)], a[i]);
+        as_floats(left[(slot_a ^ 2 * (i % 2)) + 4 * i * Tiling::kChunks], a[i]);
       }
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         float b[4];
-        as_floats(right[stage_slot<kRightShift>(warp_n + lane % 8 + 8 * j, chunk)], b);
+        as_floats(right[slot_b + 8 * j * Tiling::kChunks], b);
 #pragma unroll
         for (int i = 0; i < 8; ++i) sums[i][j] = dot(a[i], b, sums[i][j]);
       }
@@ -220,7 +230,7 @@ struct WinogradSums<float, Tiling> {
 
 template <class T, class Tiling>
 __global__ void __launch_bounds__(Tiling::kThreads)
-    winograd_multiply(WinogradArgs<T> args, WinogradChunk chunk, bool u_aligned, Global<const T> v,
+    winograd_multiply(WinogradArgs<T> args, WinogradChunk chunk, Global<const T> v,
                       Global<WinogradProduct<T>> m, Global<float> scales) {
   using Sums = WinogradSums<T, Tiling>;
   constexpr int kElements = Tiling::kChunks * 16 / sizeof(T);  // of a row of a stage
@@ -228,8 +238,8 @@ __global__ void __launch_bounds__(Tiling::kThreads)
   const Shared<int4> shared_left = slice(shared, 0, Tiling::kStages * Tiling::kStageLeft);
   const Shared<int4> shared_right =
       slice(shared, Tiling::kStages * Tiling::kStageLeft, Tiling::kStages * Tiling::kStageRight);
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int warp = static_cast<int>(threadIdx.x / kWarpSize);
   const int warp_m = warp / Tiling::kWarpsN * Tiling::kWarpM;
   const int warp_n = warp % Tiling::kWarpsN * Tiling::kWarpN;
 
@@ -243,22 +253,20 @@ __global__ void __launch_bounds__(Tiling::kThreads)
   const WinogradShape& shape = args.shape;
   const int64_t group = b / shape.positions(), position = b - group * shape.positions();
   const int64_t first_u = position * shape.groups + chunk.first_group + group;
-  const int64_t v_row = chunk.v_words * kPerWord<T>;
-  const WinogradOperand<T> of_v = {v + b * chunk.tiles * v_row, chunk.tiles, v_row, v_row, true};
-  const WinogradOperand<T> of_u = {args.u + first_u * shape.K * shape.C, shape.K, shape.C, shape.C,
-                                   u_aligned};
-  const WinogradOperand<T> left = args.y_channels_last ? of_v : of_u;
-  const WinogradOperand<T> right = args.y_channels_last ? of_u : of_v;
+  const int64_t row = chunk.v_words * kPerWord<T>;
+  const Global<const T> of_v = v + b * chunk.tiles * row;
+  const Global<const T> of_u = args.u + first_u * shape.K * row;
+  const WinogradLoader<T, Tiling::kBlockM, Tiling::kThreads, 1> left(
+      args.y_channels_last ? of_v : of_u, first_m, chunk.rows, row);
+  const WinogradLoader<T, Tiling::kBlockN, Tiling::kThreads, Sums::kRightShift> right(
+      args.y_channels_last ? of_u : of_v, first_n, chunk.columns, row);
   const int steps = static_cast<int>(ceil_div<int64_t>(shape.C, kElements));
 
   const auto load_step = [&](int step) {
     const int stage = step % Tiling::kStages;
-    load_stage<Tiling::kBlockM, Tiling::kThreads, 1>(
-        left, slice(shared_left, stage * Tiling::kStageLeft, Tiling::kStageLeft), first_m,
-        int64_t{step} * kElements);
-    load_stage<Tiling::kBlockN, Tiling::kThreads, Sums::kRightShift>(
-        right, slice(shared_right, stage * Tiling::kStageRight, Tiling::kStageRight), first_n,
-        int64_t{step} * kElements);
+    const int64_t at = int64_t{step} * kElements + 16 / sizeof(T) * (threadIdx.x % 4);
+    left.load(slice(shared_left, stage * Tiling::kStageLeft, Tiling::kStageLeft), at, at < row);
+    right.load(slice(shared_right, stage * Tiling::kStageRight, Tiling::kStageRight), at, at < row);
   };
 #pragma unroll
   for (int step = 0; step < Tiling::kStages - 1; ++step) {

@@ -102,7 +102,7 @@ struct WinogradTile {
 // image. None do past the last tile.
 struct WinogradWindow {
   int64_t corner;
-  unsigned rows, columns;
+  unsigned inside;  // rows from bit 0 on, columns from bit 8 on
 
   WinogradWindow() = default;
   __device__ __forceinline__ WinogradWindow(const WinogradShape& shape,
@@ -110,50 +110,57 @@ struct WinogradWindow {
     const WinogradTile tile(shape, index);
     const int64_t h0 = tile.row - shape.padding_h, w0 = tile.column - shape.padding_w;
     corner = tile.n * strides.n + h0 * strides.h + w0 * strides.w;
-    rows = columns = 0;
+    inside = 0;
+    if (tile.n >= shape.N) return;
     for (int i = 0; i < shape.alpha_h; ++i) {
-      rows |= static_cast<unsigned>(tile.n < shape.N && h0 + i >= 0 && h0 + i < shape.H) << i;
+      inside |= static_cast<unsigned>(h0 + i >= 0 && h0 + i < shape.H) << i;
     }
     for (int j = 0; j < shape.alpha_w; ++j) {
-      columns |= static_cast<unsigned>(w0 + j >= 0 && w0 + j < shape.W) << j;
+      inside |= static_cast<unsigned>(w0 + j >= 0 && w0 + j < shape.W) << (8 + j);
     }
   }
 };
 
-// The pixels of a window, of the word of channels from c on of a group. Those outside the image and
-// channels past C are zeros.
+// The pixels of a window, of the word of channels that begins `offset` elements from its corner and of
+// which there are `channels`. Those outside the image and channels past the last are zeros.
 template <class T, int kAlphaH, int kAlphaW>
 __device__ __forceinline__ void winograd_load(const WinogradArgs<T>& args,
-                                              const WinogradWindow& window, int64_t group,
-                                              int64_t c, uint32_t (&words)[kAlphaH][kAlphaW]) {
+                                              const WinogradWindow& window, int64_t offset,
+                                              int64_t channels,
+                                              uint32_t (&words)[kAlphaH][kAlphaW]) {
   const WinogradStrides& strides = args.x_strides;
-  const int64_t C = args.shape.C;
-  const int64_t corner = window.corner + (group * C + c) * strides.c;
-  const unsigned rows = c < C ? window.rows : 0;
+  const unsigned mask = channels > 0 ? window.inside : 0;
   const auto load_all = [&](auto&& load) {
+    int64_t row = window.corner + offset;
 #pragma unroll
     for (int i = 0; i < kAlphaH; ++i) {
+      int64_t at = row;
 #pragma unroll
       for (int j = 0; j < kAlphaW; ++j) {
-        const bool inside = (rows >> i & window.columns >> j & 1) != 0;
-        words[i][j] = load(corner + i * strides.h + j * strides.w, inside);
+        const bool inside = (mask >> i & mask >> (8 + j) & 1) != 0;
+        load(words[i][j], at, inside);
+        at += strides.w;
       }
+      row += strides.h;
     }
   };
   if constexpr (kPerWord<T> == 2) {
     if (!args.x_words) {
+      // One channel after the other, to hold fewer of the halves at a time.
       const Global<const uint16_t> x = view_as<const uint16_t>(args.x);
-      const bool both = c + 1 < C;
-      load_all([&](int64_t at, bool inside) -> uint32_t {
-        const uint32_t low = inside ? load_nc<uint16_t>(x, at) : uint16_t{0};
+      const bool both = channels > 1;
+      load_all([&](uint32_t& word, int64_t at, bool inside) {
+        word = inside ? load_nc<uint16_t>(x, at) : uint16_t{0};
+      });
+      load_all([&](uint32_t& word, int64_t at, bool inside) {
         const uint32_t high = inside && both ? load_nc<uint16_t>(x, at + strides.c) : uint16_t{0};
-        return low | high << 16;
+        word |= high << 16;
       });
       return;
     }
   }
-  load_all([&](int64_t at, bool inside) {
-    return inside ? load_nc<uint32_t>(view_as<const uint32_t>(args.x + at), 0) : 0u;
+  load_all([&](uint32_t& word, int64_t at, bool inside) {
+    word = inside ? load_nc<uint32_t>(view_as<const uint32_t>(args.x + at), 0) : 0u;
   });
 }
 

@@ -21,6 +21,13 @@ struct Buffers {
   bool channels_last;
 };
 
+// `sizes`: N, groups, C, K (of a group), H, W, padding_h, padding_w, r, tile, and whether the kernel
+// has one row.
+WinogradShape shape_of(const int64_t* sizes) {
+  return make_winograd_shape(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+                             sizes[7], sizes[8], sizes[9], sizes[10] != 0);
+}
+
 template <class T>
 cudaError_t run(const Buffers& b, int activation, int kernel, int64_t scratch_bytes) {
   const WinogradShape& s = b.shape;
@@ -35,9 +42,8 @@ cudaError_t run(const Buffers& b, int activation, int kernel, int64_t scratch_by
   args.y = Global<T>(static_cast<T*>(b.y), s.N * K * pixels, "y");
   args.y_strides = b.channels_last ? WinogradStrides{K * pixels, 1, K * s.OW, K}
                                    : WinogradStrides{K * pixels, pixels, s.OW, 1};
-  const WinogradPlan plan =
-      plan_winograd_conv2d<T>(s, args.y_strides.c == 1, /*multiprocessors=*/2, scratch_bytes,
-                              static_cast<WinogradKernel>(kernel));
+  const WinogradPlan plan = plan_winograd_conv2d(args, /*multiprocessors=*/2, scratch_bytes,
+                                                 static_cast<WinogradKernel>(kernel));
   // Vectors, so that the scratch is as aligned as torch's.
   const std::unique_ptr<int4[]> scratch(new int4[plan.scratch_bytes() / 16 + 1]);
   const auto bytes = reinterpret_cast<unsigned char*>(scratch.get());
@@ -49,8 +55,6 @@ cudaError_t run(const Buffers& b, int activation, int kernel, int64_t scratch_by
 
 }  // namespace
 
-// `sizes`: N, groups, C, K (of a group), H, W, padding_h, padding_w, r, tile, and whether the kernel
-// has one row.
 CUDA_ON_CPU_EXPORT int run_winograd_conv2d(int dtype, const int64_t* sizes,
                                            const int64_t* x_strides, const void* x, int64_t x_count,
                                            const void* u, const float* bias, void* y,
@@ -58,10 +62,7 @@ CUDA_ON_CPU_EXPORT int run_winograd_conv2d(int dtype, const int64_t* sizes,
                                            int64_t scratch_bytes, int order, unsigned seed,
                                            char* message) {
   return cuda_on_cpu::guarded(order, seed, message, [&] {
-    const WinogradShape shape = make_winograd_shape(sizes[0], sizes[1], sizes[2], sizes[3],
-                                                    sizes[4], sizes[5], sizes[6], sizes[7],
-                                                    sizes[8], sizes[9], sizes[10] != 0);
-    const Buffers buffers = {shape, {x_strides[0], x_strides[1], x_strides[2], x_strides[3]},
+    const Buffers buffers = {shape_of(sizes), {x_strides[0], x_strides[1], x_strides[2], x_strides[3]},
                              x,     x_count,
                              u,     bias,
                              y,     channels_last != 0};
@@ -74,17 +75,16 @@ CUDA_ON_CPU_EXPORT int run_winograd_conv2d(int dtype, const int64_t* sizes,
   });
 }
 
-// Of contiguous tensors: kernel, tiles and groups of a chunk, bytes of scratch.
+// Of aligned tensors: kernel, tiles and groups of a chunk, bytes of scratch.
 CUDA_ON_CPU_EXPORT void plan_winograd_conv2d_of(int half, const int64_t* sizes, int channels_last,
                                                 int64_t multiprocessors, int64_t scratch_bytes,
                                                 int64_t* plan) {
-  const WinogradShape shape =
-      make_winograd_shape(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
-                          sizes[7], sizes[8], sizes[9], sizes[10] != 0);
-  const WinogradPlan made = half ? plan_winograd_conv2d<__half>(shape, channels_last != 0,
-                                                                multiprocessors, scratch_bytes)
-                                 : plan_winograd_conv2d<float>(shape, channels_last != 0,
-                                                               multiprocessors, scratch_bytes);
+  const auto make = [&](auto args) {
+    args.shape = shape_of(sizes);
+    args.y_strides.c = channels_last ? 1 : args.shape.OH * args.shape.OW;
+    return plan_winograd_conv2d(args, multiprocessors, scratch_bytes);
+  };
+  const WinogradPlan made = half ? make(WinogradArgs<__half>{}) : make(WinogradArgs<float>{});
   plan[0] = static_cast<int64_t>(made.kernel);
   plan[1] = made.tiles;
   plan[2] = made.groups;
