@@ -67,11 +67,14 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
   winograd_load(args, window, ((chunk.first_group + place.group) * C + c) * args.x_strides.c, C - c,
                 d);
   const int64_t position = chunk.tiles * chunk.v_words;
-  const Global<uint32_t> out =
+  Global<uint32_t> out =
       v + (place.group * kAlphaH * kAlphaW * position + place.line * chunk.v_words + place.word);
-  winograd_transform_input<T>(d, [&](int i, const uint32_t (&words)[kAlphaW]) {
+  winograd_transform_input<T>(d, [&](int, const uint32_t (&words)[kAlphaW]) {
 #pragma unroll
-    for (int j = 0; j < kAlphaW; ++j) out[(i * kAlphaW + j) * position] = words[j];
+    for (int j = 0; j < kAlphaW; ++j) {
+      *out = words[j];
+      out = out + position;
+    }
   });
 }
 
@@ -100,9 +103,9 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
   const int64_t tile = first_tile + thread / kWinogradRun, word = first_word + thread % kWinogradRun;
   const bool writes = tile < chunk.tiles && word < chunk.v_words;
   const int64_t position = chunk.tiles * chunk.v_words;
-  const Global<uint32_t> out =
+  Global<uint32_t> out =
       v + (group * kAlphaH * kAlphaW * position + tile * chunk.v_words + word);
-  winograd_transform_input<T>(d, [&](int i, const uint32_t (&words)[kAlphaW]) {
+  winograd_transform_input<T>(d, [&](int, const uint32_t (&words)[kAlphaW]) {
 #pragma unroll
     for (int j = 0; j < kAlphaW; ++j) {
       staged[(j * kWarpSize + lane) * kStride + warp] = words[j];
@@ -112,7 +115,8 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
     for (int j = 0; j < kAlphaW; ++j) {
       const uint32_t word_of_row = staged[(j * kWarpSize + thread / kWinogradRun) * kStride +
                                           thread % kWinogradRun];
-      if (writes) out[(i * kAlphaW + j) * position] = word_of_row;
+      if (writes) *out = word_of_row;
+      out = out + position;
     }
     __syncthreads();  // the next row may overwrite it
   });
@@ -141,14 +145,17 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
   const int64_t group = chunk.first_group + place.group;
 
   const auto get = [&](int j, float (&values)[kCount][kAlphaH]) {
+    Global<const uint32_t> at = from + j * matrix;
+    Global<const float> scale_at = scale + j * scale_matrix;
 #pragma unroll
     for (int i = 0; i < kAlphaH; ++i) {
-      const int position = i * kAlphaW + j;
-      const uint32_t word = load_nc<uint32_t>(from, position * matrix);
+      const uint32_t word = load_nc<uint32_t>(at, 0);
       float factor = 1.0f;
-      if constexpr (kCount == 2) factor = load_nc<float>(scale, position * scale_matrix);
+      if constexpr (kCount == 2) factor = load_nc<float>(scale_at, 0);
 #pragma unroll
       for (int s = 0; s < kCount; ++s) values[s][i] = word_element<Product>(word, s) * factor;
+      at = at + kAlphaW * matrix;
+      scale_at = scale_at + kAlphaW * scale_matrix;
     }
   };
   const int tile_h = args.shape.tile_h, tile_w = args.shape.tile_w;

@@ -131,36 +131,35 @@ __device__ __forceinline__ void winograd_load(const WinogradArgs<T>& args,
   const WinogradStrides& strides = args.x_strides;
   const unsigned mask = channels > 0 ? window.inside : 0;
   const auto load_all = [&](auto&& load) {
-    int64_t row = window.corner + offset;
+    Global<const T> row = args.x + (window.corner + offset);
 #pragma unroll
     for (int i = 0; i < kAlphaH; ++i) {
-      int64_t at = row;
+      Global<const T> at = row;
 #pragma unroll
       for (int j = 0; j < kAlphaW; ++j) {
-        const bool inside = (mask >> i & mask >> (8 + j) & 1) != 0;
-        load(words[i][j], at, inside);
-        at += strides.w;
+        load(words[i][j], at, (mask >> i & mask >> (8 + j) & 1) != 0);
+        at = at + strides.w;
       }
-      row += strides.h;
+      row = row + strides.h;
     }
   };
   if constexpr (kPerWord<T> == 2) {
     if (!args.x_words) {
       // One channel after the other, to hold fewer of the halves at a time.
-      const Global<const uint16_t> x = view_as<const uint16_t>(args.x);
       const bool both = channels > 1;
-      load_all([&](uint32_t& word, int64_t at, bool inside) {
-        word = inside ? load_nc<uint16_t>(x, at) : uint16_t{0};
+      load_all([&](uint32_t& word, Global<const T> at, bool inside) {
+        word = inside ? load_nc<uint16_t>(view_as<const uint16_t>(at), 0) : uint16_t{0};
       });
-      load_all([&](uint32_t& word, int64_t at, bool inside) {
-        const uint32_t high = inside && both ? load_nc<uint16_t>(x, at + strides.c) : uint16_t{0};
-        word |= high << 16;
+      load_all([&](uint32_t& word, Global<const T> at, bool inside) {
+        const Global<const uint16_t> next = view_as<const uint16_t>(at + strides.c);
+        word |= static_cast<uint32_t>(inside && both ? load_nc<uint16_t>(next, 0) : uint16_t{0})
+                << 16;
       });
       return;
     }
   }
-  load_all([&](uint32_t& word, int64_t at, bool inside) {
-    word = inside ? load_nc<uint32_t>(view_as<const uint32_t>(args.x + at), 0) : 0u;
+  load_all([&](uint32_t& word, Global<const T> at, bool inside) {
+    word = inside ? load_nc<uint32_t>(view_as<const uint32_t>(at), 0) : 0u;
   });
 }
 
@@ -205,10 +204,18 @@ __device__ __forceinline__ void winograd_store(const WinogradArgs<T>& args, int6
     const bool has_bias = !(args.bias == nullptr) && k + s < shape.K;
     const float bias = has_bias ? load_nc<float>(args.bias, channel + s) : 0.0f;
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      values[s][j] = activate(values[s][j] + bias, args.activation);
-    }
+    for (int j = 0; j < kWidth; ++j) values[s][j] += bias;
   }
+  // One branch for all of them.
+  const auto apply = [&](Activation activation) {
+#pragma unroll
+    for (int s = 0; s < kCount; ++s) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) values[s][j] = activate(values[s][j], activation);
+    }
+  };
+  if (args.activation == Activation::kRelu) apply(Activation::kRelu);
+  if (args.activation == Activation::kGelu) apply(Activation::kGelu);
   if (args.y_channels_last) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {

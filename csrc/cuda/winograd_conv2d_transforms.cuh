@@ -13,15 +13,25 @@ __host__ __device__ constexpr float winograd_point(int j) {
   return j == 0 ? 1.0f : j == 1 ? 2.0f : 0.5f;
 }
 
-__host__ __device__ constexpr float power(float base, int exponent) {
-  float result = 1.0f;
-  for (int i = 0; i < exponent; ++i) result *= base;
-  return result;
-}
-
 // The most outputs of a tile: those of the kernel of 3.
 template <int kAlpha>
 constexpr int kMaxTile = kAlpha == 1 ? 1 : kAlpha - 2;
+
+// of[i][j] = point(j)^i, a table because compilers leave a function of an unrolled index a loop.
+template <int kAlpha>
+struct WinogradPowers {
+  float of[kMaxTile<kAlpha>][3] = {};
+
+  __host__ __device__ constexpr WinogradPowers() {
+    for (int j = 0; j < 3; ++j) {
+      float value = 1.0f;
+      for (int i = 0; i < kMaxTile<kAlpha>; ++i) {
+        of[i][j] = value;
+        value *= winograd_point<kAlpha>(j);
+      }
+    }
+  }
+};
 
 // v = Bᵀ d. Each pair of points ±p shares an even and an odd half.
 template <int kAlpha>
@@ -70,6 +80,7 @@ __device__ __forceinline__ void winograd_at(const float (&m)[kAlpha], int tile,
     y[0] = m[0];
   } else {
     constexpr int kPairs = kAlpha / 2 - 1;
+    constexpr WinogradPowers<kAlpha> kPowers;
     float sums[kPairs], differences[kPairs];
 #pragma unroll
     for (int j = 0; j < kPairs; ++j) {
@@ -81,11 +92,13 @@ __device__ __forceinline__ void winograd_at(const float (&m)[kAlpha], int tile,
 #pragma unroll
     for (int i = 0; i < kMaxTile<kAlpha>; ++i) {
       float value = i == 0 ? m[0] : 0.0f;
+      // Tiles are even, and that of alpha = 4 is 2.
+      if (i % 2 == 1) value = kAlpha == 4 || i + 1 == tile ? at_infinity : 0.0f;
 #pragma unroll
       for (int j = 0; j < kPairs; ++j) {
-        value += power(winograd_point<kAlpha>(j), i) * (i % 2 ? differences[j] : sums[j]);
+        value += kPowers.of[i][j] * (i % 2 ? differences[j] : sums[j]);
       }
-      y[i] = i + 1 == tile ? value + at_infinity : value;
+      y[i] = value;
     }
   }
 }
