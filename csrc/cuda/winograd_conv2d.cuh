@@ -111,7 +111,7 @@ WinogradPlan plan_winograd_conv2d(const WinogradArgs<T>& args, int64_t multiproc
   if (plan.kernel == WinogradKernel::kFused) return plan;
 
   constexpr int64_t kTiles = 128;  // a multiple of which fills the products' tiles
-  const int64_t all = shape.tiles(), P = shape.positions();
+  const int64_t all = max(shape.tiles(), int64_t{1}), P = shape.positions();
   const WinogradChunk one = winograd_chunk<T>(shape, true, kernel, 0, 1, 0, 1);
   const int64_t bytes_a_tile = 4 * P * (one.v_words + one.m_words);
   const int64_t fit = max(scratch_bytes / max(bytes_a_tile, int64_t{1}), kTiles);
