@@ -108,7 +108,6 @@ def run_and_check(library, case: Case, order: str = "forward") -> None:
     check(case, run(library, case, *arguments, order=order), *arguments)
 
 
-
 ALL_DTYPES = pytest.mark.parametrize("dtype", [FLOAT, HALF, BFLOAT], ids=str)
 LAYOUTS = pytest.mark.parametrize("last", [False, True], ids=["nchw", "nhwc"])
 
@@ -160,7 +159,8 @@ def test_channels(library, last, dtype):
 @pytest.mark.parametrize(("tile", "flat"), [(2, False), (4, False), (4, True)])
 def test_groups_and_chunks(library, tile, flat, last, dtype):
     # 1 byte of scratch: a chunk of 128 tiles and one group.
-    for groups, C, K, W, scratch_bytes in ((2, 6, 5, 85, 1), (3, 8, 16, 9, 2**24), (5, 1, 1, 7, 2**18)):
+    cases = ((2, 6, 5, 85, 1), (3, 8, 16, 9, 2**24), (5, 1, 1, 7, 2**18))
+    for groups, C, K, W, scratch_bytes in cases:
         case = Case(
             *(3, C, K, 13, W, tile, 3, flat, (1, 1), groups, dtype, last),
             scratch_bytes=scratch_bytes,

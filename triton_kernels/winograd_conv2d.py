@@ -60,6 +60,12 @@ def input_transform(d, ALPHA: tl.constexpr):
 
 
 @triton.jit
+def pair(plus, minus, ODD: tl.constexpr):
+    """What the products at the points p and -p add to an even or an odd row, but for p's power."""
+    return plus - minus if ODD else plus + minus
+
+
+@triton.jit
 def output_transform(m, ALPHA: tl.constexpr, TILE: tl.constexpr):
     """Aᵀ m of a tuple of ALPHA tensors, a tuple of TILE."""
     if ALPHA == 1:
@@ -67,19 +73,18 @@ def output_transform(m, ALPHA: tl.constexpr, TILE: tl.constexpr):
     else:
         outputs = ()
         for i in tl.static_range(TILE):
-            sign: tl.constexpr = -1 if i % 2 else 1
-            p: tl.constexpr = 0.625 if ALPHA == 6 else 1.0
-            value = p**i * (m[1] + sign * m[2])
             if ALPHA == 6:
-                value += 1.5**i * (m[3] + sign * m[4])
+                value = 0.625**i * pair(m[1], m[2], i % 2) + 1.5**i * pair(m[3], m[4], i % 2)
+            else:
+                value = pair(m[1], m[2], i % 2)
             if ALPHA == 8:
-                value += 2.0**i * (m[3] + sign * m[4]) + 0.5**i * (m[5] + sign * m[6])
+                value += 2.0**i * pair(m[3], m[4], i % 2) + 0.5**i * pair(m[5], m[6], i % 2)
             if i == 0:
                 value += m[0]
             if i == TILE - 1:
                 # The published matrices of alpha = 4 carry the sign of infinity here.
                 value += -m[ALPHA - 1] if ALPHA == 4 else m[ALPHA - 1]
-            outputs = outputs + (value,)
+            outputs += (value,)
         return outputs
 
 
@@ -129,13 +134,13 @@ def winograd_input_kernel(
         for i in tl.static_range(ALPHA_H):
             inside = in_width & (row + i >= 0) & (row + i < H)
             pixel = tl.load(corner + i * stride_h + j * stride_w, mask=inside, other=0.0)
-            d = d + (pixel.to(tl.float32),)
-        columns = columns + (input_transform(d, ALPHA_H),)
+            d += (pixel.to(tl.float32),)
+        columns += (input_transform(d, ALPHA_H),)
     out = v + t * C + c
     for i in tl.static_range(ALPHA_H):
         d = ()
         for j in tl.static_range(ALPHA_W):
-            d = d + (columns[j][i],)
+            d += (columns[j][i],)
         transformed = input_transform(d, ALPHA_W)
         for j in tl.static_range(ALPHA_W):
             value = cast(transformed[j], v.dtype.element_ty)
@@ -159,23 +164,28 @@ def winograd_multiply_kernel(
     """m [P, tiles, groups · K] = v [P, tiles, groups · C] @ u [P, groups · K, C] of each group."""
     blocks_n = tl.cdiv(K, BLOCK_N)
     block = tl.program_id(0)
-    t = (block // blocks_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    k = (block % blocks_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_t = (block // blocks_n).to(tl.int64) * BLOCK_M
+    first_k = (block % blocks_n).to(tl.int64) * BLOCK_N
     matrix = tl.program_id(1).to(tl.int64)
     position, group = matrix // groups, matrix % groups
-    depth = tl.arange(0, BLOCK_K)
-    left = v + (position * tiles + t[:, None]) * (groups * C) + group * C
-    right = u + ((position * groups + group) * K + k[None, :]) * C
+    # 64 bits for where a block begins, 32 in it: half the registers.
+    t, k, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    in_t, in_k = first_t + t < tiles, first_k + k < K
+    left = v + (position * tiles + first_t) * (groups * C) + group * C
+    right = u + ((position * groups + group) * K + first_k) * C
+    a_rows, b_rows = t[:, None] * (groups * C), k[None, :] * C
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, C, BLOCK_K):
         c = start + depth
-        a = tl.load(left + c[None, :], mask=(t[:, None] < tiles) & (c[None, :] < C), other=0.0)
-        b = tl.load(right + c[:, None], mask=(k[None, :] < K) & (c[:, None] < C), other=0.0)
+        a = tl.load(left + (a_rows + c[None, :]), mask=in_t[:, None] & (c[None, :] < C), other=0.0)
+        b = tl.load(right + (b_rows + c[:, None]), mask=in_k[None, :] & (c[:, None] < C), other=0.0)
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
-    out = m + (position * tiles + t[:, None]) * (groups * K) + group * K + k[None, :]
-    tl.store(out, sums, mask=(t[:, None] < tiles) & (k[None, :] < K))
+    out = m + (position * tiles + first_t) * (groups * K) + group * K + first_k
+    tl.store(
+        out + (t[:, None] * (groups * K) + k[None, :]), sums, mask=in_t[:, None] & in_k[None, :]
+    )
 
 
 @triton.jit
@@ -213,15 +223,15 @@ def winograd_output_kernel(
         products = ()
         for i in tl.static_range(ALPHA_H):
             at = m + ((i * ALPHA_W + j) * tiles + t) * K + k
-            products = products + (tl.load(at, mask=valid, other=0.0),)
-        columns = columns + (output_transform(products, ALPHA_H, TILE_H),)
+            products += (tl.load(at, mask=valid, other=0.0),)
+        columns += (output_transform(products, ALPHA_H, TILE_H),)
     corner = y + image * stride_n + k * stride_c + row * stride_h + column * stride_w
     if HAS_BIAS:
         added = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
     for i in tl.static_range(TILE_H):
         products = ()
         for j in tl.static_range(ALPHA_W):
-            products = products + (columns[j][i],)
+            products += (columns[j][i],)
         outputs = output_transform(products, ALPHA_W, TILE_W)
         for j in tl.static_range(TILE_W):
             value = outputs[j]
@@ -250,10 +260,11 @@ def block_sizes(tiles: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     return sizes
 
 
-def transform_blocks(alpha_h: int, alpha_w: int, channels: int) -> tuple[int, int]:
-    """Tiles and channels of a program of the transforms: a thread holds all positions of a few."""
-    wide = min(64, triton.next_power_of_2(channels))
-    return max(1, (2048 if alpha_h * alpha_w <= 16 else 512) // max(wide, 16)), wide
+def transform_blocks(positions: int, channels: int) -> tuple[int, int]:
+    """Tiles and channels of a program of the transforms, of 128 threads: what a thread holds, all
+    positions of some tiles and channels, must fit its registers."""
+    wide = min(64, triton.next_power_of_2(max(channels, 1)))
+    return 128 * max(1, min(8, 64 // positions)) // wide, wide
 
 
 def canonical(transformed: torch.Tensor, K: int) -> torch.Tensor:
@@ -318,6 +329,9 @@ def winograd_conv2d(
     fits = weight.dim() == 4 and weight.dtype == x.dtype and weight.shape[1] == C
     fits = fits and weight.shape[0] % groups == 0 and weight.shape[2] in (1, weight.shape[3])
     require(fits, OP, "weight", f"{x.dtype} [K, {C}, r, r] or [K, {C}, 1, r]", weight)
+    # Offsets in a block of 128 rows have 32 bits.
+    fits = max(all_channels, weight.shape[0]) < 2**24
+    require(fits, OP, "weight", "of fewer than 2^24 input and output channels", weight)
     K, _, rh, r = weight.shape
     listed = ", ".join(f"F({m}, {taps})" for m, taps in SUPPORTED)
     require((tile, r) in SUPPORTED, OP, "tile", f"one of {listed}", f"F({tile}, {r})")
@@ -358,8 +372,10 @@ def winograd_conv2d(
     interpreted = not isinstance(winograd_multiply_kernel, triton.JITFunction)
     upcast = interpreted and x.dtype == torch.bfloat16
     shape = {"ALPHA_H": alpha_h, "ALPHA_W": alpha_w, "TILE_H": tile_h, "TILE_W": tile}
-    block_t, block_c = transform_blocks(alpha_h, alpha_w, max(all_channels, 1))
-    out_t, out_k = transform_blocks(alpha_h, alpha_w, K)
+    block_t, block_c = transform_blocks(P, all_channels)
+    out_t, out_k = transform_blocks(P, K)
+    if interpreted:  # each program takes as long as any other
+        block_t = out_t = triton.next_power_of_2(min(chunk, 256))
     # Launches go to the current device.
     with torch.cuda.device_of(x):
         for first in range(0, tiles, chunk):

@@ -49,8 +49,7 @@ void run(const WinogradShape& shape, const Tensor& x, const Tensor& transformed,
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.y_strides = strides_of(y);
   const WinogradPlan plan = plan_winograd_conv2d(args, multiprocessor_count(x, kOp), l2_bytes(x));
-  const Tensor scratch =
-      torch::stable::new_empty(x, {plan.scratch_bytes()}, ScalarType::Byte);
+  const Tensor scratch = torch::stable::new_empty(x, {plan.scratch_bytes()}, ScalarType::Byte);
   check_cuda(launch_winograd_conv2d(args, plan, static_cast<int4*>(scratch.mutable_data_ptr()),
                                     current_stream(x, kOp)),
              kOp);
@@ -96,10 +95,10 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
                     transformed);
   std::optional<Tensor> float_bias;
   if (bias) {
-    COMPRESSOPS_CHECK(
-        same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == K &&
-            (is_float_dtype(*bias) || bias->scalar_type() == ScalarType::Double),
-        kOp, "bias", "a float tensor [" + std::to_string(K) + "] on x's device", *bias);
+    COMPRESSOPS_CHECK(same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == K &&
+                          (is_float_dtype(*bias) || bias->scalar_type() == ScalarType::Double),
+                      kOp, "bias", "a float tensor [" + std::to_string(K) + "] on x's device",
+                      *bias);
     float_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
   }
 

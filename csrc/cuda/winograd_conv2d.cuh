@@ -2,23 +2,25 @@
 // products of all channels make one matrix product a position: M[p] = V[p] @ U[p].T.
 //
 // P = alpha² positions (alpha in one dimension), T tiles of m² outputs, C to K channels. A direct
-// convolution does 2 m² r² C K FLOP a tile, this 2 P C K: 2.25, 4 and 5.06 times fewer for r = 3 and
-// m = 2, 4, 6. What decides on a GPU is where V and M live.
+// convolution does 2 m² r² C K FLOP a tile, this 2 P C K: 2.25, 4 and 5.06 times fewer for r = 3
+// and m = 2, 4, 6. What decides on a GPU is where V and M live.
 //
 // Fused (16 bits, P ≤ 16; winograd_conv2d_fused.cuh). Accumulators of P × tiles × channels must fit
 // the registers of a multiprocessor, so a block has 64 tiles of 32 channels for P = 16: 32768 sums,
 // 128 for each of 256 threads. A channel of it takes 2 · 16 · 64 · 32 = 65536 FLOP, 1.0 KB of U and
-// some 0.7 KB of x from L2 (38 FLOP a byte, 87 of the direct convolution's), and 8 KB through shared
-// memory and L1: x 2, V 2 + 2, U 1 + 1. At 128 bytes a clock these, 64 clocks, come before the
-// tensor cores' 25 (mma.sync, 2600 FLOP a clock on Hopper): 520 TFLOP/s of direct convolution on an
-// H200 are the ceiling, whatever C and K, and V and M cost no traffic, which serves small C and K.
-// One-dimensional tiles (P = 4, 6, 8) have 64 or 128 channels a block and come to 16 FLOP a byte.
+// some 0.7 KB of x from L2 (38 FLOP a byte, 87 of the direct convolution's), and 8 KB through
+// shared memory and L1: x 2, V 2 + 2, U 1 + 1. At 128 bytes a clock these, 64 clocks, come before
+// the tensor cores' 25 (mma.sync, 2600 FLOP a clock on Hopper): 520 TFLOP/s of direct convolution
+// on an H200 are the ceiling, whatever C and K, and V and M cost no traffic, which serves small C
+// and K. One-dimensional tiles (P = 4, 6, 8) have 64 or 128 channels a block and come to 16 FLOP a
+// byte.
 //
-// Chunked (winograd_conv2d_chunk.cuh, ..._gemm.cuh). With P = 36 or 64 such a block would have 32 × 32
-// or 16 × 32 outputs and read U at 32 or 16 FLOP a byte. So x is transformed to V, multiplied in
+// Chunked (winograd_conv2d_chunk.cuh, ..._gemm.cuh). With P = 36 or 64 such a block would have 32 ×
+// 32 or 16 × 32 outputs and read U at 32 or 16 FLOP a byte. So x is transformed to V, multiplied in
 // large tiles, and M transformed to y, in chunks of tiles whose V and M together are about an L2:
 // a product of 128 × 256 does 85 FLOP a byte, and of F(4, 3) a tile takes, in bytes,
-//     x 32 C (read 1.6 times)   V 72 C written, 72 C ⌈K/256⌉ read   M 72 K written and read   y 32 K
+//     x 32 C (read 1.6 times)   V 72 C written, 72 C ⌈K/256⌉ read   M 72 K written and read   y 32
+//     K
 // beside U, 72 C K a product of 128 tiles. For C = K = 256 that is 120 KB a tile for 18.9 MFLOP of
 // the direct convolution: at 6 TB/s of L2 20 ns or 940 TFLOP/s; for 512, 1350; for 64, 270. M in
 // float32 would take 144 K: 740 for 256. Products in float32 (FFMA) are bound by arithmetic from
@@ -177,21 +179,21 @@ cudaError_t launch_winograd_chunk(const WinogradArgs<T>& args, const WinogradPla
                                : ceil_div<int64_t>(chunk.tiles, kWarpSize) *
                                      ceil_div<int64_t>(chunk.v_words, kWinogradRun);
     if (!winograd_grid(chunk.groups * blocks, &grid)) return cudaErrorInvalidValue;
-    const cudaError_t error = launch(args.x_channels_last ? winograd_input_channels<T, kAlphaH, kAlphaW>
-                                                          : winograd_input_tiles<T, kAlphaH, kAlphaW>,
-                                     grid, dim3(kWinogradThreads), 0, stream, args, chunk, v);
+    const cudaError_t error =
+        launch(args.x_channels_last ? winograd_input_channels<T, kAlphaH, kAlphaW>
+                                    : winograd_input_tiles<T, kAlphaH, kAlphaW>,
+               grid, dim3(kWinogradThreads), 0, stream, args, chunk, v);
     if (error != cudaSuccess) return error;
   }
 
   using Tilings = WinogradTilings<T>;
   const Global<const T> operand = view_as<const T>(v);
   const Global<WinogradProduct<T>> products = view_as<WinogradProduct<T>>(m);
-  const cudaError_t error =
-      plan.kernel == WinogradKernel::kChunkedLarge
-          ? launch_winograd_multiply<typename Tilings::Large>(args, chunk, operand, products,
-                                                              scales, stream)
-          : launch_winograd_multiply<typename Tilings::Small>(args, chunk, operand, products,
-                                                              scales, stream);
+  const cudaError_t error = plan.kernel == WinogradKernel::kChunkedLarge
+                                ? launch_winograd_multiply<typename Tilings::Large>(
+                                      args, chunk, operand, products, scales, stream)
+                                : launch_winograd_multiply<typename Tilings::Small>(
+                                      args, chunk, operand, products, scales, stream);
   if (error != cudaSuccess) return error;
 
   const int64_t words = ceil_div<int64_t>(chunk.columns, kPerWord<T>);
@@ -210,9 +212,9 @@ cudaError_t launch_winograd_chunked(const WinogradArgs<T>& args, const WinogradP
   const WinogradShape& shape = args.shape;
   for (int64_t group = 0; group < shape.groups; group += plan.groups) {
     for (int64_t tile = 0; tile < shape.tiles(); tile += plan.tiles) {
-      const WinogradChunk chunk = winograd_chunk<T>(
-          shape, args.y_channels_last, plan.kernel, group,
-          min(plan.groups, shape.groups - group), tile, min(plan.tiles, shape.tiles() - tile));
+      const WinogradChunk chunk = winograd_chunk<T>(shape, args.y_channels_last, plan.kernel, group,
+                                                    min(plan.groups, shape.groups - group), tile,
+                                                    min(plan.tiles, shape.tiles() - tile));
       const cudaError_t error =
           launch_winograd_chunk<kAlphaH, kAlphaW>(args, plan, chunk, scratch, stream);
       if (error != cudaSuccess) return error;

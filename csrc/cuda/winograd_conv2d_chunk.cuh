@@ -37,8 +37,7 @@ __host__ __device__ inline int winograd_lanes_log2(int64_t words) {
 // Blocks for lines of words.
 __host__ __device__ inline int64_t winograd_blocks(int64_t lines, int64_t words) {
   const int log2 = winograd_lanes_log2(words);
-  return ceil_div<int64_t>(lines, kWinogradThreads >> log2) *
-         ceil_div(words, int64_t{1} << log2);
+  return ceil_div<int64_t>(lines, kWinogradThreads >> log2) * ceil_div(words, int64_t{1} << log2);
 }
 
 struct WinogradPlace {
@@ -100,11 +99,11 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
   const int64_t C = args.shape.C, c = (first_word + warp) * kPerWord<T>;
   winograd_load(args, window, ((chunk.first_group + group) * C + c) * args.x_strides.c, C - c, d);
 
-  const int64_t tile = first_tile + thread / kWinogradRun, word = first_word + thread % kWinogradRun;
+  const int64_t tile = first_tile + thread / kWinogradRun,
+                word = first_word + thread % kWinogradRun;
   const bool writes = tile < chunk.tiles && word < chunk.v_words;
   const int64_t position = chunk.tiles * chunk.v_words;
-  Global<uint32_t> out =
-      v + (group * kAlphaH * kAlphaW * position + tile * chunk.v_words + word);
+  Global<uint32_t> out = v + (group * kAlphaH * kAlphaW * position + tile * chunk.v_words + word);
   winograd_transform_input<T>(d, [&](int, const uint32_t (&words)[kAlphaW]) {
 #pragma unroll
     for (int j = 0; j < kAlphaW; ++j) {
@@ -113,8 +112,8 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
     __syncthreads();  // the row is there
 #pragma unroll
     for (int j = 0; j < kAlphaW; ++j) {
-      const uint32_t word_of_row = staged[(j * kWarpSize + thread / kWinogradRun) * kStride +
-                                          thread % kWinogradRun];
+      const uint32_t word_of_row =
+          staged[(j * kWarpSize + thread / kWinogradRun) * kStride + thread % kWinogradRun];
       if (writes) *out = word_of_row;
       out = out + position;
     }
@@ -139,9 +138,9 @@ __global__ void __launch_bounds__(kWinogradThreads, 1)
   const int64_t first_position = place.group * (kAlphaH * kAlphaW);
   const Global<const uint32_t> from =
       m + (first_position * matrix + place.line * chunk.m_words + place.word);
-  const Global<const float> scale =
-      scales + (first_position * scale_matrix +
-                (place.line >> chunk.row_log2) * chunk.scale_columns + (column >> chunk.column_log2));
+  const Global<const float> scale = scales + (first_position * scale_matrix +
+                                              (place.line >> chunk.row_log2) * chunk.scale_columns +
+                                              (column >> chunk.column_log2));
   const int64_t group = chunk.first_group + place.group;
 
   const auto get = [&](int j, float (&values)[kCount][kAlphaH]) {

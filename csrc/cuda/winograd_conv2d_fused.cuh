@@ -44,7 +44,8 @@ __device__ __forceinline__ int fused_slot(int row, int chunk) {
   return row * 2 | (chunk ^ (row >> 2 & 1));
 }
 
-// What a block computes: tiles from first_tile on of the output channels from first_k on of a group.
+// What a block computes: tiles from first_tile on of the output channels from first_k on of a
+// group.
 template <class Fusion>
 struct FusedBlock {
   int64_t group, first_k, first_tile;
@@ -60,15 +61,14 @@ struct FusedBlock {
 };
 
 template <class T, class Fusion>
-__global__ void __launch_bounds__(Fusion::kThreads, 1)
-    winograd_fused(WinogradArgs<T> args) {
+__global__ void __launch_bounds__(Fusion::kThreads, 1) winograd_fused(WinogradArgs<T> args) {
   constexpr int kTiles = Fusion::kTiles, kItems = Fusion::kItems;
   constexpr int kAlphaH = Fusion::kAlphaH, kAlphaW = Fusion::kAlphaW;
   constexpr int kTilesM = kTiles / 16, kTilesN = Fusion::kWarpN / 8;
   COMPRESSOPS_DYNAMIC_SHARED(int4, shared, Fusion::kSharedBytes);
   const Shared<int4> shared_v = slice(shared, 0, Fusion::kStagesV * Fusion::kChunksV);
-  const Shared<int4> shared_u = slice(shared, Fusion::kStagesV * Fusion::kChunksV,
-                                      Fusion::kStagesU * Fusion::kChunksU);
+  const Shared<int4> shared_u =
+      slice(shared, Fusion::kStagesV * Fusion::kChunksV, Fusion::kStagesU * Fusion::kChunksU);
   const WinogradShape& shape = args.shape;
   const int thread = static_cast<int>(threadIdx.x);
   const int lane = thread % kWarpSize, warp = thread / kWarpSize;
@@ -78,9 +78,9 @@ __global__ void __launch_bounds__(Fusion::kThreads, 1)
   const FusedBlock<Fusion> block(shape, block_index_x());
   const int steps = static_cast<int>(ceil_div<int64_t>(shape.C, Fusion::kStepC));
 
-  // A thread makes the same word of V of every kThreads / 8-th tile. Where channels of x lie side by
-  // side, 8 lanes read 32 bytes of a pixel; else 8 lanes read pixels of 8 tiles side by side. Either
-  // way a warp writes 128 bytes of V in one go.
+  // A thread makes the same word of V of every kThreads / 8-th tile. Where channels of x lie side
+  // by side, 8 lanes read 32 bytes of a pixel; else 8 lanes read pixels of 8 tiles side by side.
+  // Either way a warp writes 128 bytes of V in one go.
   const bool last = args.x_channels_last;
   const int tile = last ? thread / 8 : thread / 64 * 8 + lane % 8;
   const int word = last ? lane % 8 : warp % 2 * 4 + lane / 8;
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(Fusion::kThreads, 1)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int row = (first_position + p) * Fusion::kHalf + 16 * i + 8 * e + lane / 4;
-            const float(&quad)[4] = sums[p][half * kTilesM / 2 + i][j];
+            const float (&quad)[4] = sums[p][half * kTilesM / 2 + i][j];
             int2 bits;
             bits.x = static_cast<int>(__float_as_uint(quad[2 * e]));
             bits.y = static_cast<int>(__float_as_uint(quad[2 * e + 1]));

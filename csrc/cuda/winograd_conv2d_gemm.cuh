@@ -26,7 +26,8 @@ struct WinogradTiling {
 // time. Only where C is no multiple of that, or u begins elsewhere.
 template <class T>
 __global__ void __launch_bounds__(kWinogradThreads)
-    winograd_pad_u(Global<const T> u, int64_t rows, int64_t C, int64_t words, Global<uint32_t> out) {
+    winograd_pad_u(Global<const T> u, int64_t rows, int64_t C, int64_t words,
+                   Global<uint32_t> out) {
   const WinogradPlace place(rows, words);
   if (place.line >= rows || place.word >= words) return;
   float values[kPerWord<T>];
@@ -46,8 +47,8 @@ __device__ __forceinline__ int stage_slot(int row, int chunk) {
   return row * 4 + (chunk ^ (row >> kRowShift & 3));
 }
 
-// Copies rows of V or U into stages, one step of 64 bytes after the other. A thread has one chunk of
-// every kThreads / 4-th row.
+// Copies rows of V or U into stages, one step of 64 bytes after the other. A thread has one chunk
+// of every kThreads / 4-th row.
 template <class T, int kRows, int kThreads, int kRowShift>
 struct WinogradLoader {
   static constexpr int kLoads = kRows * 4 / kThreads, kElements = 16 / sizeof(T);
@@ -80,8 +81,8 @@ struct WinogradLoader {
   }
 };
 
-// The sums of a warp, of 16-bit elements by mma.sync. Column n of the j-th of four MMAs side by side
-// is column 8 (n / 2) + 2 j + n % 2 of their 32, so that a lane ends up with 8 columns in
+// The sums of a warp, of 16-bit elements by mma.sync. Column n of the j-th of four MMAs side by
+// side is column 8 (n / 2) + 2 j + n % 2 of their 32, so that a lane ends up with 8 columns in
 // succession, 16 bytes of M.
 template <class T, class Tiling>
 struct WinogradSums {
@@ -97,8 +98,8 @@ struct WinogradSums {
     for (int chunk = 0; chunk < Tiling::kChunks; chunk += 2) {
       // The XOR of a slot is the same in all rows of a lane, so they lie at constant distances.
       const int slot_a = stage_slot<1>(warp_m + lane % 16, chunk + lane / 16);
-      const int slot_b = stage_slot<kRightShift>(
-          warp_n + 8 * (n / 2) + 2 * (lane / 16) + n % 2, chunk + lane / 8 % 2);
+      const int slot_b = stage_slot<kRightShift>(warp_n + 8 * (n / 2) + 2 * (lane / 16) + n % 2,
+                                                 chunk + lane / 8 % 2);
       uint32_t a[kTilesM][4];
 #pragma unroll
       for (int i = 0; i < kTilesM; ++i) {
@@ -155,7 +156,7 @@ struct WinogradSums {
         for (int j = 0; j < kTilesN; j += 4) {
           const int64_t column = first_n + 8 * j + 8 * (lane % 4);
           const auto word = [&](int mma) {
-            const float(&pair)[4] = sums[i][j + mma];
+            const float (&pair)[4] = sums[i][j + mma];
             return static_cast<int>(
                 pack_word<__half>({pair[2 * half] * scale, pair[2 * half + 1] * scale}));
           };

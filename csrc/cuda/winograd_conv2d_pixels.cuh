@@ -60,8 +60,7 @@ struct WinogradArgs {
 // Whether rows of a multiple of `vector` elements, `strides` apart, are made of aligned vectors.
 template <class T>
 bool in_vectors(Global<T> data, int vector, int64_t count, std::initializer_list<int64_t> strides) {
-  bool whole = count % vector == 0 &&
-               misalignment(data, vector * static_cast<int>(sizeof(T))) == 0;
+  bool whole = count % vector == 0 && misalignment(data, vector * static_cast<int>(sizeof(T))) == 0;
   for (int64_t stride : strides) whole = whole && stride % vector == 0;
   return whole;
 }
@@ -72,8 +71,8 @@ void describe_layout(WinogradArgs<T>& args) {
   const WinogradShape& s = args.shape;
   const WinogradStrides &x = args.x_strides, &y = args.y_strides;
   args.x_channels_last = x.c == 1;
-  args.x_words = kPerWord<T> == 1 ||
-                 (args.x_channels_last && in_vectors(args.x, 2, s.C, {x.n, x.h, x.w}));
+  args.x_words =
+      kPerWord<T> == 1 || (args.x_channels_last && in_vectors(args.x, 2, s.C, {x.n, x.h, x.w}));
   args.y_channels_last = y.c == 1;
   args.y_vector = 1;
   if (args.y_channels_last) {
@@ -121,8 +120,8 @@ struct WinogradWindow {
   }
 };
 
-// The pixels of a window, of the word of channels that begins `offset` elements from its corner and of
-// which there are `channels`. Those outside the image and channels past the last are zeros.
+// The pixels of a window, of the word of channels that begins `offset` elements from its corner and
+// of which there are `channels`. Those outside the image and channels past the last are zeros.
 template <class T, int kAlphaH, int kAlphaW>
 __device__ __forceinline__ void winograd_load(const WinogradArgs<T>& args,
                                               const WinogradWindow& window, int64_t offset,

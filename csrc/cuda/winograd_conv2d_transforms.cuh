@@ -1,5 +1,5 @@
-// The transforms of winograd_conv2d, on registers. compressops/ops/winograd_transform.py derives the
-// matrices; these are their common subexpressions.
+// The transforms of winograd_conv2d, on registers. compressops/ops/winograd_transform.py derives
+// the matrices; these are their common subexpressions.
 #pragma once
 
 #include "device.cuh"

@@ -21,8 +21,8 @@ struct Buffers {
   bool channels_last;
 };
 
-// `sizes`: N, groups, C, K (of a group), H, W, padding_h, padding_w, r, tile, and whether the kernel
-// has one row.
+// `sizes`: N, groups, C, K (of a group), H, W, padding_h, padding_w, r, tile, and whether the
+// kernel has one row.
 WinogradShape shape_of(const int64_t* sizes) {
   return make_winograd_shape(sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
                              sizes[7], sizes[8], sizes[9], sizes[10] != 0);
@@ -49,8 +49,8 @@ cudaError_t run(const Buffers& b, int activation, int kernel, int64_t scratch_by
   const auto bytes = reinterpret_cast<unsigned char*>(scratch.get());
   std::memset(bytes, 0xff, plan.scratch_bytes());  // NaN: nothing may read what was not written
   return launch_winograd_conv2d(
-      args, plan,
-      view_as<int4>(Global<unsigned char>(bytes, plan.scratch_bytes(), "scratch")), nullptr);
+      args, plan, view_as<int4>(Global<unsigned char>(bytes, plan.scratch_bytes(), "scratch")),
+      nullptr);
 }
 
 }  // namespace
@@ -62,10 +62,14 @@ CUDA_ON_CPU_EXPORT int run_winograd_conv2d(int dtype, const int64_t* sizes,
                                            int64_t scratch_bytes, int order, unsigned seed,
                                            char* message) {
   return cuda_on_cpu::guarded(order, seed, message, [&] {
-    const Buffers buffers = {shape_of(sizes), {x_strides[0], x_strides[1], x_strides[2], x_strides[3]},
-                             x,     x_count,
-                             u,     bias,
-                             y,     channels_last != 0};
+    const Buffers buffers = {shape_of(sizes),
+                             {x_strides[0], x_strides[1], x_strides[2], x_strides[3]},
+                             x,
+                             x_count,
+                             u,
+                             bias,
+                             y,
+                             channels_last != 0};
 #ifndef CUDA_ON_CPU_HALF_ONLY  // compiles faster
     if (dtype == 0) return run<float>(buffers, activation, kernel, scratch_bytes);
     if (dtype == 2) return run<__nv_bfloat16>(buffers, activation, kernel, scratch_bytes);
