@@ -8,9 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cuda_on_cpu import harness
 from cuda_on_cpu.harness import KernelError, Plant
 from test_cuda_on_cpu import make_stream, reference
+from test_cuda_on_cpu_winograd import Case, make
+from test_cuda_on_cpu_winograd import run as run_winograd
 
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="needs a C++20 compiler")
 ALL_ORDERS = pytest.mark.parametrize("order", harness.ORDERS)
@@ -128,7 +131,7 @@ INT8_PLANTS = {
         "wrong result",
     ),
     "shuffle over half a warp": (
-        Plant(QUANTIZE, "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
+        Plant("warp.cuh", "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
         "wrong result",
     ),
 }
@@ -162,6 +165,35 @@ HUFFMAN_PLANTS = {
         "wrong result",
     ),
 }
+PIXELS, CHUNK, PRODUCT, FUSED = (
+    f"winograd_conv2d_{part}.cuh" for part in ("pixels", "chunk", "gemm", "fused")
+)
+WINOGRAD_PLANTS = {
+    "off by one": (
+        Plant(PIXELS, "h0 + i < shape.H)", "h0 + i <= shape.H)"),
+        'global array "x".* out of bounds',
+    ),
+    "missing __syncthreads": (
+        Plant(FUSED, "__syncthreads();  // everyone's U and V", "// everyone's U and V"),
+        'race on shared array "shared"|never written|before its cp.async',
+    ),
+    "missing __syncthreads between rows": (
+        Plant(CHUNK, "__syncthreads();  // the next row", "// the next row"),
+        'race on shared array "staged"',
+    ),
+    "out-of-bounds shared write": (
+        Plant(FUSED, "return row * 2 | (", "return (row + 1) * 2 | ("),
+        'shared array "shared".* out of bounds',
+    ),
+    "wrong scale": (
+        Plant(PRODUCT, "(exponent - 14u) << 23", "(exponent - 13u) << 23"),
+        "wrong result",
+    ),
+    "rows that are not there": (
+        Plant(PRODUCT, "if (row < chunk.rows && column < 2", "if (column < 2"),
+        'global array "scratch".* out of bounds|wrong result',
+    ),
+}
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +205,7 @@ def planted():
             for op, plants, defines in (
                 ("int8_linear", INT8_PLANTS, ("CUDA_ON_CPU_FLOAT_ONLY",)),
                 ("huffman_decode", HUFFMAN_PLANTS, ()),
+                ("winograd_conv2d", WINOGRAD_PLANTS, ("CUDA_ON_CPU_HALF_ONLY",)),
             )
             for name, (plant, _) in plants.items()
         }
@@ -220,5 +253,25 @@ def test_mistakes_planted_in_huffman_decode_are_found(planted, name, order):
         return np.array_equal(result[0], symbols) and result[1:] == (0, None, 0)
 
     message = HUFFMAN_PLANTS[name][1]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(verdict(check))
+
+
+@ALL_ORDERS
+@pytest.mark.parametrize("name", WINOGRAD_PLANTS)
+def test_mistakes_planted_in_winograd_conv2d_are_found(planted, name, order):
+    """With tiles of 2 the fused kernel, with tiles of 4 the chunked ones."""
+
+    def check() -> bool:
+        for tile in (2, 4):
+            case = Case(1, 18, 5, 6, 13, tile, dtype=torch.float16)
+            x, weight, bias = make(case)
+            y = run_winograd(planted["winograd_conv2d", name], case, x, weight, bias, order)
+            expected = F.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+            if (y.double() - expected).abs().max() > 0.1:
+                return False
+        return True
+
+    message = WINOGRAD_PLANTS[name][1]
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(verdict(check))

@@ -179,7 +179,7 @@ COMPILE = """
 import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_kernels import huffman_decode, int8_linear
+from triton_kernels import huffman_decode, int8_linear, winograd_conv2d
 
 def build(capability, kernel, types, constants, **options):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
@@ -218,6 +218,34 @@ for capability in (80, 90):
     results[f"huffman of one symbol {capability}"] = build(
         capability, huffman_decode.huffman_decode_kernel, types,
         {"BLOCK": 32, "chunks": 1, "num_symbols": 1, "chunk_size": 1}, num_warps=1)
+    for dtype, alpha_h, alpha_w, tile in (
+        ("fp32", 8, 8, 6), ("fp16", 6, 6, 4), ("bf16", 4, 4, 2), ("fp16", 1, 8, 4)
+    ):
+        tiles = {"ALPHA_H": alpha_h, "ALPHA_W": alpha_w, "TILE_H": tile if alpha_h > 1 else 1,
+                 "TILE_W": tile}
+        block_t, block_c = winograd_conv2d.transform_blocks(alpha_h * alpha_w, 256)
+        strides = [f"stride_{name}" for name in "nchw"]
+        place = ("tile_rows", "tile_columns", "first_tile", "tiles")
+        sizes = dict.fromkeys((*strides, "H", "W", "padding_h", "padding_w", *place, "C"), "i32")
+        name = f"{dtype} {alpha_h} {alpha_w} {capability}"
+        results[f"winograd input {name}"] = build(
+            capability, winograd_conv2d.winograd_input_kernel,
+            {"x": f"*{dtype}", "v": f"*{dtype}"} | sizes,
+            tiles | {"BLOCK_T": block_t, "BLOCK_C": block_c})
+        sizes = dict.fromkeys((*strides, "OH", "OW", *place, "K"), "i32")
+        results[f"winograd output {name}"] = build(
+            capability, winograd_conv2d.winograd_output_kernel,
+            {"m": "*fp32", "bias": f"*{dtype}", "y": f"*{dtype}"} | sizes,
+            tiles | {"HAS_BIAS": True, "ACTIVATION": 2, "BLOCK_T": block_t, "BLOCK_K": block_c})
+    for dtype, size in (("fp32", 4096), ("fp16", 4096), ("bf16", 64)):
+        constants = winograd_conv2d.block_sizes(size, size, getattr(torch, {"fp32": "float32",
+            "fp16": "float16", "bf16": "bfloat16"}[dtype]))
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        types = {"v": f"*{dtype}", "u": f"*{dtype}", "m": "*fp32"}
+        types |= dict.fromkeys(("tiles", "C", "K", "groups"), "i32")
+        results[f"winograd multiply {dtype} {capability}"] = build(
+            capability, winograd_conv2d.winograd_multiply_kernel, types,
+            constants | {"UPCAST": False}, **options)
 results["touched CUDA"] = torch.cuda.is_initialized()
 print(json.dumps(results))
 """
@@ -237,9 +265,9 @@ def test_compiles_ahead_of_time():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results.pop("touched CUDA") is False
-    assert len(results) == 2 * (3 + 4 + 2)
+    assert len(results) == 2 * (3 + 4 + 2 + 4 * 2 + 3)
     for name, built in results.items():
         assert built["cubin"] > 0
         assert built["shared"] <= 163 * 1024  # what a block may take on sm_80
-        if name.startswith("matmul"):
+        if name.startswith(("matmul", "winograd multiply fp16", "winograd multiply bf16")):
             assert built["matrix"], f"{name}: no tensor-core instruction"

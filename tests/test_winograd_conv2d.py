@@ -347,6 +347,7 @@ def test_no_overflow_in_float16(kernel: torch.device, tile: int, r: int) -> None
         assert_matches(y, x, weight, None, case)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @ALL_KERNELS
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_stays_in_its_tiles_and_gets_lost_nowhere(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .checks import require
+from .rounding import cast
 
 OP = "int8_linear"
 MAX_IN_FEATURES = 131072  # |sum| ≤ 127·128·K must fit in an int32
@@ -46,14 +47,6 @@ def quantize_rows_kernel(x, q, x_scales, x_stride, K, BLOCK_K: tl.constexpr):
         scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
         rounded = (scaled + ROUND_MAGIC) - ROUND_MAGIC
         tl.store(q + row * K + k, rounded.to(tl.int8), mask=k < K)
-
-
-@triton.jit
-def round_to_bfloat16(value):
-    """The float32 nearest to ``value`` that bfloat16 holds: Triton's interpreter truncates."""
-    bits = value.to(tl.int32, bitcast=True)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-    return tl.where(value == value, rounded.to(tl.float32, bitcast=True), value)
 
 
 @triton.jit
@@ -107,11 +100,9 @@ def int8_linear_kernel(
         value = tl.where(value < 0.0, 0.0, value)  # keeps NaN
     if ACTIVATION == 2:
         value = 0.5 * value * (1.0 + tl.erf(value * 0.70710678118654752))
-    if y.dtype.element_ty == tl.bfloat16:
-        value = round_to_bfloat16(value)
     tl.store(
         y + m[:, None] * N + n[None, :],
-        value.to(y.dtype.element_ty),
+        cast(value, y.dtype.element_ty),
         mask=(m[:, None] < M) & (n[None, :] < N),
     )
 

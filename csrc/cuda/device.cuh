@@ -119,4 +119,32 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+// Elements side by side in a word of 4 bytes: two of 16 bits, or one float.
+template <class T>
+constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));
+
+template <class T>
+__device__ __forceinline__ float word_element(uint32_t word, int i) {
+  return float_from_bits<T>(word >> (32 / kPerWord<T> * i));
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t pack_word(const float (&values)[kPerWord<T>]);
+template <>
+__device__ __forceinline__ uint32_t pack_word<float>(const float (&values)[1]) {
+  return __float_as_uint(values[0]);
+}
+template <>
+__device__ __forceinline__ uint32_t pack_word<__half>(const float (&values)[2]) {
+  const __half2 pair = __floats2half2_rn(values[0], values[1]);
+  return static_cast<uint32_t>(__half_as_ushort(pair.x)) |
+         static_cast<uint32_t>(__half_as_ushort(pair.y)) << 16;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_word<__nv_bfloat16>(const float (&values)[2]) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(values[0], values[1]);
+  return static_cast<uint32_t>(__bfloat16_as_ushort(pair.x)) |
+         static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
+}
+
 }  // namespace compressops

@@ -10,18 +10,6 @@ namespace {
 
 constexpr const char* kOp = "int8_linear";
 
-Activation parse_activation(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  COMPRESSOPS_CHECK(name == "gelu", kOp, "activation", "'none', 'relu' or 'gelu'", name);
-  return Activation::kGelu;
-}
-
-bool is_float_dtype(const Tensor& tensor) {
-  const ScalarType dtype = tensor.scalar_type();
-  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
-}
-
 // A row-major [N] or [N, K] of x's device.
 void check_operand(const Tensor& tensor, const char* argument, const char* dtype_name,
                    ScalarType dtype, const std::vector<int64_t>& shape, const Tensor& x) {
@@ -79,7 +67,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
         kOp, "bias", "a float tensor [" + std::to_string(N) + "] on x's device", *bias);
     float_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
   }
-  const Activation activation = parse_activation(activation_name);
+  const Activation activation = parse_activation(activation_name, kOp);
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   std::vector<int64_t> y_sizes;

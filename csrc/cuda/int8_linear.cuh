@@ -11,6 +11,7 @@
 // Sums are exact in int32 for K ≤ kInt8LinearMaxK; the caller refuses a larger K.
 #pragma once
 
+#include "activation.cuh"
 #include "device.cuh"
 #include "ptx.cuh"
 #include "quantize_rows.cuh"
@@ -20,8 +21,6 @@ namespace compressops {
 // The sums of |q| ≤ 127 times |weight| ≤ 128 must fit 31 bits.
 constexpr int64_t kInt8LinearMaxK = 131072;
 static_assert(kInt8LinearMaxK * 127 * 128 <= 0x7fffffff);
-
-enum class Activation : int { kNone = 0, kRelu = 1, kGelu = 2 };
 
 // Which kernel serves a shape. The tests force each.
 enum class Int8LinearKernel : int { kAuto = -1, kRows1, kRows4, kRows16, kTile64, kTile128 };
@@ -71,13 +70,8 @@ __device__ __forceinline__ int4 load_16_weights(Global<const int8_t> row, int64_
 template <class T>
 __device__ __forceinline__ T int8_linear_epilogue(int sum, float scale, float bias,
                                                   Activation activation) {
-  float value = __fadd_rn(__fmul_rn(__int2float_rn(sum), scale), bias);
-  if (activation == Activation::kRelu) {
-    value = value < 0.0f ? 0.0f : value;  // keeps NaN, as fmaxf would not
-  } else if (activation == Activation::kGelu) {
-    value = 0.5f * value * (1.0f + erff(value * 0.70710678118654752f));
-  }
-  return from_float<T>(value);
+  const float value = __fadd_rn(__fmul_rn(__int2float_rn(sum), scale), bias);
+  return from_float<T>(activate(value, activation));
 }
 
 // A warp owns two rows of the weight: q is read half as often as with one, and with M ≤ 16 the 32

@@ -1,6 +1,6 @@
 // The only place with inline PTX: each instruction behind a named function, with a host equivalent
 // that tests/cuda_on_cpu runs. Fragment layouts are those of the PTX ISA, "Matrix fragments for
-// mma.m16n8k32" and "ldmatrix".
+// mma.m16n8k32", "... mma.m16n8k16" and "ldmatrix".
 #pragma once
 
 #include "device.cuh"
@@ -17,6 +17,13 @@ __device__ __forceinline__ T load_nc(Global<const T> array, int64_t index) {
 
 __device__ __forceinline__ unsigned shared_address(const void* pointer) {
   return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// blockIdx.x, read anew: what is computed from it need not stay in registers from an earlier use.
+__device__ __forceinline__ unsigned block_index_x() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(index));
+  return index;
 }
 
 // Starts a copy of 16 bytes to shared memory past the registers and L1; zeros if not `valid`, and
@@ -58,7 +65,32 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// c[16, 8] += a[16, 16] @ b[8, 16].T in float16 or bfloat16 with float32 sums.
+template <class T>
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
+                                             const uint32_t (&b)[2]);
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__half>(float (&c)[4], const uint32_t (&a)[4],
+                                                     const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const uint32_t (&a)[4],
+                                                            const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 #else
+
+inline unsigned block_index_x() { return blockIdx.x; }
 
 inline void cp_async_16(Shared<int4> target, Global<const int4> source, bool valid) {
   cuda_on_cpu::start_copy(target, source, valid);
@@ -79,10 +111,11 @@ inline void ldmatrix_x4(uint32_t (&fragment)[4], Shared<int4> row) {
   }
 }
 
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+
 inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  struct Fragments {
-    uint32_t a[4], b[2];
-  };
   const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
   const auto all = cuda_on_cpu::exchange(kFullWarp, mine, "mma");
   const int group = cuda_on_cpu::lane() / 4, in_group = cuda_on_cpu::lane() % 4;
@@ -95,6 +128,26 @@ inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t 
       for (int k_half = 0; k_half < 2; ++k_half) {
         c[i] = __dp4a(static_cast<int>(left.a[row_half + 2 * k_half]),
                       static_cast<int>(right.b[k_half]), c[i]);
+      }
+    }
+  }
+}
+
+template <class T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const Fragments mine = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto all = cuda_on_cpu::exchange(kFullWarp, mine, "mma");
+  const int group = cuda_on_cpu::lane() / 4, in_group = cuda_on_cpu::lane() % 4;
+  for (int i = 0; i < 4; ++i) {
+    // c[i] is row group + 8 (i / 2), column 2 in_group + i % 2.
+    const int row_half = i / 2, column = 2 * in_group + i % 2;
+    for (int quad = 0; quad < 4; ++quad) {
+      const Fragments& left = all[4 * group + quad];
+      const Fragments& right = all[4 * column + quad];
+      for (int k_half = 0; k_half < 2; ++k_half) {
+        const uint32_t l = left.a[row_half + 2 * k_half], r = right.b[k_half];
+        c[i] += float_from_bits<T>(l & 0xffffu) * float_from_bits<T>(r & 0xffffu);
+        c[i] += float_from_bits<T>(l >> 16) * float_from_bits<T>(r >> 16);
       }
     }
   }

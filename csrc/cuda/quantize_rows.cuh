@@ -4,20 +4,13 @@
 
 #include "device.cuh"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace compressops {
 
 // Rows of q are padded with zeros, so that they can be read 16 bytes at a time.
 __host__ __device__ constexpr int64_t padded_to_16(int64_t K) {
   return ceil_div<int64_t>(K, 16) * 16;
-}
-
-__device__ __forceinline__ unsigned warp_max(unsigned value) {
-#pragma unroll
-  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) {
-    value = max(value, __shfl_xor_sync(kFullWarp, value, lanes));
-  }
-  return value;
 }
 
 // Up to 16 elements of a row as float, zeros past `count`. `aligned`: the row is 16-byte aligned.

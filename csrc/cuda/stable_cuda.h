@@ -1,4 +1,4 @@
-// CUDA's side of LibTorch's stable ABI: streams and errors. Host code only.
+// CUDA's side of LibTorch's stable ABI: streams, errors, and checks that ops share. Host code only.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,6 +13,7 @@
 #include <string>
 
 #include "../check.h"
+#include "activation.cuh"
 
 namespace compressops {
 
@@ -48,6 +49,18 @@ inline int64_t multiprocessor_count(const Tensor& tensor, const char* op) {
       cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()),
       op);
   return count;
+}
+
+inline bool is_float_dtype(const Tensor& tensor) {
+  const ScalarType dtype = tensor.scalar_type();
+  return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+}
+
+inline Activation parse_activation(const std::string& name, const char* op) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  COMPRESSOPS_CHECK(name == "gelu", op, "activation", "'none', 'relu' or 'gelu'", name);
+  return Activation::kGelu;
 }
 
 inline bool same_device(const Tensor& tensor, const Tensor& other) {

@@ -256,6 +256,16 @@ Shared<T> slice(Shared<T> array, int64_t offset, int64_t count) {
   return Shared<T>(array.region(), start.offset(), start.offset(), end);
 }
 
+template <class T>
+Global<T> slice(Global<T> array, int64_t offset, int64_t count) {
+  const Global<T> start = array + offset, end = start + count;
+  if (start.at() < array.low() || end.at() > array.high() || count < 0) {
+    cuda_on_cpu::fail("slice [", offset, ", ", offset + count, ") leaves global array \"",
+                      array.name(), "\"");
+  }
+  return Global<T>(start.at(), start.at(), end.at(), array.name());
+}
+
 template <class To, class From>
 Shared<To> view_as(Shared<From> array) {
   return Shared<To>(array.region(), array.offset(), array.low(), array.high());

@@ -122,6 +122,71 @@ def int8_linear(
     return y
 
 
+WINOGRAD_KERNELS = {"auto": -1, "fused": 0, "small": 1, "large": 2}
+
+
+def _winograd_sizes(x, weight, padding: tuple[int, int], groups: int, tile: int) -> ctypes.Array:
+    (N, _, H, W), (K, C, rh, r) = x.shape, weight.shape
+    sizes = (N, groups, C, K // groups, H, W, *padding, r, tile, rh == 1)
+    return (c_int64 * len(sizes))(*sizes)
+
+
+def winograd_conv2d(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    transformed: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+    activation: str = "none",
+    tile: int = 4,
+    *,
+    kernel: str = "auto",
+    scratch_bytes: int = 2**24,
+    order: str = "forward",
+) -> torch.Tensor:
+    """The op on ``transformed`` [P, K, C / groups] of x's dtype, with its kernels as named.
+
+    ``scratch_bytes`` is what V and M of a chunk may take.
+    """
+    height, width = (size + 2 * p for size, p in zip(x.shape[2:], padding, strict=True))
+    size = (x.shape[0], weight.shape[0], height - weight.shape[2] + 1, width - weight.shape[3] + 1)
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    y = torch.full(size, 77.0, dtype=x.dtype)
+    if last:
+        y = y.contiguous(memory_format=torch.channels_last)
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    _call(
+        library.run_winograd_conv2d,
+        ctypes.c_int(DTYPES[x.dtype]),
+        _winograd_sizes(x, weight, padding, groups, tile),
+        (c_int64 * 4)(*x.stride()),
+        _pointer(x),
+        c_int64(span if x.numel() else 0),
+        *map(_pointer, (transformed, bias, y)),
+        ctypes.c_int(last),
+        ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(WINOGRAD_KERNELS[kernel]),
+        c_int64(scratch_bytes),
+        order=order,
+    )
+    return y
+
+
+def winograd_plan(
+    library: ctypes.CDLL, x, weight, padding=(0, 0), groups=1, tile=4, *, half=True, last=True
+) -> tuple[str, int, int, int]:
+    """Kernel, tiles and groups of a chunk and bytes of scratch on an H200 (132 SMs, 50 MiB L2)."""
+    plan = (c_int64 * 4)()
+    sizes = _winograd_sizes(x, weight, padding, groups, tile)
+    library.plan_winograd_conv2d_of(
+        *(ctypes.c_int(half), sizes, ctypes.c_int(last), c_int64(132), c_int64(50 * 2**20), plan)
+    )
+    names = {value: name for name, value in WINOGRAD_KERNELS.items()}
+    return names[plan[0]], *plan[1:]
+
+
 def huffman_decode(
     library: ctypes.CDLL,
     stream: np.ndarray,

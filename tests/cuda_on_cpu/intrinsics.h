@@ -45,28 +45,42 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
 inline __half __ushort_as_half(unsigned short bits) { return {bits}; }
 inline float __half2float(__half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
-  const int exponent = value.bits >> 10 & 31, mantissa = value.bits & 0x3ff;
-  float magnitude = std::ldexp(static_cast<float>(mantissa + (exponent ? 1024 : 0)),
-                               (exponent ? exponent : 1) - 25);
-  if (exponent == 31) {
-    magnitude =
-        mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
-  }
-  return std::bit_cast<float>(std::bit_cast<uint32_t>(magnitude) | sign);
+  const uint32_t magnitude = value.bits & 0x7fff;
+  // float32's exponents begin 112 lower; the product is exact, of subnormal numbers too.
+  float result = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  if (magnitude > 0x7c00) result = std::numeric_limits<float>::quiet_NaN();
+  if (magnitude == 0x7c00) result = std::numeric_limits<float>::infinity();
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(result) | sign);
 }
 inline __half __float2half_rn(float value) {
   const auto sign = static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16 & 0x8000);
   if (std::isnan(value)) return {0x7fff};
   const float magnitude = std::fabs(value);
   if (magnitude >= 65520.0f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  if (magnitude == 0.0f) return {sign};
-  int exponent = 0;
-  std::frexp(magnitude, &exponent);  // magnitude = fraction · 2^exponent, ½ ≤ fraction < 1
-  const int step = std::max(exponent - 11, -24);  // exponent of the last place
-  const auto units = static_cast<int>(std::nearbyint(std::ldexp(magnitude, -step)));
-  // A fraction that rounds up to the next power of two carries into the exponent by itself.
-  return {static_cast<uint16_t>(sign | (units + ((step + 24) << 10)))};
+  uint32_t units = 0;
+  if (magnitude < 0x1p-14f) {  // subnormal: the last place is 2^-24, as that of numbers from 1/2 on
+    units = std::bit_cast<uint32_t>(magnitude + 0.5f) - std::bit_cast<uint32_t>(0.5f);
+  } else {  // halves to even; what rounds up to the next power of two carries into the exponent
+    const uint32_t bits = std::bit_cast<uint32_t>(magnitude);
+    units = ((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10);
+  }
+  return {static_cast<uint16_t>(sign | units)};
 }
+
+struct __half2 {
+  __half x, y;
+};
+struct __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) {
+  return {__float2half_rn(x), __float2half_rn(y)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}
+inline unsigned short __half_as_ushort(__half value) { return value.bits; }
+inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 value) { return value.bits; }
 
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline float __uint_as_float(unsigned value) { return std::bit_cast<float>(value); }
