@@ -54,6 +54,8 @@ MAX_HEADER = 100_000_000
 # 15 bytes of manifest to a byte.)
 FREE_HEADER = 1 << 22
 HEADER_PER_BYTE = 16
+FREE_MANIFEST = 1 << 16
+MANIFEST_PER_BYTE = 64
 
 
 # More than any layer has; safetensors files of others may have more, and are not read here.
@@ -214,8 +216,17 @@ def read_header(file: BinaryIO, size: int) -> Header:
 
 
 def header_limit(data: int) -> int:
-    """Bytes that the header, or the manifest before it was deflated, of ``data`` bytes may have."""
+    """Bytes that the header of ``data`` bytes may have."""
     return min(MAX_HEADER, FREE_HEADER + HEADER_PER_BYTE * data)
+
+
+def manifest_limit(data: int, deflated: int) -> int:
+    """Bytes of a manifest before it was deflated to ``deflated`` bytes, in a file of ``data``.
+
+    Real ones shrink to a tenth. Deflate can do a thousandfold, and the objects that JSON describes
+    take twenty times its bytes: a few kilobytes of file would cost a hundred megabytes.
+    """
+    return min(header_limit(data), FREE_MANIFEST + MANIFEST_PER_BYTE * deflated)
 
 
 def _metadata(table: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from compressops.formats.container import (
     check_shape,
     deflate,
     digest,
-    header_limit,
     inflate,
+    manifest_limit,
     to_json,
 )
 from compressops.formats.packed import PackedTensor
@@ -127,7 +127,7 @@ def build(
         }
     )
     blob = deflate(text)
-    if len(text) > (most := header_limit(data + len(blob))):
+    if len(text) > (most := manifest_limit(data + len(blob), len(blob))):
         raise ValueError(
             f"the manifest of {data} bytes of data takes {len(text)}, more than {most}"
         )
@@ -204,7 +204,7 @@ def read_manifest(file: BinaryIO, header: Header) -> Manifest:
         raise CorruptFileError(
             f"its manifest has hash {actual}, the header says {shown(metadata['manifest'])}"
         )
-    data = inflate(blob, header_limit(last.end))
+    data = inflate(blob, manifest_limit(last.end, len(blob)))
     file.seek(header.size)
     if not set(data) >= KEYS or (not newer and set(data) != KEYS):
         raise CorruptFileError(f"the manifest has {shown(sorted(data))}, expected {sorted(KEYS)}")
