@@ -309,8 +309,10 @@ def test_error_is_a_bounded_multiple_of_direct_convolutions(
 ) -> None:
     if interpreted():
         pytest.skip("a case large enough takes the interpreter minutes")
-    for dtype in FLOATS:
-        for channels in (64, 256) if dtype == torch.float32 and r == 3 else (64,):
+    # How eager sums many channels is the affair of torch's matrix product.
+    several = (64, 256) if backends.name(OP, kernel.type) != "eager" else (64,)
+    for dtype in FLOATS if r == 3 else FLOATS[:1]:
+        for channels in several if dtype == torch.float32 else (64,):
             growth = measured_growth(tile, r, dtype, channels, kernel)
             print(
                 f"\nF({tile}, {r}) {str(dtype)[6:]} {channels} channels, × torch's direct error: "
