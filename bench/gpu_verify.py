@@ -2,36 +2,61 @@
 
     python bench/gpu_verify.py              # all; writes bench/results/gpu.json
     python bench/gpu_verify.py --smoke      # parity alone, on what this machine has
+    python bench/gpu_verify.py --ops winograd_conv2d --steps time --max-seconds 300
 
 Parity compares every backend with `eager` through the public ops. The same small cases then run
 under each tool of compute-sanitizer, where that is installed. Figures are medians of replayed CUDA
 graphs over buffers that together exceed the L2 cache, beside the measured copy bandwidth and bf16
 matrix rate of the same GPU. docs/GPU_STATUS.md is filled in from what is printed.
+
+Each step of each op ends by itself, or is cut short after `--max-seconds`: what was left out is
+named. Rows of an earlier run of the same file are kept with `--merge`.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import parser, report
+from common import merged, parser, report
 
 import compressops as co
 from compressops import backends
 from compressops.formats.huffman import huffman_encode, huffman_lengths
+from compressops.ops.winograd_transform import SUPPORTED
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SIZES = (0, 1, 7, 16, 17, 64, 129)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHAPES = [(m, k, n) for k, n in ((768, 3072), (4096, 4096)) for m in (1, 16, 256, 4096)]
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+STEPS = ("parity", "sanitize", "time")
+
+
+class Check(NamedTuple):
+    """An op on arguments, and how far from `eager` its backends may be (None: torch's default)."""
+
+    op: str
+    arguments: tuple
+    tolerance: float | None = None
+
+    def run(self, backend: str) -> torch.Tensor:
+        with co.backend(backend):
+            return getattr(torch.ops.compressops, self.op)(*self.arguments)
+
+
+# ---- cases ---------------------------------------------------------------------------------------
 
 
 def int8_arguments(m: int, k: int, n: int, dtype: torch.dtype, activation: str = "none") -> tuple:
@@ -39,6 +64,13 @@ def int8_arguments(m: int, k: int, n: int, dtype: torch.dtype, activation: str =
     sums = weight.sum(1, dtype=torch.int32)
     x, scales = torch.randn(m, k, device=DEVICE).to(dtype), torch.rand(n, device=DEVICE) / 127
     return x, weight, scales, sums, torch.randn(n, device=DEVICE), activation
+
+
+def int8_cases(small: bool) -> Iterator[Check]:
+    for m, k, n in itertools.product((1, 17, 65) if small else SIZES, repeat=3):
+        yield Check("int8_linear", int8_arguments(m, k, n, torch.float32))
+    for dtype, activation in itertools.product(FLOATS, ("none", "relu", "gelu")):
+        yield Check("int8_linear", int8_arguments(130, 208, 140, dtype, activation))
 
 
 def huffman_arguments(count: int, chunk_size: int, bits: int = 6) -> tuple:
@@ -50,54 +82,123 @@ def huffman_arguments(count: int, chunk_size: int, bits: int = 6) -> tuple:
     return (*(part.to(DEVICE) for part in (stream, offsets, lengths)), count, chunk_size)
 
 
-def cases(small: bool) -> Iterator[tuple[Callable, tuple]]:
-    """Ops with their arguments."""
-    sizes = (1, 17, 65) if small else SIZES
-    for m, k, n in itertools.product(sizes, repeat=3):
-        yield co.ops.int8_linear, int8_arguments(m, k, n, torch.float32)
-    for dtype, activation in itertools.product(
-        (torch.float32, torch.float16, torch.bfloat16), ("none", "relu", "gelu")
-    ):
-        yield co.ops.int8_linear, int8_arguments(130, 208, 140, dtype, activation)
+def huffman_cases(small: bool) -> Iterator[Check]:
     for count, chunk_size in ((1, 8), (3000, 1000)) if small else ((0, 8), (70_000, 4096)):
-        yield co.ops.huffman_decode, huffman_arguments(count, chunk_size)
+        yield Check("huffman_decode", huffman_arguments(count, chunk_size))
 
 
-def parity(small: bool) -> list[dict]:
+def winograd_tensors(
+    shape: tuple[int, int, int, int],
+    out_channels: int,
+    kernel: tuple[int, int],
+    dtype: torch.dtype,
+    groups: int = 1,
+    last: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and a weight for outputs of about 1."""
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    taps = shape[1] // groups * kernel[0] * kernel[1]
+    weight = torch.randn(out_channels, shape[1] // groups, *kernel, device=DEVICE)
+    return x, (weight / max(taps, 1) ** 0.5).to(dtype)
+
+
+# Times alpha², of outputs of about 1: Bᵀ d B and the products are rounded to 16 bits on a GPU.
+WINOGRAD_TOLERANCE = {torch.float32: 3e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def winograd_cases(small: bool) -> Iterator[Check]:
+    layouts = itertools.product((False, True), (False, True), FLOATS)
+    shapes = [(1, 10, 24, 9, 12), (2, 33, 65, 13, 10), (1, 64, 64, 7, 7)]
+    shapes += [] if small else [(5, 130, 258, 29, 31), (1, 3, 5, 1, 1), (0, 4, 4, 8, 8)]
+    for (last, flat, dtype), (tile, r) in itertools.product(layouts, SUPPORTED):
+        kernel = (1 if flat else r, r)
+        padding = [kernel[0] // 2, r // 2]
+        for N, C, K, H, W in shapes[:1] if small and r != 3 else shapes:
+            groups = 2 if C % 2 == 0 and K % 2 == 0 and C < 64 else 1
+            x, weight = winograd_tensors((N, C, H, W), K, kernel, dtype, groups, last)
+            packed = co.ops.winograd_conv2d_pack(weight, groups, tile)
+            bias = torch.randn(K, device=DEVICE)
+            activation = ("none", "relu", "gelu")[(C + tile) % 3]
+            yield Check(
+                "winograd_conv2d",
+                (x, weight, packed, bias, padding, groups, activation, tile),
+                WINOGRAD_TOLERANCE[dtype] * (tile + r - 1) ** 2,
+            )
+
+
+def winograd_grad_cases(small: bool) -> Iterator[Check]:
+    for dtype, tile in itertools.product(FLOATS, (2, 4)):
+        x, weight = winograd_tensors((2, 6, 9, 12), 8, (3, 3), dtype)
+        grad = torch.randn(2, weight.shape[0], 9, 12, device=DEVICE).to(dtype)
+        yield Check("winograd_conv2d_grad", (x, grad, [3, 3], [1, 1], 1, tile), 1e-2)
+
+
+CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
+    "int8_linear": int8_cases,
+    "huffman_decode": huffman_cases,
+    "winograd_conv2d": winograd_cases,
+    "winograd_conv2d_grad": winograd_grad_cases,
+}
+
+
+# ---- parity and the checkers ---------------------------------------------------------------------
+
+
+def parity(ops: list[str], small: bool) -> list[dict]:
     """Largest difference from eager for each op and backend; raises where it is too large."""
-    served = [
-        (op, name)
-        for op, device, name, reason in backends.table()
-        if device == DEVICE.type and name != "eager" and reason is None
-    ]
-    worst = dict.fromkeys(served, 0.0)
-    for op, arguments in cases(small):
-        with co.backend("eager"):
-            expected = op(*arguments)
-        for name in (name for served_op, name in served if served_op in str(op)):
-            with co.backend(name):
-                actual = op(*arguments)
-            torch.testing.assert_close(actual, expected)
-            if actual.numel():
-                difference = (actual.double() - expected.double()).abs().max().item()
-                key = next(key for key in served if key[0] in str(op) and key[1] == name)
-                worst[key] = max(worst[key], difference)
-    return [
-        {"op": op, "backend": name, "largest difference": value}
-        for (op, name), value in worst.items()
-    ]
+    rows = []
+    for op in ops:
+        names = [
+            name
+            for row_op, device, name, reason in backends.table()
+            if (row_op, device, reason) == (op, DEVICE.type, None) and name != "eager"
+        ]
+        worst = dict.fromkeys(names, 0.0)
+        for case in CASES[op](small):
+            expected = case.run("eager")
+            for name in names:
+                actual = case.run(name)
+                torch.testing.assert_close(actual, expected, **_tolerances(case.tolerance))
+                if actual.numel():
+                    difference = (actual.double() - expected.double()).abs().max().item()
+                    worst[name] = max(worst[name], difference)
+        rows += [
+            {"op": op, "backend": name, "largest difference": value}
+            for name, value in worst.items()
+        ]
+    return rows
 
 
-def sanitize() -> None:
+def _tolerances(tolerance: float | None) -> dict[str, float]:
+    return {} if tolerance is None else {"rtol": tolerance, "atol": tolerance}
+
+
+def sanitize(ops: list[str], max_seconds: float) -> None:
     """Every tool of compute-sanitizer over the small cases; raises on the first complaint."""
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: not run")
         return
+    began = time.monotonic()
     for tool in SANITIZERS:
+        left = max_seconds - (time.monotonic() - began)
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        subprocess.run([*command, __file__, "--smoke"], check=True, env=environment)
-        print(f"compute-sanitizer {tool}: no errors")
+        try:
+            subprocess.run(
+                [*command, __file__, "--smoke", "--ops", *ops],
+                check=True,
+                env=environment,
+                timeout=max(left, 1),
+            )
+        except subprocess.TimeoutExpired:
+            print(f"compute-sanitizer {tool}: cut short by --max-seconds, not finished")
+        else:
+            print(f"compute-sanitizer {tool}: no errors")
+
+
+# ---- figures -------------------------------------------------------------------------------------
 
 
 def graph_seconds(calls: list[Callable[[], object]], rounds: int) -> float:
@@ -136,56 +237,112 @@ def limits(rounds: int) -> dict:
     return {"copy GB/s": 2 * 2**30 / copy / 1e9, "bf16 TFLOP/s": 2 * 8192**3 / product / 1e12}
 
 
-def int8_row(m: int, k: int, n: int, backend: str, rounds: int) -> dict:
-    copies = max(1, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // (n * k)))
-    sets = [int8_arguments(m, k, n, torch.bfloat16) for _ in range(copies)]
-    dense = [torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies)]
-    with co.backend(backend):
-        ours = graph_seconds([lambda s=s: co.ops.int8_linear(*s) for s in sets], rounds)
-    peer = graph_seconds(
-        [lambda s=s, w=w: F.linear(s[0], w) for s, w in zip(sets, dense, strict=True)], rounds
-    )
-    figure = {"µs": ours * 1e6, "TOP/s": 2 * m * k * n / ours / 1e12}
-    return {
-        **{"op": "int8_linear", "backend": backend, "case": f"{m}×{k}×{n} bf16"},
-        **{**figure, "GB/s": (n * k + 2 * m * (n + k)) / ours / 1e9, "× peer": peer / ours},
-        "peer": "torch bf16 linear",
-    }
+def int8_rows(backend: str, rounds: int) -> Iterator[dict]:
+    for m, k, n in SHAPES:
+        copies = max(1, min(64, 2 * torch.cuda.get_device_properties(0).L2_cache_size // (n * k)))
+        sets = [int8_arguments(m, k, n, torch.bfloat16) for _ in range(copies)]
+        dense = [torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies)]
+        with co.backend(backend):
+            ours = graph_seconds([lambda s=s: co.ops.int8_linear(*s) for s in sets], rounds)
+        peer = graph_seconds(
+            [lambda s=s, w=w: F.linear(s[0], w) for s, w in zip(sets, dense, strict=True)], rounds
+        )
+        figure = {"µs": ours * 1e6, "TOP/s": 2 * m * k * n / ours / 1e12}
+        yield {
+            **{"op": "int8_linear", "backend": backend, "case": f"{m}×{k}×{n} bf16"},
+            **{**figure, "GB/s": (n * k + 2 * m * (n + k)) / ours / 1e9, "× peer": peer / ours},
+            "peer": "torch bf16 linear",
+        }
 
 
-def huffman_row(bits: int, backend: str, rounds: int) -> dict:
-    arguments = huffman_arguments(32_000_000, 4096, bits)
-    with co.backend(backend):
-        ours = event_seconds(lambda: co.ops.huffman_decode(*arguments), rounds)
-    traffic = arguments[0].numel() + arguments[3]
-    return {
-        **{"op": "huffman_decode", "backend": backend, "case": f"32M symbols of {bits} bits"},
-        **{"µs": ours * 1e6, "TOP/s": 0.0, "GB/s": traffic / ours / 1e9, "× peer": 0.0},
-        "peer": "-",
-    }
+def huffman_rows(backend: str, rounds: int) -> Iterator[dict]:
+    for bits in (4, 6, 8):
+        arguments = huffman_arguments(32_000_000, 4096, bits)
+        with co.backend(backend):
+            ours = event_seconds(lambda args=arguments: co.ops.huffman_decode(*args), rounds)
+        traffic = arguments[0].numel() + arguments[3]
+        yield {
+            **{"op": "huffman_decode", "backend": backend, "case": f"32M symbols of {bits} bits"},
+            **{"µs": ours * 1e6, "TOP/s": 0.0, "GB/s": traffic / ours / 1e9, "× peer": 0.0},
+            "peer": "-",
+        }
+
+
+def winograd_rows(backend: str, rounds: int) -> Iterator[dict]:
+    """Against cuDNN with benchmark=True, channels last; the kernels that it chose are the peer."""
+    import winograd_gpu
+
+    for kind, layer, batch, tile in winograd_gpu.cases():
+        with co.backend(backend):
+            row = winograd_gpu.run_layer(layer, batch, kind, rounds, tile)
+        pixels = batch * (
+            layer.size**2 * layer.C + (layer.size + 2 * layer.padding - 2) ** 2 * layer.K
+        )
+        size = torch.finfo(winograd_gpu.KINDS[kind][0]).bits // 8
+        name = f"{layer.net} {layer.name} {layer.C}→{layer.K}@{layer.size}, N = {batch}"
+        yield {
+            **{"op": "winograd_conv2d", "backend": backend, "case": f"{name}, {kind}, tile {tile}"},
+            **{"µs": row["ours µs"], "TOP/s": row["TFLOP/s"]},
+            **{"GB/s": pixels * size / row["ours µs"] / 1e3, "× peer": row["× cuDNN"]},
+            "peer": row["cuDNN's kernels"],
+        }
+
+
+FIGURES: dict[str, Callable[[str, int], Iterator[dict]]] = {
+    "int8_linear": int8_rows,
+    "huffman_decode": huffman_rows,
+    "winograd_conv2d": winograd_rows,
+}
+
+
+def until(rows: Iterable[dict], deadline: float, name: str) -> Iterator[dict]:
+    """The rows that are there by the deadline."""
+    for row in rows:
+        yield row
+        if time.monotonic() > deadline:
+            print(f"{name}: cut short by --max-seconds after {row['case']}")
+            return
+
+
+def figures(ops: list[str], rounds: int, max_seconds: float) -> list[dict]:
+    rows: list[dict] = []
+    for op, backend in itertools.product(ops, ("cuda", "triton")):
+        served = (op, DEVICE.type, backend, None) in backends.table()
+        if op in FIGURES and served:
+            deadline = time.monotonic() + max_seconds
+            rows += until(FIGURES[op](backend, rounds), deadline, f"{op} on {backend}")
+    return rows
+
+
+def options() -> argparse.ArgumentParser:
+    out = parser(__doc__, "gpu")
+    out.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
+    out.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
+    out.add_argument("--max-seconds", type=float, default=240, help="of a step; of an op's figures")
+    out.add_argument("--merge", action="store_true", help="keep the other rows of --out")
+    return out
 
 
 @torch.no_grad()
 def main() -> None:
-    arguments = parser(__doc__, "gpu").parse_args()
+    arguments = options().parse_args()
     torch.manual_seed(0)
-    report("Parity with eager", parity(arguments.smoke), _quiet(arguments))
+    if "parity" in arguments.steps or arguments.smoke:
+        report("Parity with eager", parity(arguments.ops, arguments.smoke), _quiet(arguments))
     if arguments.smoke:
         return
     if not GPU:
         sys.exit("gpu_verify.py: torch sees no CUDA device; --smoke runs what this machine can")
-    sanitize()
-    rounds = max(15, arguments.rounds)
-    print(torch.cuda.get_device_name(), limits(rounds))
-    names = [name for name in ("cuda", "triton") if _serves(name)]
-    rows = [int8_row(*shape, name, rounds) for shape in SHAPES for name in names]
-    rows += [huffman_row(bits, name, rounds) for bits in (4, 6, 8) for name in names]
-    report(f"{torch.cuda.get_device_name()}, {limits(rounds)}", rows, arguments)
-
-
-def _serves(name: str) -> bool:
-    found = [row for row in backends.table() if row[1] == DEVICE.type and row[2] == name]
-    return all(reason is None for *_, reason in found)
+    if "sanitize" in arguments.steps:
+        sanitize(arguments.ops, arguments.max_seconds)
+    if "time" in arguments.steps:
+        rounds = max(15, arguments.rounds)
+        print(torch.cuda.get_device_name(), limits(rounds))
+        rows = figures(arguments.ops, rounds, arguments.max_seconds)
+        rows = merged(rows, arguments, ("op", "backend", "case"))
+        if not rows:
+            sys.exit(f"gpu_verify.py: no kernel of {', '.join(arguments.ops)} serves on this GPU")
+        report(f"{torch.cuda.get_device_name()}, {limits(rounds)}", rows, arguments)
 
 
 def _quiet(arguments):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -65,20 +66,43 @@ def interleaved_graphs(calls: dict[str, Callable[[], Any]], rounds: int) -> dict
     return seconds
 
 
-def run_layer(layer: Any, batch: int, kind: str, rounds: int) -> dict:
+def cases() -> Iterator[tuple[str, Any, int, int]]:
+    """What gpu_verify.py times: kind, layer, batch and tile, those of the published targets first.
+
+    The others are narrower layers, where V and M weigh more, and the smaller tile.
+    """
+    from bench_winograd import LAYERS
+
+    named = {(layer.net, layer.name): layer for layer in LAYERS}
+    wide = [named["vgg16", name] for name in ("3_2", "4_1", "4_2", "5_1")]
+    wide += [named["resnet", name] for name in ("layer3", "layer4")]
+    narrow = [named["vgg16", "1_2"], named["vgg16", "2_2"], named["resnet", "layer1"]]
+    for kind in ("fp16", "fp32, TF32 off", "fp32, TF32 on"):
+        for layer, batch in itertools.product(wide, (64, 8, 1)):
+            yield kind, layer, batch, 4
+    for layer, tile in itertools.product([*narrow, *wide[:3]], (2, 4)):
+        if tile == 2 or layer in narrow:
+            yield "fp16", layer, 64, tile
+    for tile in (2, 4):
+        yield "bf16", wide[2], 64, tile
+    for tile in (2, 6):
+        yield "fp32, TF32 off", wide[0], 64, tile
+
+
+def run_layer(layer: Any, batch: int, kind: str, rounds: int, tile: int | None = None) -> dict:
+    """Times of a layer with a tile, or with the one that ``tile="auto"`` takes."""
     dtype, tf32 = KINDS[kind]
     options = {"device": DEVICE, "dtype": dtype}
     x = torch.randn(batch, layer.C, layer.size, layer.size, **options)
     x = x.to(memory_format=torch.channels_last)
     weight = torch.randn(layer.K, layer.C, 3, 3, **options) * (2 / (9 * layer.C)) ** 0.5
     last, bias = weight.to(memory_format=torch.channels_last), torch.randn(layer.K, **options)
-    tile = co.ops.choose_tile(
-        x.shape,
-        weight.shape,
-        (layer.padding, layer.padding),
-        dtype=str(dtype).removeprefix("torch."),
-        half_domain=True,
-    )
+    if tile is None:
+        tile = co.ops.choose_tile(
+            *(x.shape, weight.shape, (layer.padding, layer.padding)),
+            dtype=str(dtype).removeprefix("torch."),
+            half_domain=True,
+        )
     transformed = co.ops.winograd_conv2d_pack(weight, 1, tile)
 
     def ours() -> torch.Tensor:

@@ -8,6 +8,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 namespace compressops {
 
@@ -39,3 +40,18 @@ template <typename T>
   do {                                                                                \
     if (!(condition)) ::compressops::fail_argument(op, argument, requirement, value); \
   } while (0)
+
+namespace compressops {
+
+// Of the convolutions.
+inline void check_padding(const char* op, const std::vector<int64_t>& padding) {
+  // So that sizes cannot overflow before they are asked for as memory.
+  constexpr int64_t kMost = int64_t{1} << 60;
+  COMPRESSOPS_CHECK(padding.size() == 2, op, "padding", "two integers from 0 to 2^60",
+                    std::to_string(padding.size()) + " integers");
+  for (int64_t zeros : padding)
+    COMPRESSOPS_CHECK(zeros >= 0 && zeros <= kMost, op, "padding", "two integers from 0 to 2^60",
+                      zeros);
+}
+
+}  // namespace compressops

@@ -42,16 +42,6 @@ inline Element element_of(const char* op, const Tensor& tensor, const char* argu
   }
 }
 
-inline void check_padding(const char* op, const std::vector<int64_t>& padding) {
-  // So that sizes cannot overflow before they are asked for as memory.
-  constexpr int64_t kMost = int64_t{1} << 60;
-  COMPRESSOPS_CHECK(padding.size() == 2, op, "padding", "two integers from 0 to 2^60",
-                    std::to_string(padding.size()) + " integers");
-  for (int64_t zeros : padding)
-    COMPRESSOPS_CHECK(zeros >= 0 && zeros <= kMost, op, "padding", "two integers from 0 to 2^60",
-                      zeros);
-}
-
 // Memory that a thread keeps from call to call: fresh pages for some MB would cost as much as a
 // small convolution.
 class Scratch {

@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
@@ -33,7 +32,7 @@ bool is_dense(const Tensor& tensor, std::initializer_list<int> order) {
 
 // As torch's: channels last, and not contiguous as well.
 bool is_channels_last(const Tensor& tensor) {
-  return is_dense(tensor, {1, 3, 2, 0}) && !is_dense(tensor, {3, 2, 1, 0});
+  return tensor.numel() > 0 && is_dense(tensor, {1, 3, 2, 0}) && !is_dense(tensor, {3, 2, 1, 0});
 }
 
 template <class T>
@@ -63,6 +62,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   COMPRESSOPS_CHECK(groups >= 1 && x.size(1) % groups == 0, kOp, "groups",
                     "a divisor of " + std::to_string(x.size(1)) + " channels", groups);
   const int64_t C = x.size(1) / groups;
+  COMPRESSOPS_CHECK(C <= 0x7fffffff, kOp, "x", "of fewer than 2^31 channels a group", x);
   COMPRESSOPS_CHECK(same_device(weight, x) && weight.dim() == 4 &&
                         weight.scalar_type() == x.scalar_type() && weight.size(1) == C &&
                         weight.size(0) % groups == 0 && weight.size(3) >= 2 &&
@@ -75,9 +75,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   COMPRESSOPS_CHECK(
       (tile == 2 || tile == 4 || tile == 6) && (alpha == 4 || alpha == 6 || alpha == 8), kOp,
       "tile", "2, 4 or 6 with tile + " + std::to_string(r) + " - 1 of 4, 6 or 8", tile);
-  COMPRESSOPS_CHECK(padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, kOp, "padding",
-                    "two integers from 0 on",
-                    padding.empty() ? -1 : *std::min_element(padding.begin(), padding.end()));
+  check_padding(kOp, padding);
   const Activation activation = parse_activation(activation_name, kOp);
 
   const WinogradShape shape =
@@ -95,10 +93,9 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
                     transformed);
   std::optional<Tensor> float_bias;
   if (bias) {
-    COMPRESSOPS_CHECK(same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == K &&
-                          (is_float_dtype(*bias) || bias->scalar_type() == ScalarType::Double),
-                      kOp, "bias", "a float tensor [" + std::to_string(K) + "] on x's device",
-                      *bias);
+    COMPRESSOPS_CHECK(
+        same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == K && is_float_dtype(*bias),
+        kOp, "bias", "a float tensor [" + std::to_string(K) + "] on x's device", *bias);
     float_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
   }
 
