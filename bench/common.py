@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -103,7 +104,7 @@ def context(arguments: argparse.Namespace) -> dict:
         "commit": git("rev-parse", "HEAD") + ("+changes" if changes else ""),
         "date": time.strftime("%Y-%m-%d"),
         # Folders of the machine that it ran on mean nothing elsewhere.
-        "command": "python bench/" + " ".join(Path(word).name for word in sys.argv),
+        "command": "python bench/" + shlex.join(Path(word).name for word in sys.argv),
         "cpu": cpu,
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
