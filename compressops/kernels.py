@@ -151,9 +151,16 @@ def unsafe(layer: nn.Module, input: Tensor, tile: int) -> str | None:
     batched = input.dim() > len(layer.kernel_size) + 1
     sample = input[:1] if batched else input[None]
     for dim in range(2, sample.dim()):
-        sample = sample.narrow(dim, 0, min(_SAMPLE, sample.shape[dim]))
+        length = min(_SAMPLE, sample.shape[dim])
+        sample = sample.narrow(dim, (sample.shape[dim] - length) // 2, length)
     if not sample.numel():
         return "nothing to measure its error on: an empty input"
+    if not sample.any():
+        # Zeros are convolved without error, and say nothing of other inputs.
+        generator = torch.Generator(sample.device).manual_seed(0)
+        sample = torch.randn(
+            sample.shape, dtype=sample.dtype, device=sample.device, generator=generator
+        )
     around, padding = padded(layer, sample)
     convolve = F.conv1d if len(layer.kernel_size) == 1 else F.conv2d
 
@@ -204,7 +211,8 @@ def _compare(
     direct: list[float], ours: list[float], tile: int, label: str
 ) -> tuple[bool, float, int, str]:
     """Whether it is enough faster, how many times, the tile, and the figures as text."""
-    ratios = [theirs / mine for theirs, mine in zip(direct, ours, strict=True)]
+    # Where a model routes by values, rounding can change how often a layer is called.
+    ratios = [theirs / mine for theirs, mine in zip(direct, ours, strict=False)]
     ratio, quarter = statistics.median(ratios), statistics.quantiles(ratios, n=4)[0]
     figures = [statistics.median(seconds) * 1e6 for seconds in (ours, direct)]
     text = f"{label}: measured {figures[0]:.0f} µs, direct {figures[1]:.0f} µs"

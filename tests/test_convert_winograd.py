@@ -414,6 +414,12 @@ def test_float16_on_a_cpu_is_computed_in_float32() -> None:
     assert kernels.unsafe(layer, 1000 * torch.rand(1, 8, 9, 9).half(), 4) is None
 
 
+def test_an_example_of_zeros_does_not_make_a_tile_safe() -> None:
+    layer = nn.Conv2d(64, 8, 7, padding=3)
+    for example in (torch.zeros(1, 64, 30, 30), torch.randn(1, 64, 30, 30)):
+        assert "times the direct convolution" in (kernels.unsafe(layer, example, 2) or "")
+
+
 def test_what_is_nowhere_safe_stays_direct(
     speeds: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,14 @@ def test_parity_with_float64(kernel, tile: int, r: int, flat: bool) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS, indirect=True)
+def test_threads_share_a_large_sum(kernel) -> None:
+    # Two sums of 37.7 MB would be too much.
+    x, grad, *rest = arguments((9, 30, 512, 512, 1, (1, 1), 6), 3, False, torch.float32, kernel)
+    exact = direct(x.double(), grad.double(), *rest)
+    assert relative_error(winograd_conv2d_weight_grad(x, grad, *rest), exact) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", KERNELS, indirect=True)
 def test_any_strides(kernel) -> None:
     x, grad, *rest = arguments((13, 10, 20, 18, 1, (1, 1), 2), 3, False, torch.float32, kernel)
     expected = winograd_conv2d_grad(x, grad, *rest)

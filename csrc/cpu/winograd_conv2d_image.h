@@ -42,8 +42,8 @@ inline Element element_of(const char* op, const Tensor& tensor, const char* argu
   }
 }
 
-// Memory that a thread keeps from call to call: fresh pages for some MB would cost as much as a
-// small convolution.
+// Memory that a thread keeps from call to call, until it ends: fresh pages for some MB would cost
+// as much as a small convolution. Plans keep it to some 16 MB, except for very many channels.
 class Scratch {
  public:
   ~Scratch() { std::free(memory_); }
