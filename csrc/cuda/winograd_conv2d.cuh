@@ -45,7 +45,7 @@ struct WinogradTilings {
 };
 template <>
 struct WinogradTilings<float> {
-  using Small = WinogradTiling<64, 64, 32, 64, 4>;
+  using Small = WinogradTiling<64, 64, 32, 32, 4>;
   using Large = WinogradTiling<128, 128, 32, 64, 4>;
 };
 
