@@ -75,7 +75,7 @@ inline Plan make_plan(const Shape& shape, int64_t threads) {
   const int64_t m_bytes = shape.positions() * plan.m_tile * 4;
   const int64_t v_bytes = shape.positions() * odd_lines(shape.C) * 4;
   const int64_t fit =
-      std::max<int64_t>(1, std::min((heavy ? 384 << 10 : 192 << 10) / m_bytes / kMaxTileRows,
+      std::max<int64_t>(1, std::min((heavy ? 448 << 10 : 192 << 10) / m_bytes / kMaxTileRows,
                                     (16 << 20) / v_bytes / kMaxTileRows)) *
       kMaxTileRows;
   const int64_t tiles = shape.tiles();
