@@ -104,8 +104,11 @@ def ours(case: Case, memory_format: torch.memory_format, tile: int | str) -> Pee
 
 
 def converted(case: Case) -> Peer:
-    layer = nn.Conv2d(case.weight.shape[1], len(case.weight), 3, padding=case.padding)
-    layer.weight, layer.bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
+    # As models are made: outside of inference mode, where parameters have versions.
+    with torch.inference_mode(False):
+        layer = nn.Conv2d(case.weight.shape[1], len(case.weight), 3, padding=case.padding)
+        layer.weight.data.copy_(case.weight)
+        layer.bias.data.copy_(case.bias)
     model = co.convert(nn.Sequential(layer).eval(), example_inputs=case.x)
     winograd = getattr(model[0], "winograd", None)
     note = "direct" if winograd is None else f"F({winograd.tile},3)"

@@ -307,6 +307,8 @@ def onnxruntime(case: Case) -> Peer:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = case.threads, 1
+    # Between calls, where its threads would go on spinning while others are timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -10,11 +10,13 @@ from torch import nn
 from compressops import kernels
 from compressops import plan as plans
 from compressops.conversion import Conversion
+from compressops.measure import as_normal, normal_tensors
 from compressops.nn.weight import check_residency
 from compressops.plan import Config, naming
 from compressops.registry import is_layer, targets
 
 
+@normal_tensors()
 def convert(
     model: nn.Module,
     config: Config | Mapping[str, Config] = None,
@@ -66,6 +68,7 @@ def convert(
     """
     if prefer not in ("speed", "size"):
         raise ValueError(f"prefer must be 'speed' or 'size', got {prefer!r}")
+    example_inputs = as_normal(example_inputs)
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     choices = plans.resolve(config, layers)
     job = Conversion(model, check_residency(residency), prefer)

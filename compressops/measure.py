@@ -12,6 +12,29 @@ import torch
 from torch import Tensor, nn
 
 
+@contextlib.contextmanager
+def normal_tensors() -> Iterator[None]:
+    """Tensors made within the ``with`` block are normal ones, in inference mode too: those of that
+    mode do not count what is written to them, so that layers could keep nothing of their weights.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def as_normal(inputs: Any) -> Any:
+    """``inputs`` with copies in place of what was made in inference mode."""
+    if isinstance(inputs, Tensor):
+        return inputs.clone() if inputs.is_inference() else inputs
+    if isinstance(inputs, Mapping):
+        return {key: as_normal(value) for key, value in inputs.items()}
+    if type(inputs) in (tuple, list):
+        return type(inputs)(as_normal(value) for value in inputs)
+    return inputs
+
+
 def median_times(
     functions: Sequence[Callable[[], Any]], rounds: int = 15, warmup: int = 3
 ) -> list[float]:

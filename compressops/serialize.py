@@ -27,6 +27,7 @@ from compressops.formats.container import (
 from compressops.formats.inspection import FileInfo, TensorInfo, inspect
 from compressops.formats.manifest import build, check_work, naming, opened, read_manifest
 from compressops.formats.packed import PackedTensor
+from compressops.measure import normal_tensors
 from compressops.model_state import (
     check_all_packed,
     configured_modules,
@@ -301,6 +302,7 @@ def save(model: nn.Module, path: Path) -> int:
     return write(path, tensors, modules, coding)
 
 
+@normal_tensors()
 def load(
     path: Path, model: nn.Module | Callable[[], nn.Module], residency: str = "decoded"
 ) -> nn.Module:

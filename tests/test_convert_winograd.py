@@ -496,3 +496,23 @@ def test_real_measurement_runs() -> None:
     converted = convert(model, example_inputs=x)
     close(converted(x), model(x))
     assert "Winograd" in why(converted, "0")
+
+
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_in_inference_mode_layers_keep_their_transformed_weights(
+    speeds: Callable, tmp_path: Path, made_inside: bool
+) -> None:
+    """Tensors of inference mode count no writes: nothing is kept of such a weight."""
+    speeds(lambda name, tile: 2.0)
+    with torch.inference_mode(made_inside):
+        model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1)).eval()
+        x = torch.randn(1, 16, 24, 24)
+    with torch.inference_mode():
+        made = convert(model, example_inputs=x)
+        save(made, tmp_path / "net.safetensors")
+        for net in (made, load(tmp_path / "net.safetensors", model)):
+            assert not net[0].weight.is_inference()
+            close(net(x), model(x))
+            kept = net[0].winograd.kept()[-1]
+            net(x)
+            assert net[0].winograd.kept()[-1] is kept
