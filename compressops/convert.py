@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,8 @@ def convert(
     if prefer not in ("speed", "size"):
         raise ValueError(f"prefer must be 'speed' or 'size', got {prefer!r}")
     example_inputs = as_normal(example_inputs)
+    if not inplace and any(parameter.is_inference() for parameter in model.parameters()):
+        model = copy.deepcopy(model)
     layers = {name: module for name, module in model.named_modules() if is_layer(module)}
     choices = plans.resolve(config, layers)
     job = Conversion(model, check_residency(residency), prefer)
