@@ -141,6 +141,7 @@ def test_every_height_and_width(library, tile, last):
 # (C, K, tile, kernel)
 CHANNELS = [
     *((C, K, 2, "auto") for C, K in ((1, 1), (8, 8), (15, 33), (33, 15), (66, 2))),
+    *((C, K, 2, "shallow") for C, K in ((1, 1), (15, 33), (66, 2))),
     *((C, K, 4, "small") for C, K in ((1, 9), (8, 16), (9, 65), (65, 7), (129, 2))),
     *((C, K, 4, "large") for C, K in ((3, 1), (70, 130))),
 ]
@@ -150,6 +151,8 @@ CHANNELS = [
 @LAYOUTS
 def test_channels(library, last, dtype):
     for i, (C, K, tile, kernel) in enumerate(CHANNELS):
+        if kernel == "shallow" and dtype == FLOAT:  # is never fused
+            continue
         case = Case(1, C, K, 7, 10, tile, last=last, dtype=dtype, kernel=kernel, bias=i % 2 == 0)
         run_and_check(library, case, ORDERS[i % 4])
 
@@ -171,7 +174,9 @@ def test_groups_and_chunks(library, tile, flat, last, dtype):
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 def test_in_every_order(library, dtype, order):
-    for tile, kernel, last in ((2, "auto", True), (4, "small", False), (6, "small", True)):
+    cases = [(2, "auto", True), (4, "small", False), (6, "small", True)]
+    cases += [(2, "shallow", False)] if dtype == HALF else []
+    for tile, kernel, last in cases:
         case = Case(1, 70, 40, 9, 9, tile, last=last, dtype=dtype, kernel=kernel)
         run_and_check(library, case, order)
 
@@ -273,6 +278,8 @@ def test_plan(library):
         )
 
     assert plan(8, 256, 256, 56, 2)[0] == "fused"
+    assert plan(8, 256, 256, 56, 2, shared_kib=163)[0] == "fused"  # sm_80
+    assert plan(8, 256, 256, 56, 2, shared_kib=99)[0] == "shallow"  # sm_86, sm_89
     assert plan(8, 256, 256, 56, 2, half=False)[0] == "large"
     kernel, tiles, groups, scratch = plan(64, 256, 256, 56, 4)
     assert (kernel, groups) == ("large", 1)

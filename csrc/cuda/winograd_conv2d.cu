@@ -10,11 +10,10 @@ namespace {
 
 constexpr const char* kOp = "winograd_conv2d";
 
-int64_t l2_bytes(const Tensor& tensor) {
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, tensor.get_device_index()),
-             kOp);
-  return bytes;
+int64_t device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()), kOp);
+  return value;
 }
 
 WinogradStrides strides_of(const Tensor& tensor) {
@@ -47,7 +46,10 @@ void run(const WinogradShape& shape, const Tensor& x, const Tensor& transformed,
   args.activation = activation;
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.y_strides = strides_of(y);
-  const WinogradPlan plan = plan_winograd_conv2d(args, multiprocessor_count(x, kOp), l2_bytes(x));
+  const WinogradPlan plan =
+      plan_winograd_conv2d(args, multiprocessor_count(x, kOp),
+                           device_attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                           device_attribute(x, cudaDevAttrL2CacheSize));
   const Tensor scratch = torch::stable::new_empty(x, {plan.scratch_bytes()}, ScalarType::Byte);
   check_cuda(launch_winograd_conv2d(args, plan, static_cast<int4*>(scratch.mutable_data_ptr()),
                                     current_stream(x, kOp)),
