@@ -64,7 +64,8 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   COMPRESSOPS_CHECK(groups >= 1 && x.size(1) % groups == 0, kOp, "groups",
                     "a divisor of " + std::to_string(x.size(1)) + " channels", groups);
   const int64_t C = x.size(1) / groups;
-  COMPRESSOPS_CHECK(C <= 0x7fffffff, kOp, "x", "of fewer than 2^31 channels a group", x);
+  // Steps over channels are counted in 32 bits, up to a whole one beyond the last.
+  COMPRESSOPS_CHECK(C <= 0x7fffffff - 64, kOp, "x", "of at most 2^31 - 65 channels a group", x);
   COMPRESSOPS_CHECK(same_device(weight, x) && weight.dim() == 4 &&
                         weight.scalar_type() == x.scalar_type() && weight.size(1) == C &&
                         weight.size(0) % groups == 0 && weight.size(3) >= 2 &&
