@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -162,13 +162,18 @@ def test_channels(library, last, dtype):
 @pytest.mark.parametrize(("tile", "flat"), [(2, False), (4, False), (4, True)])
 def test_groups_and_chunks(library, tile, flat, last, dtype):
     # 1 byte of scratch: a chunk of 128 tiles and one group.
-    cases = ((2, 6, 5, 85, 1), (3, 8, 16, 9, 2**24), (5, 1, 1, 7, 2**18))
-    for groups, C, K, W, scratch_bytes in cases:
+    cases = (
+        (2, 6, 5, 85, 1, (1, 1), "auto"),
+        (3, 8, 16, 9, 2**24, (9, 8), "auto"),
+        (5, 1, 1, 7, 2**18, (1, 1), "auto"),
+        (2, 6, 70, 45, 1, (1, 1), "large"),
+    )
+    for groups, C, K, W, scratch_bytes, padding, kernel in cases:
         case = Case(
-            *(3, C, K, 13, W, tile, 3, flat, (1, 1), groups, dtype, last),
+            *(3, C, K, 13, W, tile, 3, flat, padding, groups, dtype, last),
             scratch_bytes=scratch_bytes,
         )
-        run_and_check(library, case)
+        run_and_check(library, replace(case, kernel="auto" if case.fused else kernel))
 
 
 @pytest.mark.parametrize("order", ORDERS)
