@@ -34,6 +34,18 @@ def tile_origin(tile, tile_rows, tile_columns, TILE_H: tl.constexpr, TILE_W: tl.
 
 
 @triton.jit
+def transform_block(tiles, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Tiles and channels of a program of the transforms, a column and a row.
+
+    The grid has one dimension: the others of CUDA's end at 65535.
+    """
+    down = tl.cdiv(tiles, BLOCK_T)
+    t = (tl.program_id(0) % down).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    c = (tl.program_id(0) // down).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    return t, c
+
+
+@triton.jit
 def winograd_input_kernel(
     x,
     v,
@@ -58,22 +70,22 @@ def winograd_input_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """x [N, C, H, W] -> v [P, tiles, C] for the tiles from ``first_tile`` on; C of all groups."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    t, c = transform_block(tiles, BLOCK_T, BLOCK_C)
     image, row, column = tile_origin(first_tile + t, tile_rows, tile_columns, TILE_H, TILE_W)
     row, column = row - padding_h, column - padding_w
     valid = (t < tiles) & (c < C)
-    corner = x + image * stride_n + c * stride_c + row * stride_h + column * stride_w
+    channel = x + image * stride_n + c * stride_c
     columns = ()
     for j in tl.static_range(ALPHA_W):
         d = ()
         in_width = valid & (column + j >= 0) & (column + j < W)
         for i in tl.static_range(ALPHA_H):
             inside = in_width & (row + i >= 0) & (row + i < H)
-            pixel = tl.load(corner + i * stride_h + j * stride_w, mask=inside, other=0.0)
+            # Rows and columns have 64 bits. A stride of 32, times i alone, might overflow.
+            at = channel + ((row + i) * stride_h + (column + j) * stride_w)
+            pixel = tl.load(at, mask=inside, other=0.0)
             d += (pixel.to(tl.float32),)
         columns += (input_transform(d, ALPHA_H),)
-    out = v + t * C + c
     for i in tl.static_range(ALPHA_H):
         d = ()
         for j in tl.static_range(ALPHA_W):
@@ -81,7 +93,7 @@ def winograd_input_kernel(
         transformed = input_transform(d, ALPHA_W)
         for j in tl.static_range(ALPHA_W):
             value = cast(transformed[j], v.dtype.element_ty)
-            tl.store(out + (i * ALPHA_W + j) * tiles * C, value, mask=valid)
+            tl.store(v + ((i * ALPHA_W + j) * tiles + t) * C + c, value, mask=valid)
 
 
 @triton.jit
@@ -100,10 +112,11 @@ def winograd_multiply_kernel(
 ):
     """m [P, tiles, groups · K] = v [P, tiles, groups · C] @ u [P, groups · K, C] of each group."""
     blocks_n = tl.cdiv(K, BLOCK_N)
-    block = tl.program_id(0)
+    blocks = tl.cdiv(tiles, BLOCK_M) * blocks_n
+    matrix = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     first_t = (block // blocks_n).to(tl.int64) * BLOCK_M
     first_k = (block % blocks_n).to(tl.int64) * BLOCK_N
-    matrix = tl.program_id(1).to(tl.int64)
     position, group = matrix // groups, matrix % groups
     # 64 bits for where a block begins, 32 in it: half the registers.
     t, k, depth = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
@@ -151,8 +164,7 @@ def winograd_output_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """m [P, tiles, K] -> y [N, K, OH, OW] for the tiles from ``first_tile`` on; K of all groups."""
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
-    k = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    t, k = transform_block(tiles, BLOCK_T, BLOCK_K)
     image, row, column = tile_origin(first_tile + t, tile_rows, tile_columns, TILE_H, TILE_W)
     valid = (t < tiles) & (k < K)
     columns = ()
@@ -162,7 +174,7 @@ def winograd_output_kernel(
             at = m + ((i * ALPHA_W + j) * tiles + t) * K + k
             products += (tl.load(at, mask=valid, other=0.0),)
         columns += (output_transform(products, ALPHA_H, TILE_H),)
-    corner = y + image * stride_n + k * stride_c + row * stride_h + column * stride_w
+    channel = y + image * stride_n + k * stride_c
     if HAS_BIAS:
         added = tl.load(bias + k, mask=k < K, other=0.0).to(tl.float32)
     for i in tl.static_range(TILE_H):
@@ -179,9 +191,8 @@ def winograd_output_kernel(
             if ACTIVATION == 2:
                 value = 0.5 * value * (1.0 + tl.erf(value * 0.70710678118654752))
             inside = valid & (row + i < OH) & (column + j < OW)
-            tl.store(
-                corner + i * stride_h + j * stride_w, cast(value, y.dtype.element_ty), mask=inside
-            )
+            at = channel + ((row + i) * stride_h + (column + j) * stride_w)
+            tl.store(at, cast(value, y.dtype.element_ty), mask=inside)
 
 
 def block_sizes(tiles: int, K: int, dtype: torch.dtype) -> dict[str, int]:
@@ -319,21 +330,21 @@ def winograd_conv2d(
             count = min(chunk, tiles - first)
             place = (tile_rows, tile_columns, first, count)
             if C > 0:
-                grid = (triton.cdiv(count, block_t), triton.cdiv(all_channels, block_c))
-                winograd_input_kernel[grid](
+                blocks = triton.cdiv(count, block_t) * triton.cdiv(all_channels, block_c)
+                winograd_input_kernel[(blocks,)](
                     *(x, v, *x.stride(), H, W, *padding, *place, all_channels),
                     **shape,
                     BLOCK_T=block_t,
                     BLOCK_C=block_c,
                 )
             sizes = block_sizes(count, K // groups, x.dtype)
-            blocks = triton.cdiv(count, sizes["BLOCK_M"]) * triton.cdiv(
-                K // groups, sizes["BLOCK_N"]
-            )
-            winograd_multiply_kernel[(blocks, P * groups)](
+            blocks = triton.cdiv(count, sizes["BLOCK_M"])
+            blocks *= triton.cdiv(K // groups, sizes["BLOCK_N"])
+            winograd_multiply_kernel[(blocks * P * groups,)](
                 *(v, u, m, count, C, K // groups, groups), UPCAST=upcast, **sizes
             )
-            winograd_output_kernel[(triton.cdiv(count, out_t), triton.cdiv(K, out_k))](
+            blocks = triton.cdiv(count, out_t) * triton.cdiv(K, out_k)
+            winograd_output_kernel[(blocks,)](
                 *(m, added, y, *y.stride(), OH, OW, *place, K),
                 **shape,
                 HAS_BIAS=bias is not None,
