@@ -291,8 +291,8 @@ def winograd_conv2d(
     fits = fits and weight.shape[0] % groups == 0 and weight.shape[2] in (1, weight.shape[3])
     require(fits, OP, "weight", f"{x.dtype} [K, {C}, r, r] or [K, {C}, 1, r]", weight)
     # Offsets in a block of 128 rows have 32 bits.
-    fits = max(all_channels, weight.shape[0]) < 2**24
-    require(fits, OP, "weight", "of fewer than 2^24 input and output channels", weight)
+    require(all_channels < 2**24, OP, "x", "of fewer than 2^24 channels", x)
+    require(weight.shape[0] < 2**24, OP, "weight", "of fewer than 2^24 output channels", weight)
     K, _, rh, r = weight.shape
     listed = ", ".join(f"F({m}, {taps})" for m, taps in SUPPORTED)
     require((tile, r) in SUPPORTED, OP, "tile", f"one of {listed}", f"F({tile}, {r})")
@@ -306,7 +306,7 @@ def winograd_conv2d(
     alpha_h = 1 if rh == 1 else alpha_w
     P = alpha_h * alpha_w
     form, dtype = (P, K, C), x.dtype
-    if transformed.dim() == 4:
+    if transformed.dim() == 4 and not x.is_cuda:
         form, dtype = (groups, -(-(K // groups) // 16) * 16, P, C), torch.float32
     fits = tuple(transformed.shape) == form and transformed.dtype == dtype
     require(fits, OP, "transformed", f"{dtype} {list(form)}, as packed for this tile", transformed)
