@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import harness
+from winograd_cases import BOUNDS
 
 from compressops.ops.winograd_domain import transform_weight
 from compressops.ops.winograd_transform import SUPPORTED
@@ -73,15 +74,6 @@ def run(library, case: Case, x, weight, bias, order: str = "forward") -> torch.T
         scratch_bytes=case.scratch_bytes,
         order=order,
     )
-
-
-# Largest errors for outputs of about 1, by alpha: about twice what was seen. The rounding of V to
-# 16 bits counts for most of it, and one wrong product of many channels is far more.
-BOUNDS = {
-    FLOAT: {4: 4e-6, 6: 1e-5, 8: 6e-5},
-    HALF: {4: 6e-3, 6: 6e-2, 8: 2e-1},
-    BFLOAT: {4: 5e-2, 6: 3e-1, 8: 1.2},
-}
 
 
 def check(case: Case, actual, x, weight, bias) -> None:
