@@ -36,7 +36,7 @@ from compressops.formats.huffman import huffman_encode, huffman_lengths
 from compressops.ops.winograd_transform import SUPPORTED
 
 sys.path.append(str(ROOT / "tests"))
-from winograd_cases import BOUNDS  # noqa: E402
+from winograd_cases import BOUNDS
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -76,10 +76,8 @@ class Check(NamedTuple):
         difference = (actual.double() - expected.double()).abs()
         rms = difference.square().mean().sqrt().item()
         if self.rms is not None and rms > self.rms:
-            shape, dtype = list(actual.shape), actual.dtype
-            raise AssertionError(
-                f"{self.op} on {backend}, {dtype} {shape}: RMS difference {rms:.3g} > {self.rms:.3g}"
-            )
+            case = f"{self.op} on {backend}, {actual.dtype} {list(actual.shape)}"
+            raise AssertionError(f"{case}: RMS difference {rms:.3g} > {self.rms:.3g}")
         return difference.max().item()
 
 
@@ -131,8 +129,8 @@ def winograd_tensors(
     return x, (weight / max(taps, 1) ** 0.5).to(dtype)
 
 
-# Of the bound for the largest difference; the RMS difference is a tenth to a thirtieth of it. Counts
-# from so many outputs on.
+# Of the bound for the largest difference; the RMS difference is a tenth to a thirtieth of it. For
+# results of so many outputs and more.
 WINOGRAD_RMS, WINOGRAD_RMS_OUTPUTS = 1 / 6, 100
 
 

@@ -13,10 +13,8 @@ import torch.nn.functional as F
 import compressops as co
 from compressops.ops import winograd_domain as domain
 
-
-# Largest errors of kernels that round transforms to 16 bits, for outputs of about 1, by alpha: about
-# twice what was seen. The rounding of V counts for most of it, and one wrong product of many
-# channels is far more.
+# Largest errors of the GPU kernels for outputs of about 1, by alpha: about twice what was seen. The
+# rounding of V to 16 bits counts for most of it, and one wrong product of many channels for more.
 BOUNDS = {
     torch.float32: {4: 4e-6, 6: 1e-5, 8: 6e-5},
     torch.float16: {4: 6e-3, 6: 6e-2, 8: 2e-1},

@@ -134,7 +134,7 @@ def winograd_multiply_kernel(
         if UPCAST:
             a, b = a.to(tl.float32), b.to(tl.float32)
         sums = tl.dot(a, b, sums, input_precision="ieee")
-        if SUM_BLOCK > 0:
+        if SUM_BLOCK > 0:  # noqa: SIM102 - decided as it compiles
             if start % SUM_BLOCK == SUM_BLOCK - BLOCK_K:
                 folded += sums
                 sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -36,13 +36,7 @@ namespace compressops {
 
 // Which kernels serve a shape. The tests force each. kFusedShallow is kFused in the shared memory
 // that every GPU has.
-enum class WinogradKernel : int {
-  kAuto = -1,
-  kFused,
-  kChunkedSmall,
-  kChunkedLarge,
-  kFusedShallow
-};
+enum class WinogradKernel : int { kAuto = -1, kFused, kChunkedSmall, kChunkedLarge, kFusedShallow };
 
 // Tiles of the products: small where there would be too few large ones, or these too empty.
 template <class T>
