@@ -1,4 +1,4 @@
-"""The GPU part of bench_winograd.py: cuDNN with benchmark=True, in float16 and float32.
+"""The GPU part of bench_winograd.py: cuDNN with benchmark=True, in float16, bfloat16 and float32.
 
 Graph replays, as in gpu_verify.py; channels_last; the kernels that cuDNN chose are named.
 """

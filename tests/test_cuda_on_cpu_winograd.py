@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import harness
+from winograd_cases import BOUNDS
 
 from compressops.ops.winograd_domain import transform_weight
 from compressops.ops.winograd_transform import SUPPORTED
@@ -75,15 +76,6 @@ def run(library, case: Case, x, weight, bias, order: str = "forward") -> torch.T
     )
 
 
-# Largest errors for outputs of about 1, by alpha: about twice what was seen. The rounding of V to
-# 16 bits counts for most of it, and one wrong product of many channels is far more.
-BOUNDS = {
-    FLOAT: {4: 4e-6, 6: 1e-5, 8: 6e-5},
-    HALF: {4: 6e-3, 6: 6e-2, 8: 2e-1},
-    BFLOAT: {4: 5e-2, 6: 3e-1, 8: 1.2},
-}
-
-
 def check(case: Case, actual, x, weight, bias) -> None:
     if case.C * case.K == 0:  # torch's convolutions take neither for what it is
         expected = bias.double()[:, None, None].expand(actual.shape)
@@ -141,6 +133,7 @@ def test_every_height_and_width(library, tile, last):
 # (C, K, tile, kernel)
 CHANNELS = [
     *((C, K, 2, "auto") for C, K in ((1, 1), (8, 8), (15, 33), (33, 15), (66, 2))),
+    *((C, K, 2, "shallow") for C, K in ((1, 1), (15, 33), (66, 2))),
     *((C, K, 4, "small") for C, K in ((1, 9), (8, 16), (9, 65), (65, 7), (129, 2))),
     *((C, K, 4, "large") for C, K in ((3, 1), (70, 130))),
 ]
@@ -150,6 +143,8 @@ CHANNELS = [
 @LAYOUTS
 def test_channels(library, last, dtype):
     for i, (C, K, tile, kernel) in enumerate(CHANNELS):
+        if kernel == "shallow" and dtype == FLOAT:  # is never fused
+            continue
         case = Case(1, C, K, 7, 10, tile, last=last, dtype=dtype, kernel=kernel, bias=i % 2 == 0)
         run_and_check(library, case, ORDERS[i % 4])
 
@@ -159,19 +154,26 @@ def test_channels(library, last, dtype):
 @pytest.mark.parametrize(("tile", "flat"), [(2, False), (4, False), (4, True)])
 def test_groups_and_chunks(library, tile, flat, last, dtype):
     # 1 byte of scratch: a chunk of 128 tiles and one group.
-    cases = ((2, 6, 5, 85, 1), (3, 8, 16, 9, 2**24), (5, 1, 1, 7, 2**18))
-    for groups, C, K, W, scratch_bytes in cases:
+    cases = (
+        (2, 6, 5, 85, 1, (1, 1), "auto"),
+        (3, 8, 16, 9, 2**24, (9, 8), "auto"),
+        (5, 1, 1, 7, 2**18, (1, 1), "auto"),
+        (2, 6, 70, 45, 1, (1, 1), "large"),
+    )
+    for groups, C, K, W, scratch_bytes, padding, kernel in cases:
         case = Case(
-            *(3, C, K, 13, W, tile, 3, flat, (1, 1), groups, dtype, last),
+            *(3, C, K, 13, W, tile, 3, flat, padding, groups, dtype, last),
             scratch_bytes=scratch_bytes,
         )
-        run_and_check(library, case)
+        run_and_check(library, replace(case, kernel="auto" if case.fused else kernel))
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", [FLOAT, HALF], ids=str)
 def test_in_every_order(library, dtype, order):
-    for tile, kernel, last in ((2, "auto", True), (4, "small", False), (6, "small", True)):
+    cases = [(2, "auto", True), (4, "small", False), (6, "small", True)]
+    cases += [(2, "shallow", False)] if dtype == HALF else []
+    for tile, kernel, last in cases:
         case = Case(1, 70, 40, 9, 9, tile, last=last, dtype=dtype, kernel=kernel)
         run_and_check(library, case, order)
 
@@ -242,12 +244,18 @@ def test_magnitudes(library, tile, dtype):
     assert run(library, case, extreme, weight, None).isfinite().all()
 
 
-@ALL_DTYPES
+# Sizes of x beyond what M in float16 holds unscaled: one bad sum must not cost the others theirs.
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(FLOAT, 1.0), (HALF, 1.0), (BFLOAT, 1.0), (BFLOAT, 2.0**40), (BFLOAT, 2.0**-40)],
+    ids=str,
+)
 @pytest.mark.parametrize("tile", [2, 4])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_inf_stay_in_their_tiles(library, bad, tile, dtype):
-    case = Case(2, 3, 4, 16, 16, tile, dtype=dtype, padding=(0, 0))
+def test_nan_and_inf_stay_in_their_tiles(library, bad, tile, dtype, size):
+    case = Case(2, 3, 4, 16, 16, tile, dtype=dtype, padding=(0, 0), bias=size == 1)
     x, weight, bias = make(case)
+    x *= size
     sound = run(library, case, x, weight, bias)
     x[1, 2, 8, 8] = bad
     y = run(library, case, x, weight, bias)
@@ -267,6 +275,8 @@ def test_plan(library):
         )
 
     assert plan(8, 256, 256, 56, 2)[0] == "fused"
+    assert plan(8, 256, 256, 56, 2, shared_kib=163)[0] == "fused"  # sm_80
+    assert plan(8, 256, 256, 56, 2, shared_kib=99)[0] == "shallow"  # sm_86, sm_89
     assert plan(8, 256, 256, 56, 2, half=False)[0] == "large"
     kernel, tiles, groups, scratch = plan(64, 256, 256, 56, 4)
     assert (kernel, groups) == ("large", 1)

@@ -36,7 +36,7 @@ def winograd_conv2d(
     2.25, 4 and 5.06 times fewer than the direct sum for r = 3 and tiles 2, 4 and 6. Products are
     summed in float32. Rounding errors grow with alpha (``docs/WINOGRAD.md`` has the figures).
 
-    An Inf or NaN in ``x`` gives NaN in every output of the tiles that read it, where direct
+    An Inf or NaN in ``x`` may make any output of the tiles that read it NaN or Inf, where direct
     convolution gives Inf or NaN in the r × r outputs around it.
 
     Differentiable with respect to ``x``, ``weight`` and ``bias``: ``transformed`` counts as a

@@ -31,6 +31,8 @@ MAX_ERROR_GROWTH = 8.0
 SUM_BLOCK = 128
 # oneDNN's direct convolution adds up all taps of so many channels, then those sums.
 DIRECT_BLOCK = 16
+# Of tiles of so many positions, the CUDA kernels keep the products on the multiprocessor.
+FUSED_POSITIONS = 16
 # Of few bits, so that float32 holds every entry of Aᵀ and Bᵀ.
 CANDIDATES = tuple(Fraction(n, 8) for n in (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24))
 UNIT_ROUNDOFF = {
@@ -196,15 +198,17 @@ class ErrorTerms(NamedTuple):
         taps: r.
         amplification: how much more variance the terms of an output have than the output itself.
         roundings: of Bᵀ and Aᵀ, that a term is subject to on average.
+        alpha: points.
     """
 
     taps: int
     amplification: float
     roundings: float
+    alpha: int
 
 
 # Of the dimension that a one-dimensional convolution does not have.
-IDENTITY = ErrorTerms(1, 1.0, 0.0)
+IDENTITY = ErrorTerms(1, 1.0, 0.0, 1)
 
 
 def error_terms(transform: Transform) -> ErrorTerms:
@@ -225,7 +229,8 @@ def error_terms(transform: Transform) -> ErrorTerms:
         sum(1 for row in matrix for value in row if value) / len(matrix) / 2
         for matrix in (transform.bt, transform.at)
     )
-    return ErrorTerms(transform.r, total / transform.m / transform.r, roundings)
+    amplification = total / transform.m / transform.r
+    return ErrorTerms(transform.r, amplification, roundings, transform.alpha)
 
 
 def _squares(row: Iterable[Fraction]) -> float:
@@ -269,7 +274,8 @@ def error_growth(
         down, across, channels: as of :func:`relative_error`.
         dtype: ``"float32"``, ``"float16"``, ``"bfloat16"`` (all summed in float32), ``"float64"``.
         half_domain: the transformed input and weights are rounded to that dtype, as tensor cores
-            take them; the CPU kernels keep them in float32.
+            take them, and the products of more than ``FUSED_POSITIONS`` positions to float16, as
+            the CUDA kernels store them; the CPU kernels keep all in float32.
     """
     unit = UNIT_ROUNDOFF[dtype]
     summed = min(unit, UNIT_ROUNDOFF["float32"])
@@ -280,7 +286,10 @@ def error_growth(
         direct += one
         winograd += one
         if half_domain:
-            winograd += 2 * down.amplification * across.amplification * one
+            roundings = 2 * one
+            if down.alpha * across.alpha > FUSED_POSITIONS:
+                roundings += UNIT_ROUNDOFF["float16"] ** 2 / 6
+            winograd += down.amplification * across.amplification * roundings
     return math.sqrt(winograd / direct)
 
 

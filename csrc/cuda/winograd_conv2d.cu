@@ -10,11 +10,10 @@ namespace {
 
 constexpr const char* kOp = "winograd_conv2d";
 
-int64_t l2_bytes(const Tensor& tensor) {
-  int bytes = 0;
-  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, tensor.get_device_index()),
-             kOp);
-  return bytes;
+int64_t device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()), kOp);
+  return value;
 }
 
 WinogradStrides strides_of(const Tensor& tensor) {
@@ -47,7 +46,10 @@ void run(const WinogradShape& shape, const Tensor& x, const Tensor& transformed,
   args.activation = activation;
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.y_strides = strides_of(y);
-  const WinogradPlan plan = plan_winograd_conv2d(args, multiprocessor_count(x, kOp), l2_bytes(x));
+  const WinogradPlan plan =
+      plan_winograd_conv2d(args, multiprocessor_count(x, kOp),
+                           device_attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin),
+                           device_attribute(x, cudaDevAttrL2CacheSize));
   const Tensor scratch = torch::stable::new_empty(x, {plan.scratch_bytes()}, ScalarType::Byte);
   check_cuda(launch_winograd_conv2d(args, plan, static_cast<int4*>(scratch.mutable_data_ptr()),
                                     current_stream(x, kOp)),
@@ -62,7 +64,8 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   COMPRESSOPS_CHECK(groups >= 1 && x.size(1) % groups == 0, kOp, "groups",
                     "a divisor of " + std::to_string(x.size(1)) + " channels", groups);
   const int64_t C = x.size(1) / groups;
-  COMPRESSOPS_CHECK(C <= 0x7fffffff, kOp, "x", "of fewer than 2^31 channels a group", x);
+  // Steps over channels are counted in 32 bits, up to a whole one beyond the last.
+  COMPRESSOPS_CHECK(C <= 0x7fffffff - 64, kOp, "x", "of at most 2^31 - 65 channels a group", x);
   COMPRESSOPS_CHECK(same_device(weight, x) && weight.dim() == 4 &&
                         weight.scalar_type() == x.scalar_type() && weight.size(1) == C &&
                         weight.size(0) % groups == 0 && weight.size(3) >= 2 &&

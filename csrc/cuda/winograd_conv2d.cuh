@@ -34,8 +34,9 @@
 
 namespace compressops {
 
-// Which kernels serve a shape. The tests force each.
-enum class WinogradKernel : int { kAuto = -1, kFused, kChunkedSmall, kChunkedLarge };
+// Which kernels serve a shape. The tests force each. kFusedShallow is kFused in the shared memory
+// that every GPU has.
+enum class WinogradKernel : int { kAuto = -1, kFused, kChunkedSmall, kChunkedLarge, kFusedShallow };
 
 // Tiles of the products: small where there would be too few large ones, or these too empty.
 template <class T>
@@ -55,6 +56,9 @@ struct WinogradPlan {
   int64_t tiles, groups;  // in a chunk, at most
   int64_t u_bytes, v_bytes, m_bytes, scale_bytes;
 
+  bool fused() const {
+    return kernel == WinogradKernel::kFused || kernel == WinogradKernel::kFusedShallow;
+  }
   int64_t scratch_bytes() const { return u_bytes + v_bytes + m_bytes + scale_bytes; }
 };
 
@@ -96,10 +100,11 @@ constexpr bool winograd_fusible(const WinogradShape& shape) {
   return kPerWord<T> == 2 && shape.positions() <= 16;
 }
 
-// `scratch_bytes` is what V and M of a chunk may take, more only where 128 tiles need it.
+// `shared_bytes` is what a block may take of shared memory; `scratch_bytes` what V and M of a chunk
+// may take, more only where 128 tiles need it.
 template <class T>
 WinogradPlan plan_winograd_conv2d(const WinogradArgs<T>& args, int64_t multiprocessors,
-                                  int64_t scratch_bytes,
+                                  int64_t shared_bytes, int64_t scratch_bytes,
                                   WinogradKernel kernel = WinogradKernel::kAuto) {
   const WinogradShape& shape = args.shape;
   const bool channels_last = args.y_strides.c == 1;
@@ -108,9 +113,10 @@ WinogradPlan plan_winograd_conv2d(const WinogradArgs<T>& args, int64_t multiproc
     plan.u_bytes = shape.positions() * shape.groups * shape.K * 4 * winograd_words<T>(shape.C);
   }
   if (kernel == WinogradKernel::kAuto && winograd_fusible<T>(shape)) {
-    plan.kernel = WinogradKernel::kFused;
+    const bool deep = shape.positions() < 16 || shared_bytes >= WinogradFusion<4, 4>::kSharedBytes;
+    plan.kernel = deep ? WinogradKernel::kFused : WinogradKernel::kFusedShallow;
   }
-  if (plan.kernel == WinogradKernel::kFused) return plan;
+  if (plan.fused()) return plan;
 
   constexpr int64_t kTiles = 128;  // a multiple of which fills the products' tiles
   const int64_t all = max(shape.tiles(), int64_t{1}), P = shape.positions();
@@ -223,9 +229,8 @@ cudaError_t launch_winograd_chunked(const WinogradArgs<T>& args, const WinogradP
   return cudaSuccess;
 }
 
-template <int kAlphaH, int kAlphaW, class T>
-cudaError_t launch_winograd_fused(const WinogradArgs<T>& args, cudaStream_t stream) {
-  using Fusion = WinogradFusion<kAlphaH, kAlphaW>;
+template <class Fusion, class T>
+cudaError_t launch_winograd_fusion(const WinogradArgs<T>& args, cudaStream_t stream) {
   const WinogradShape& shape = args.shape;
   dim3 grid;
   if (!winograd_grid(shape.groups * ceil_div<int64_t>(shape.tiles(), Fusion::kTiles) *
@@ -238,13 +243,27 @@ cudaError_t launch_winograd_fused(const WinogradArgs<T>& args, cudaStream_t stre
 }
 
 template <int kAlphaH, int kAlphaW, class T>
+cudaError_t launch_winograd_fused(const WinogradArgs<T>& args, const WinogradPlan& plan,
+                                  cudaStream_t stream) {
+  using Deep = WinogradFusion<kAlphaH, kAlphaW>;
+  if constexpr (Deep::kSharedBytes > kLeastSharedBytes) {
+    using Shallow = WinogradFusion<kAlphaH, kAlphaW, 2>;
+    static_assert(Shallow::kSharedBytes <= kLeastSharedBytes);
+    if (plan.kernel == WinogradKernel::kFusedShallow) {
+      return launch_winograd_fusion<Shallow>(args, stream);
+    }
+  }
+  return launch_winograd_fusion<Deep>(args, stream);
+}
+
+template <int kAlphaH, int kAlphaW, class T>
 cudaError_t launch_winograd(const WinogradArgs<T>& args, const WinogradPlan& plan,
                             Global<int4> scratch, cudaStream_t stream) {
   // Each size has one way, but for the tiles of the products: the other would lose everywhere.
   constexpr bool kFused = kPerWord<T> == 2 && kAlphaH * kAlphaW <= 16;
-  if (kFused != (plan.kernel == WinogradKernel::kFused)) return cudaErrorInvalidValue;
+  if (kFused != plan.fused()) return cudaErrorInvalidValue;
   if constexpr (kFused) {
-    return launch_winograd_fused<kAlphaH, kAlphaW>(args, stream);
+    return launch_winograd_fused<kAlphaH, kAlphaW>(args, plan, stream);
   } else {
     return launch_winograd_chunked<kAlphaH, kAlphaW>(args, plan, scratch, stream);
   }

@@ -7,9 +7,10 @@
 
 namespace compressops {
 
-// What M is stored in. Of 16-bit tensors float16: each of its blocks (a warp's, in the product)
-// carries a power of two that brings its largest magnitude to [2^14, 2^15), so that nothing
-// overflows, bfloat16 loses no range, and the traffic is half of float32's.
+// What M is stored in. Of 16-bit tensors float16, for half of float32's traffic: each of its blocks
+// (a warp's in the product, up to 64 tiles of 64 channels) carries a power of two that brings its
+// largest finite magnitude to [2^14, 2^15), so that nothing overflows. What is below 2^-28 of that
+// magnitude may lose digits, and what is below 2^-39 become 0: bfloat16 itself has more range.
 template <class T>
 using WinogradProduct = std::conditional_t<kPerWord<T> == 1, float, __half>;
 

@@ -10,7 +10,9 @@ namespace compressops {
 // of 16; V of a step is transformed while the tensor cores multiply that of the step before. A warp
 // multiplies kPositions positions of all tiles and kWarpN output channels: 128 sums a lane, for 8
 // warps a multiprocessor (64, for 12, where P = 6).
-template <int kAlphaH_, int kAlphaW_>
+//
+// kStagesU steps of U are in shared memory, the copies of the later ones under way.
+template <int kAlphaH_, int kAlphaW_, int kStagesU_ = 4>
 struct WinogradFusion {
   static constexpr int kAlphaH = kAlphaH_, kAlphaW = kAlphaW_, kP = kAlphaH * kAlphaW;
   static_assert(kP == 4 || kP == 6 || kP == 8 || kP == 16);
@@ -23,7 +25,7 @@ struct WinogradFusion {
   static constexpr int kStepC = 16, kWords = kStepC / 2;  // words of a row of a step
   static constexpr int kRowV = kP * kTiles, kRowU = kP * kBlockK;
   static constexpr int kChunksV = 2 * kRowV, kChunksU = 2 * kRowU;  // of 16 bytes, in a step
-  static constexpr int kStagesV = 2, kStagesU = 4;
+  static constexpr int kStagesV = 2, kStagesU = kStagesU_;
   // Words of V that a thread makes in a step.
   static constexpr int kItems = ceil_div(kTiles * kWords, kThreads);
   // M of half the tiles at a time, in the same memory. Rows are 8 banks apart, so that the four
@@ -37,6 +39,9 @@ struct WinogradFusion {
   static_assert(kThreads % 64 == 0 && kThreads % (2 * kBlockK) == 0 && kP % kPositionStep == 0);
   static_assert(kSharedBytes <= 163 * 1024);
 };
+
+// What a block may take on every GPU from sm_80 on: sm_86 and sm_89 have 99 KB, sm_80 163 KB.
+constexpr int kLeastSharedBytes = 99 * 1024;
 
 // Where chunk `chunk` of a row of 32 bytes lies. Four rows share a 128-byte line; the XOR makes the
 // eight rows that one ldmatrix matrix reads fall in eight different bank groups.

@@ -126,27 +126,28 @@ struct WinogradSums {
   __device__ __forceinline__ void store(const WinogradChunk& chunk, Global<__half> m,
                                         Global<float> scales, int64_t first_m, int64_t first_n,
                                         int lane) {
-    unsigned top = 0;  // as bits, magnitudes order like integers, with NaN above infinity
+    // As bits, magnitudes order like integers. Of the finite sums alone: Inf and NaN stay what they
+    // are under any scale, and must not take the others' from them.
+    unsigned top = 0;
 #pragma unroll
     for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          top = max(top, __float_as_uint(sums[i][j][e]) & 0x7fffffffu);
+          const unsigned bits = __float_as_uint(sums[i][j][e]) & 0x7fffffffu;
+          if (bits < 0x7f800000u) top = max(top, bits);
         }
       }
     }
     top = warp_max(top);
-    // Exponents as float32 has them. Below 2^-112, and not to be scaled with an infinity.
+    // Exponents as float32 has them; sums below 2^-112 are scaled as if they were that.
     const unsigned exponent = max(top >> 23, 15u);
-    const bool finite = exponent < 255;
-    const float scale = finite ? __uint_as_float((268u - exponent) << 23) : 1.0f;
+    const float scale = __uint_as_float((268u - exponent) << 23);
     const bool in_matrix = first_m < chunk.rows && first_n < chunk.columns;
     if (lane == 0 && in_matrix) {
       const int64_t at = (first_m >> chunk.row_log2) * chunk.scale_columns;
-      scales[at + (first_n >> chunk.column_log2)] =
-          finite ? __uint_as_float((exponent - 14u) << 23) : 1.0f;
+      scales[at + (first_n >> chunk.column_log2)] = __uint_as_float((exponent - 14u) << 23);
     }
     const Global<int4> lines = view_as<int4>(m);
 #pragma unroll

@@ -122,7 +122,7 @@ def int8_linear(
     return y
 
 
-WINOGRAD_KERNELS = {"auto": -1, "fused": 0, "small": 1, "large": 2}
+WINOGRAD_KERNELS = {"auto": -1, "fused": 0, "small": 1, "large": 2, "shallow": 3}
 
 
 def _winograd_sizes(x, weight, padding: tuple[int, int], groups: int, tile: int) -> ctypes.Array:
@@ -175,13 +175,23 @@ def winograd_conv2d(
 
 
 def winograd_plan(
-    library: ctypes.CDLL, x, weight, padding=(0, 0), groups=1, tile=4, *, half=True, last=True
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    padding: tuple[int, int] = (0, 0),
+    groups: int = 1,
+    tile: int = 4,
+    *,
+    half: bool = True,
+    last: bool = True,
+    shared_kib: int = 227,
 ) -> tuple[str, int, int, int]:
     """Kernel, tiles and groups of a chunk and bytes of scratch on an H200 (132 SMs, 50 MiB L2)."""
     plan = (c_int64 * 4)()
     sizes = _winograd_sizes(x, weight, padding, groups, tile)
     library.plan_winograd_conv2d_of(
-        *(ctypes.c_int(half), sizes, ctypes.c_int(last), c_int64(132), c_int64(50 * 2**20), plan)
+        *(ctypes.c_int(half), sizes, ctypes.c_int(last), c_int64(132)),
+        *(c_int64(shared_kib * 1024), c_int64(50 * 2**20), plan),
     )
     names = {value: name for name, value in WINOGRAD_KERNELS.items()}
     return names[plan[0]], *plan[1:]

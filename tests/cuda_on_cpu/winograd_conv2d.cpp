@@ -42,8 +42,9 @@ cudaError_t run(const Buffers& b, int activation, int kernel, int64_t scratch_by
   args.y = Global<T>(static_cast<T*>(b.y), s.N * K * pixels, "y");
   args.y_strides = b.channels_last ? WinogradStrides{K * pixels, 1, K * s.OW, K}
                                    : WinogradStrides{K * pixels, pixels, s.OW, 1};
-  const WinogradPlan plan = plan_winograd_conv2d(args, /*multiprocessors=*/2, scratch_bytes,
-                                                 static_cast<WinogradKernel>(kernel));
+  const WinogradPlan plan =
+      plan_winograd_conv2d(args, /*multiprocessors=*/2, /*shared_bytes=*/163 * 1024, scratch_bytes,
+                           static_cast<WinogradKernel>(kernel));
   // Vectors, so that the scratch is as aligned as torch's.
   const std::unique_ptr<int4[]> scratch(new int4[plan.scratch_bytes() / 16 + 1]);
   const auto bytes = reinterpret_cast<unsigned char*>(scratch.get());
@@ -81,12 +82,12 @@ CUDA_ON_CPU_EXPORT int run_winograd_conv2d(int dtype, const int64_t* sizes,
 
 // Of aligned tensors: kernel, tiles and groups of a chunk, bytes of scratch.
 CUDA_ON_CPU_EXPORT void plan_winograd_conv2d_of(int half, const int64_t* sizes, int channels_last,
-                                                int64_t multiprocessors, int64_t scratch_bytes,
-                                                int64_t* plan) {
+                                                int64_t multiprocessors, int64_t shared_bytes,
+                                                int64_t scratch_bytes, int64_t* plan) {
   const auto make = [&](auto args) {
     args.shape = shape_of(sizes);
     args.y_strides.c = channels_last ? 1 : args.shape.OH * args.shape.OW;
-    return plan_winograd_conv2d(args, multiprocessors, scratch_bytes);
+    return plan_winograd_conv2d(args, multiprocessors, shared_bytes, scratch_bytes);
   };
   const WinogradPlan made = half ? make(WinogradArgs<__half>{}) : make(WinogradArgs<float>{});
   plan[0] = static_cast<int64_t>(made.kernel);
