@@ -13,6 +13,14 @@ SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor weight_scales, Tensor weight_sums, "
         "Tensor? bias=None, str activation='none') -> Tensor"
     ),
+    "int4_linear": (
+        "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, int out_features, "
+        "int? group_size=None, Tensor? bias=None, str activation='none') -> Tensor"
+    ),
+    "ternary_linear": (
+        "(Tensor x, Tensor weight, Tensor scales, int out_features, int? group_size=None, "
+        "Tensor? bias=None, str activation='none') -> Tensor"
+    ),
     "huffman_decode": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int num_symbols, int chunk_size) -> Tensor"
     ),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -60,21 +62,25 @@ def _has(isa: str) -> bool:
     return _C.cpu_features()[isa]
 
 
-@pytest.fixture
-def kernel(request: pytest.FixtureRequest):
-    """Selects the backend (and instruction set) of an indirect ``kernel_params`` parameter.
-
-    Gives the device that tensors must be on.
-    """
-    device, backend, isa = request.param
+@contextlib.contextmanager
+def serving(device: str, backend: str, isa: str | None) -> Iterator[torch.device]:
+    """Within the ``with`` block the backend (and instruction set) of a `kernel_params` parameter
+    serves. Gives the device that tensors must be on."""
     with backends.backend(backend):
         if isa is None:
             yield torch.device(device)
-        else:
-            from compressops import _C
+            return
+        from compressops import _C
 
-            _C.limit_isa(isa)
-            try:
-                yield torch.device(device)
-            finally:
-                _C.limit_isa("native")
+        _C.limit_isa(isa)
+        try:
+            yield torch.device(device)
+        finally:
+            _C.limit_isa("native")
+
+
+@pytest.fixture
+def kernel(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Of an indirect ``kernel_params`` parameter: see `serving`."""
+    with serving(*request.param) as device:
+        yield device

@@ -30,7 +30,8 @@ def test_gpu_verify_runs_its_parity_on_what_is_there() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     for op in SCHEMAS:
-        assert op in done.stdout
+        if (BENCH.parent / "csrc" / "cuda" / f"{op}.cu").exists():
+            assert op in done.stdout
 
 
 def test_the_table_shows_every_row() -> None:

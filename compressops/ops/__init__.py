@@ -1,7 +1,9 @@
 """One public function an op; see ``compressops/schema.py`` for the list."""
 
 from .huffman_decode import huffman_decode
+from .int4_linear import int4_linear, int4_linear_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
+from .ternary_linear import ternary_linear, ternary_linear_pack
 from .winograd_conv2d import (
     winograd_conv1d,
     winograd_conv2d,
@@ -17,9 +19,13 @@ __all__ = [
     "choose_tile",
     "cook_toom",
     "huffman_decode",
+    "int4_linear",
+    "int4_linear_pack",
     "int8_linear",
     "int8_linear_pack",
     "quantize_rows",
+    "ternary_linear",
+    "ternary_linear_pack",
     "winograd_conv1d",
     "winograd_conv2d",
     "winograd_conv2d_grad",

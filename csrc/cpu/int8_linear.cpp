@@ -17,7 +17,7 @@
 
 #include "../check.h"
 #include "cpu_features.h"
-#include "gelu.h"
+#include "linear.h"
 
 namespace compressops::cpu {
 namespace {
@@ -33,15 +33,6 @@ const Int8LinearKernels& kernels() {
   if (cpu.avx2) return int8_linear_avx2();
 #endif
   return int8_linear_baseline();
-}
-
-enum class Activation { kNone, kRelu, kGelu };
-
-Activation parse_activation(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  COMPRESSOPS_CHECK(name == "gelu", kOp, "activation", "'none', 'relu' or 'gelu'", name);
-  return Activation::kGelu;
 }
 
 // One row of sums to at most kMaxPanels · kColumns outputs. `bias` may be null.
@@ -73,32 +64,6 @@ auto row_finisher(Activation activation) {
   return activation == Activation::kRelu   ? finish_row<Activation::kRelu, T>
          : activation == Activation::kGelu ? finish_row<Activation::kGelu, T>
                                            : finish_row<Activation::kNone, T>;
-}
-
-// Calls f with a null pointer of the element type of `tensor`.
-template <typename F>
-void with_element_type(const Tensor& tensor, const char* argument, F&& f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(static_cast<float*>(nullptr));
-    case ScalarType::Half:
-      return f(static_cast<c10::Half*>(nullptr));
-    case ScalarType::BFloat16:
-      return f(static_cast<c10::BFloat16*>(nullptr));
-    default:
-      fail_argument(kOp, argument, "of dtype float32, float16 or bfloat16", tensor);
-  }
-}
-
-std::vector<float> to_float(const Tensor& tensor, const char* argument) {
-  const Tensor dense = torch::stable::contiguous(tensor);
-  std::vector<float> out(dense.numel());
-  with_element_type(dense, argument, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* data = static_cast<const T*>(dense.const_data_ptr());
-    std::copy(data, data + out.size(), out.begin());
-  });
-  return out;
 }
 
 struct Weight {
@@ -147,15 +112,15 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   if (bias)
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, kOp, "bias",
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
-  const Activation activation = parse_activation(activation_name);
+  const Activation activation = parse_activation(kOp, activation_name);
 
   std::vector<int64_t> out_sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) out_sizes.push_back(x.size(i));
   out_sizes.push_back(N);
   Tensor out = torch::stable::new_empty(x, out_sizes);  // refuses sizes whose product overflows
   const int64_t M = N == 0 ? 0 : out.numel() / N;
-  with_element_type(x, "x", [](auto*) {});
-  const std::vector<float> biases = bias ? to_float(*bias, "bias") : std::vector<float>();
+  with_element_type(kOp, x, "x", [](auto*) {});
+  const std::vector<float> biases = bias ? to_float(kOp, *bias, "bias") : std::vector<float>();
   if (M == 0 || N == 0) return out;
 
   const Tensor dense_x = torch::stable::contiguous(x);
@@ -171,7 +136,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   std::unique_ptr<uint8_t[]> q(new uint8_t[M * q_stride]);
   std::unique_ptr<float[]> x_scales(new float[M]);
 
-  with_element_type(x, "x", [&](auto* type) {
+  with_element_type(kOp, x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* input = static_cast<const T*>(dense_x.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());

@@ -1,0 +1,244 @@
+"""What the linear ops on packed codes of 2 and 4 bits share: packing, checks, the reference.
+
+Codes are unsigned, the value of a weight is ``(code − zero) · scale``, and activations are
+quantized to int8 by rows, as `int8_linear` does::
+
+    y[m, n] = x_scale[m] · Σ_groups scale[n, group] · Σ_k q[m, k] · (code[n, k] − zero[n, group])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from .checks import ACTIVATIONS, activate, require
+from .int8_linear import MAX_IN_FEATURES, quantize_rows
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GROUP_MULTIPLE = 16  # inputs whose codes share a word of the CPU's packing of 2 bits
+_PANEL, _DEPTH = 32, 4
+
+
+@dataclass(frozen=True)
+class Codes:
+    """One op's: so many bits, and the code of 0.0 where there are no zero points."""
+
+    op: str
+    bits: int
+    zero: int
+
+    @property
+    def inputs(self) -> int:
+        """Inputs whose codes of one output share a word of 32 bits."""
+        return 32 // self.bits
+
+    def check_group_size(self, op: str, group_size: int | None) -> None:
+        """Raise a ``ValueError`` unless the kernels have this group size."""
+        fits = group_size is None or (group_size >= 16 and group_size % GROUP_MULTIPLE == 0)
+        form = f"None or a positive multiple of {GROUP_MULTIPLE}"
+        require(fits, op, "group_size", form, group_size)
+
+    def groups(self, in_features: int, group_size: int | None) -> int:
+        """Scale groups of a row; a row of no inputs has none."""
+        return -(-in_features // (group_size or max(1, in_features)))
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """Unsigned codes ``[N, K]`` as the kernels of their device read them.
+
+        On a CPU a flat tensor: panels of 32 outputs (16 in the last where that is enough), in a
+        panel ``[word][output]``, a word as `unpack` reads it, N and K zero padded. Elsewhere
+        ``[N, ceil(K · bits / 8)]``, the first code in the lowest bits.
+        """
+        N, K = codes.shape
+        per_byte = 8 // self.bits
+        if codes.device.type != "cpu":
+            padded = F.pad(codes, (0, -K % per_byte)).view(N, -(-K // per_byte), per_byte)
+            return _joined(padded, self.bits)
+        padded = F.pad(codes, (0, -K % self.inputs, 0, -N % 16))
+        # Byte i of a word holds the inputs i, 4 + i, 8 + i, … of its block.
+        words = padded.view(padded.shape[0], -(-K // self.inputs), per_byte, _DEPTH).transpose(2, 3)
+        return to_panels(_joined(words, self.bits))
+
+    def unpack(self, packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
+        """The unsigned codes ``[N, K]`` of either form."""
+        if packed.dim() == 2:
+            return _split(packed, self.bits).flatten(1)[:, :K]
+        blocks = -(-K // self.inputs)
+        words = from_panels(packed, N, blocks, _DEPTH).view(N, blocks, _DEPTH)
+        return _split(words, self.bits).transpose(2, 3).flatten(1)[:, :K]
+
+    def packed_shape(self, N: int, K: int, device: torch.device) -> tuple[int, ...]:
+        """Of `pack`'s result."""
+        if device.type != "cpu":
+            return (N, -(-K * self.bits // 8))
+        return (padded_outputs(N) * -(-K // self.inputs) * 4,)
+
+
+def _joined(parts: torch.Tensor, bits: int) -> torch.Tensor:
+    """Bytes from the codes along the last dimension, the first in the lowest bits."""
+    shifts = bits * torch.arange(parts.shape[-1], dtype=torch.uint8, device=parts.device)
+    return (parts << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _split(bytes_: torch.Tensor, bits: int) -> torch.Tensor:
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=bytes_.device)
+    return (bytes_.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+
+
+def padded_outputs(N: int) -> int:
+    """Outputs of the panels that hold N."""
+    return -(-N // 16) * 16
+
+
+def to_panels(rows: torch.Tensor) -> torch.Tensor:
+    """``[N, columns, ...]`` flat, as ``[panel][column][output of the panel][...]``."""
+    N = padded_outputs(rows.shape[0])
+    rows = F.pad(rows, (0,) * (2 * rows.dim() - 1) + (N - rows.shape[0],))
+    parts = (rows[: N // _PANEL * _PANEL], rows[N // _PANEL * _PANEL :])
+    panels = [
+        part.unflatten(0, (len(part) // width, width)).transpose(1, 2).flatten()
+        for part, width in zip(parts, (_PANEL, 16), strict=True)
+    ]
+    return torch.cat(panels)
+
+
+def from_panels(flat: torch.Tensor, N: int, columns: int, item: int = 1) -> torch.Tensor:
+    """The rows ``[N, columns · item]`` that `to_panels` had as ``[N, columns, item]``."""
+    padded, size = padded_outputs(N), columns * item
+    whole = padded // _PANEL
+    parts = [
+        part.view(panels, columns, width, item).transpose(1, 2).flatten(2)
+        for part, panels, width in (
+            (flat[: whole * _PANEL * size], whole, _PANEL),
+            (flat[whole * _PANEL * size :], (padded - whole * _PANEL) // 16, 16),
+        )
+    ]
+    return torch.cat([part.flatten(0, 1) for part in parts])[:N]
+
+
+def pack_group_values(values: torch.Tensor) -> torch.Tensor:
+    """Scales or zero points ``[N, groups]`` as the kernels of their device read them: on a CPU in
+    panels, beside the codes'."""
+    return to_panels(values) if values.device.type == "cpu" else values.contiguous()
+
+
+def _group_values(packed: torch.Tensor, N: int, groups: int) -> torch.Tensor:
+    return packed if packed.dim() == 2 else from_panels(packed, N, groups)
+
+
+def check_codes(op: str, name: str, codes: torch.Tensor, low: int, high: int) -> None:
+    """Raise a ``ValueError`` unless ``codes`` is an int8 matrix of values from low to high."""
+    fits = codes.dtype == torch.int8 and codes.dim() == 2
+    require(fits, op, name, "an int8 tensor of two dimensions", codes)
+    if codes.numel() and not codes.is_meta:
+        least, most = (int(value) for value in torch.aminmax(codes))
+        inside = low <= least and most <= high
+        require(inside, op, name, f"from {low} to {high}", f"{least} to {most}")
+
+
+def check(
+    kind: Codes,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out_features: int,
+    group_size: int | None,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> None:
+    """Raise a ``ValueError`` that names the argument unless all of them fit."""
+    op = kind.op
+    require(x.dim() >= 1 and x.dtype in DTYPES, op, "x", "float32, float16 or bfloat16 [..., K]", x)
+    N, K = out_features, x.shape[-1]
+    require(K <= MAX_IN_FEATURES, op, "x", f"at most {MAX_IN_FEATURES} wide (int32 sums)", x)
+    require(N >= 0, op, "out_features", "0 or more", N)
+    kind.check_group_size(op, group_size)
+    groups = kind.groups(K, group_size)
+    flat = x.device.type == "cpu"
+    values = (padded_outputs(N) * groups,) if flat else (N, groups)
+    forms = {
+        "weight": (weight, torch.uint8, kind.packed_shape(N, K, x.device)),
+        "scales": (scales, torch.float32, values),
+        "zeros": (zeros, torch.uint8, values),
+    }
+    for name, (tensor, dtype, shape) in forms.items():
+        if tensor is None:
+            continue
+        fits = tensor.dtype == dtype and tuple(tensor.shape) == shape and tensor.device == x.device
+        form = f"{dtype} {list(shape)} on {x.device}, as {op}_pack makes it"
+        require(fits, op, name, form, tensor)
+    if bias is not None:
+        fits = bias.dtype in DTYPES and tuple(bias.shape) == (N,) and bias.device == x.device
+        require(fits, op, "bias", f"float [{N}] on {x.device} or None", bias)
+    known = activation in ACTIVATIONS
+    require(known, op, "activation", f"one of {ACTIVATIONS}", repr(activation))
+
+
+def dequantize(
+    kind: Codes,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    N: int,
+    K: int,
+    group_size: int | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The weight ``[N, K]`` of packed arguments."""
+    size, groups = group_size or max(1, K), kind.groups(K, group_size)
+    codes = kind.unpack(weight, N, K).to(dtype)
+    zero = kind.zero
+    if zeros is not None:
+        spread = _group_values(zeros, N, groups).to(dtype)
+        zero = spread.repeat_interleave(size, 1)[:, :K]
+    spread = _group_values(scales, N, groups).to(dtype).repeat_interleave(size, 1)[:, :K]
+    return (codes - zero) * spread
+
+
+def eager(
+    kind: Codes,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out_features: int,
+    group_size: int | None,
+    bias: torch.Tensor | None,
+    activation: str,
+) -> torch.Tensor:
+    """The reference: quantized activations times the dequantized weight, in float64."""
+    q, x_scales = quantize_rows(x)
+    args = (kind, weight, scales, zeros, out_features, x.shape[-1], group_size, torch.float64)
+    y = (q.double() @ dequantize(*args).t()) * x_scales.double()
+    if bias is not None:
+        y = y + bias.double()
+    return activate(y.float(), activation).to(x.dtype)
+
+
+def backward(kind: Codes, ctx, grad: torch.Tensor, call):
+    """Gradients of x and bias; the quantization of x counts as the identity."""
+    weight, scales, zeros, bias, x, output = ctx.saved_tensors
+    if ctx.activation == "relu":
+        grad = torch.where(output > 0, grad, 0.0)
+    elif ctx.activation == "gelu":
+        grad = torch.ops.aten.gelu_backward(grad, call(x, weight, scales, zeros, bias))
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        N, K = grad.shape[-1], ctx.in_features
+        dense = dequantize(kind, weight, scales, zeros, N, K, ctx.group_size, torch.float32)
+        grad_x = grad @ dense.to(grad.dtype)
+    if bias is not None and ctx.needs_bias_grad:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+    return grad_x, grad_bias
+
+
+def save(ctx, x, weight, scales, zeros, group_size, bias, activation, output) -> None:
+    """What `backward` needs."""
+    ctx.activation, ctx.in_features, ctx.group_size = activation, x.shape[-1], group_size
+    kept_x = x if activation == "gelu" else None
+    ctx.save_for_backward(
+        weight, scales, zeros, bias, kept_x, output if activation == "relu" else None
+    )

@@ -1,0 +1,102 @@
+"""Linear layer on weights −1, 0, 1 in 2 bits, with scales, and int8 activations (W2A8)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..backends import register
+from . import packed
+from .checks import require
+
+OP = "ternary_linear"
+CODES = packed.Codes(OP, bits=2, zero=1)
+
+
+def ternary_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    out_features: int,
+    group_size: int | None = None,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+) -> torch.Tensor:
+    """``activation(x @ W.T + bias)`` with W of −α, 0 and α, and an α for each group of inputs.
+
+    Each row of ``x`` is quantized on the fly to int8 by its own largest magnitude, as `int8_linear`
+    does. A group's sum is exact; the groups are added in float32. A row that holds NaN or Inf gives
+    a row of NaN. The gradient with respect to ``x`` takes its quantization for the identity.
+
+    Args:
+        x: ``[..., K]`` float32, float16 or bfloat16, any strides, K ≤ 131072.
+        weight, scales: as `ternary_linear_pack` makes them.
+        out_features: N.
+        group_size: inputs that share an α, a multiple of 16; None: the whole row.
+        bias: float ``[N]`` or None.
+        activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
+
+    Returns:
+        ``[..., N]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: an argument is not of that form; the message names it and its value.
+    """
+    return _call(x, weight, scales, out_features, group_size, bias, activation)
+
+
+def ternary_linear_pack(
+    codes: torch.Tensor, scales: torch.Tensor, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prepare a weight for :func:`ternary_linear` on its device.
+
+    Args:
+        codes: int8 ``[N, K]`` of −1, 0 and 1.
+        scales: float32 ``[N, groups]``, groups = ceil(K / group_size); or one α for all, ``[]``.
+        group_size: a multiple of 16, or None: the whole row.
+
+    Returns:
+        weight and scales, to be passed on as they are.
+
+    Raises:
+        ValueError: an argument is not of that form; the message names it and its value.
+    """
+    op = f"{OP}_pack"
+    CODES.check_group_size(op, group_size)
+    packed.check_codes(op, "codes", codes, -1, 1)
+    groups = (codes.shape[0], CODES.groups(codes.shape[1], group_size))
+    fits = scales.dtype == torch.float32 and tuple(scales.shape) in ((), groups)
+    require(fits, op, "scales", f"float32 {list(groups)} or []", scales)
+    weight = CODES.pack((codes + 1).to(torch.uint8))
+    return weight, packed.pack_group_values(scales.expand(groups))
+
+
+def _check(x, weight, scales, out_features, group_size=None, bias=None, activation="none") -> None:
+    packed.check(CODES, x, weight, scales, None, out_features, group_size, bias, activation)
+
+
+def _eager(x, weight, scales, out_features, group_size=None, bias=None, activation="none"):
+    args = (x, weight, scales, None, out_features, group_size, bias, activation)
+    return packed.eager(CODES, *args)
+
+
+def _fake(x, weight, scales, out_features, group_size=None, bias=None, activation="none"):
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, scales, ctx.out_features, group_size, bias, activation = inputs
+    packed.save(ctx, x, weight, scales, None, group_size, bias, activation, output)
+
+
+def _backward(ctx, grad):
+    def call(x, weight, scales, zeros, bias):
+        return ternary_linear(x, weight, scales, ctx.out_features, ctx.group_size, bias)
+
+    ctx.needs_bias_grad = ctx.needs_input_grad[5]
+    grad_x, grad_bias = packed.backward(CODES, ctx, grad, call)
+    return grad_x, None, None, None, None, grad_bias, None
+
+
+_call = register(
+    OP, eager=_eager, fake=_fake, check=_check, setup_context=_setup_context, backward=_backward
+)

@@ -1,0 +1,198 @@
+#if defined(__x86_64__)
+// For this file alone: everything below may use these instructions, and is called only where
+// features() says that the processor has them.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "packed_products.h"
+
+namespace compressops::cpu {
+namespace {
+
+// All ones in the first `rest` lanes.
+__m256i tail_mask(int64_t rest) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(rest < 8 ? rest : 8)),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+float quantize_row(const float* x, int8_t* q, int64_t K, int64_t padded) {
+  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+  __m256i largest = _mm256_setzero_si256();
+  for (int64_t k = 0; k < K; k += 8) {
+    const __m256i bits = _mm256_maskload_epi32((const int*)(x + k), tail_mask(K - k));
+    largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, magnitude));
+  }
+  alignas(32) uint32_t lanes[8];
+  _mm256_store_si256((__m256i*)lanes, largest);
+  uint32_t top = 0;
+  for (uint32_t lane : lanes) top = lane > top ? lane : top;
+  const bool finite = top < 0x7f800000u;
+  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
+  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
+
+  const __m256 scale = _mm256_set1_ps(inverse);
+  const __m256 high = _mm256_set1_ps(127.0f);
+  const __m256 low = _mm256_set1_ps(-127.0f);
+  for (int64_t k = 0; k < K; k += 8) {
+    __m256 scaled = finite ? _mm256_mul_ps(_mm256_maskload_ps(x + k, tail_mask(K - k)), scale)
+                           : _mm256_setzero_ps();
+    // 0 · Inf, where amax is subnormal, is NaN: zero it as the other kernels do.
+    scaled = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
+    scaled = _mm256_max_ps(low, _mm256_min_ps(high, scaled));
+    const __m256i codes = _mm256_cvtps_epi32(scaled);
+    const __m128i words =
+        _mm_packs_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
+    alignas(16) int8_t bytes[16];
+    _mm_store_si128((__m128i*)bytes, _mm_packs_epi16(words, words));
+    memcpy(q + k, bytes, K - k < 8 ? K - k : 8);
+  }
+  memset(q + K, 0, padded - K);
+  return finite ? amax / 127.0f : NAN;
+}
+
+void sum_groups(const int8_t* q, int64_t depth, int64_t group, int32_t* sums) {
+  for (int64_t start = 0; start < depth; start += group, ++sums) {
+    int32_t sum = 0;
+    for (int64_t k = start; k < depth && k < start + group; ++k) sum += q[k];
+    *sums = sum;
+  }
+}
+
+void unpack(int bits, const uint8_t* packed, int width, int64_t blocks, uint8_t* panel) {
+  const int parts = 8 / bits;
+  const __m256i mask = _mm256_set1_epi8((char)((1 << bits) - 1));
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int column = 0; column < width; column += 8) {
+      __m256i word = _mm256_loadu_si256((const __m256i*)(packed + (b * width + column) * 4));
+      for (int part = 0; part < parts; ++part) {
+        uint8_t* to = panel + ((b * parts + part) * width + column) * 4;
+        _mm256_storeu_si256((__m256i*)to, _mm256_and_si256(word, mask));
+        word = _mm256_srli_epi32(word, bits);
+      }
+    }
+}
+
+__m256i broadcast(const int8_t* q) {
+  int four;
+  __builtin_memcpy(&four, q, sizeof(four));
+  return _mm256_set1_epi32(four);
+}
+
+// sums + codes · x, in fours. Codes are at most 15, so that pairs of products fit 16 bits.
+__m256i dot(__m256i sums, __m256i codes, __m256i x) {
+  const __m256i pairs = _mm256_maddubs_epi16(codes, x);
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+// y += scales · (sums − zero · x_sum) of 8 columns.
+void fold(__m256i sums, const PackedGroups& group, int64_t column, int32_t x_sum, float* y) {
+  __m256i zero = _mm256_set1_epi32(group.zero);
+  if (group.zeros != nullptr)
+    zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(group.zeros + column)));
+  zero = _mm256_mullo_epi32(zero, _mm256_set1_epi32(x_sum));
+  const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, zero));
+  _mm256_storeu_ps(
+      y, _mm256_fmadd_ps(_mm256_loadu_ps(group.scales + column), exact, _mm256_loadu_ps(y)));
+}
+
+// 2 × 4 sums, 4 vectors of weights and what `dot` needs fill the 16 registers.
+template <int Rows, int Vectors>
+void multiply_block(const int8_t* q, int64_t q_stride, const uint8_t* panel, int64_t depth,
+                    const PackedGroups& group, float* y) {
+  __m256i sums[Rows][Vectors];
+  for (auto& row : sums)
+    for (auto& sum : row) sum = _mm256_setzero_si256();
+  for (int64_t k = 0; k < depth; k += 4, panel += Vectors * 32)
+    for (int r = 0; r < Rows; ++r) {
+      const __m256i x = broadcast(q + r * q_stride + k);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j)
+        sums[r][j] = dot(sums[r][j], _mm256_loadu_si256((const __m256i*)(panel + 32 * j)), x);
+    }
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Vectors; ++j)
+      fold(sums[r][j], group, 8 * j, group.x_sums[r * group.x_sums_stride],
+           y + (r * Vectors + j) * 8);
+}
+
+template <int Vectors>
+void multiply_rows(const int8_t* q, int64_t q_stride, const uint8_t* panel, int64_t depth, int rows,
+                   PackedGroups group, float* y) {
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) {
+    multiply_block<2, Vectors>(q + r * q_stride, q_stride, panel, depth, group,
+                               y + r * Vectors * 8);
+    group.x_sums += 2 * group.x_sums_stride;
+  }
+  if (r < rows)
+    multiply_block<1, Vectors>(q + r * q_stride, q_stride, panel, depth, group,
+                               y + r * Vectors * 8);
+}
+
+void multiply(const int8_t* q, int64_t q_stride, const uint8_t* panel, int width, int64_t depth,
+              int rows, const PackedGroups& group, float* y) {
+  const auto run = width == 32 ? multiply_rows<4> : multiply_rows<2>;
+  run(q, q_stride, panel, depth, rows, group, y);
+}
+
+template <int Bits, int Vectors>
+void multiply_direct(const int8_t* q, const uint8_t* packed, int64_t depth, int64_t group,
+                     PackedGroups now, float* y) {
+  constexpr int kInputs = 32 / Bits;
+  const __m256i mask = _mm256_set1_epi8((char)((1 << Bits) - 1));
+  for (int64_t start = 0; start < depth; start += group) {
+    const int64_t end = start + group < depth ? start + group : depth;
+    __m256i sums[Vectors];
+    for (auto& sum : sums) sum = _mm256_setzero_si256();
+    for (int64_t k = start; k < end; k += kInputs, packed += Vectors * 32) {
+      __m256i words[Vectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j)
+        words[j] = _mm256_loadu_si256((const __m256i*)(packed + 32 * j));
+#pragma GCC unroll 4
+      for (int part = 0; part < 8 / Bits; ++part) {
+        const __m256i x = broadcast(q + k + 4 * part);
+#pragma GCC unroll 4
+        for (int j = 0; j < Vectors; ++j) {
+          sums[j] = dot(sums[j], _mm256_and_si256(words[j], mask), x);
+          words[j] = _mm256_srli_epi32(words[j], Bits);
+        }
+      }
+    }
+    for (int j = 0; j < Vectors; ++j) fold(sums[j], now, 8 * j, now.x_sums[0], y + 8 * j);
+    now.scales += Vectors * 8;
+    if (now.zeros != nullptr) now.zeros += Vectors * 8;
+    ++now.x_sums;
+  }
+}
+
+void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t* packed, int width,
+                     int64_t depth, int64_t group, int rows, const PackedGroups& groups, float* y) {
+  const auto run = bits == 4 ? (width == 32 ? multiply_direct<4, 4> : multiply_direct<4, 2>)
+                             : (width == 32 ? multiply_direct<2, 4> : multiply_direct<2, 2>);
+  PackedGroups row = groups;
+  for (int r = 0; r < rows; ++r, row.x_sums += groups.x_sums_stride)
+    run(q + r * q_stride, packed, depth, group, row, y + r * width);
+}
+
+}  // namespace
+
+const PackedProducts& packed_products_avx2() {
+  static const PackedProducts products = {"avx2", quantize_row, sum_groups,
+                                          unpack, multiply,     multiply_packed};
+  return products;
+}
+
+}  // namespace compressops::cpu
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif  // __x86_64__

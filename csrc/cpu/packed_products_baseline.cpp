@@ -1,0 +1,108 @@
+#include <math.h>
+#include <string.h>
+
+#include "packed_products.h"
+
+namespace compressops::cpu {
+namespace {
+
+float quantize_row(const float* x, int8_t* q, int64_t K, int64_t padded) {
+  // The largest bit pattern of |x| is the largest |x|, and NaN and Inf are above all numbers.
+  uint32_t largest = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    uint32_t bits;
+    memcpy(&bits, x + k, sizeof(bits));
+    bits &= 0x7fffffffu;
+    largest = bits > largest ? bits : largest;
+  }
+  float amax;
+  memcpy(&amax, &largest, sizeof(amax));
+  const bool finite = largest < 0x7f800000u;
+  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
+  for (int64_t k = 0; k < K; ++k) {
+    // 127 / amax overflows to Inf where amax is subnormal; the clamp comes before the conversion.
+    float scaled = finite ? x[k] * inverse : 0.0f;
+    scaled = scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled;
+    q[k] = scaled == scaled ? (int8_t)nearbyintf(scaled) : 0;
+  }
+  memset(q + K, 0, padded - K);
+  return finite ? amax / 127.0f : NAN;
+}
+
+void sum_groups(const int8_t* q, int64_t depth, int64_t group, int32_t* sums) {
+  for (int64_t start = 0; start < depth; start += group, ++sums) {
+    *sums = 0;
+    for (int64_t k = start; k < depth && k < start + group; ++k) *sums += q[k];
+  }
+}
+
+void unpack(int bits, const uint8_t* packed, int width, int64_t blocks, uint8_t* panel) {
+  const int parts = 8 / bits, row = width * 4;
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int part = 0; part < parts; ++part)
+      for (int i = 0; i < row; ++i)
+        panel[(b * parts + part) * row + i] =
+            (uint8_t)(packed[b * row + i] >> (bits * part) & ((1 << bits) - 1));
+}
+
+void multiply(const int8_t* q, int64_t q_stride, const uint8_t* panel, int width, int64_t depth,
+              int rows, const PackedGroups& group, float* y) {
+  for (int r = 0; r < rows; ++r) {
+    int32_t sums[kPackedPanel] = {};
+    for (int64_t k = 0; k < depth; k += 4) {
+      const int8_t* x = q + r * q_stride + k;
+      for (int n = 0; n < width; ++n) {
+        const uint8_t* w = panel + (k / 4 * width + n) * 4;
+        sums[n] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+      }
+    }
+    const int32_t x_sum = group.x_sums[r * group.x_sums_stride];
+    for (int n = 0; n < width; ++n) {
+      const int32_t zero = group.zeros == nullptr ? group.zero : group.zeros[n];
+      y[r * width + n] = fmaf(group.scales[n], (float)(sums[n] - zero * x_sum), y[r * width + n]);
+    }
+  }
+}
+
+void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t* packed, int width,
+                     int64_t depth, int64_t group, int rows, const PackedGroups& groups, float* y) {
+  const int64_t block = 32 / bits;
+  // So many inputs at a time are unpacked, of the same group.
+  uint8_t panel[16 * kPackedPanel];
+  for (int r = 0; r < rows; ++r) {
+    PackedGroups now = groups;
+    now.x_sums += r * groups.x_sums_stride;
+    for (int64_t start = 0; start < depth; start += group) {
+      const int64_t end = start + group < depth ? start + group : depth;
+      int32_t sums[kPackedPanel] = {};
+      for (int64_t k = start; k < end; k += block) {
+        unpack(bits, packed + k / block * width * 4, width, 1, panel);
+        for (int64_t j = 0; j < block; j += 4) {
+          const int8_t* x = q + r * q_stride + k + j;
+          for (int n = 0; n < width; ++n) {
+            const uint8_t* w = panel + (j / 4 * width + n) * 4;
+            sums[n] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+          }
+        }
+      }
+      for (int n = 0; n < width; ++n) {
+        const int32_t zero = now.zeros == nullptr ? now.zero : now.zeros[n];
+        y[r * width + n] =
+            fmaf(now.scales[n], (float)(sums[n] - zero * now.x_sums[0]), y[r * width + n]);
+      }
+      now.scales += width;
+      if (now.zeros != nullptr) now.zeros += width;
+      ++now.x_sums;
+    }
+  }
+}
+
+}  // namespace
+
+const PackedProducts& packed_products_baseline() {
+  static const PackedProducts products = {"baseline", quantize_row, sum_groups,
+                                          unpack,     multiply,     multiply_packed};
+  return products;
+}
+
+}  // namespace compressops::cpu
