@@ -1,10 +1,10 @@
-"""int4_linear and ternary_linear, quantization of x included, against what torch has on this machine.
+"""int4_linear and ternary_linear, quantization of x included, against what torch has.
 
     python bench/bench_packed_linear.py
 
 Peers: torch's float32 linear (MKL-packed where that is there), its 4-bit weights of groups of 128
-(`_weight_int4pack_mm_for_cpu`, bfloat16 activations), and this project's int8_linear. "cold" rotates
-through weights that together exceed the caches, and its GB/s are those of the packed weights.
+(`_weight_int4pack_mm_for_cpu`, bfloat16 activations), and this project's int8_linear. "cold"
+rotates through weights that together exceed the caches; its GB/s are those of the packed weights.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def torch_int4(k: int, n: int) -> Callable:
     codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     scales = torch.rand(k // GROUP, n, 2).bfloat16()
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(
-        x.bfloat16(), packed, GROUP, scales
-    )
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scales)
 
 
 def run_shape(m: int, k: int, n: int, rounds: int) -> dict:

@@ -58,7 +58,7 @@ class Layer:
 
     def dense(self) -> torch.Tensor:
         """In float64."""
-        n, k = self.codes.shape
+        k = self.codes.shape[1]
         size = self.group or max(1, k)
         codes = self.codes.double()
         if self.zeros is not None:
@@ -195,9 +195,9 @@ def test_pack_round_trip(op: str, flat: bool) -> None:
         if flat:
             weight = codes.pack(values)
         else:  # the form of other devices
-            weight = packed._joined(
-                F.pad(values, (0, -k % (8 // codes.bits))).unflatten(1, (-1, 8 // codes.bits)), codes.bits
-            )
+            per_byte = 8 // codes.bits
+            padded = F.pad(values, (0, -k % per_byte))
+            weight = packed._joined(padded.unflatten(1, (-1, per_byte)), codes.bits)
         device = torch.device("cpu" if flat else "cuda")
         assert weight.shape == codes.packed_shape(n, k, device)
         assert torch.equal(codes.unpack(weight, n, k), values)

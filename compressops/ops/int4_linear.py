@@ -86,9 +86,7 @@ def _check(x, weight, scales, zeros, out_features, group_size=None, bias=None, a
 
 
 def _eager(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
-    return packed.eager(
-        CODES, x, weight, scales, zeros, out_features, group_size, bias, activation
-    )
+    return packed.eager(CODES, x, weight, scales, zeros, out_features, group_size, bias, activation)
 
 
 def _fake(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
