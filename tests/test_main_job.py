@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,16 @@ def baseline() -> CifarNet:
 
 def test_shipped_checkpoint_classifies_real_images(baseline: CifarNet, data) -> None:
     accuracy = evaluate(baseline, data[1])
+    assert accuracy.top1 > 90
+    assert accuracy.top5 > 98
+
+
+def test_the_shipped_file_is_the_table_s_honest_row(baseline: CifarNet, data) -> None:
+    path = ROOT / "bench" / "results" / "cifarnet_honest34x.safetensors"
+    row = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    co.verify(path)
+    assert path.stat().st_size == row["file_bytes"] <= row["float_file_bytes"] / 34
+    accuracy = evaluate(co.load(path, baseline), data[1])
     assert accuracy.top1 > 90
     assert accuracy.top5 > 98
 
