@@ -51,7 +51,7 @@ def test_blocks_are_kept_and_results_are_the_same() -> None:
     assert after["done"] is True
     # Ten times 64 MB: 163,840 pages of 4 KB, or 320 of 2 MB.
     assert before["faults"] > 100
-    # Small blocks can split a freed one, so that the next does not fit and the heap grows once more.
+    # Small blocks can split a freed one: the next does not fit, and the heap grows once more.
     assert after["faults"] < 0.4 * before["faults"]
     assert after["digest"] == before["digest"]
 
