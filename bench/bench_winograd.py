@@ -13,8 +13,9 @@ beside torch are used where they are installed, and named with the reason where 
 
 `winograd_peers.py` says what each one's figure includes. GFLOP/s are those of the direct
 convolution, so that Winograd may exceed the FMA peak: by 2.25 with F(2,3), by 4 with F(4,3).
-"converted" is what `compressops.convert` makes of an `nn.Conv2d` on NCHW: Winograd or the layer as
-it was. On a machine with a GPU it runs there (`winograd_gpu.py`): cuDNN with benchmark=True.
+"converted" is what `compressops.convert` makes of "original", a model of one `nn.Conv2d` on NCHW:
+Winograd or the layer as it was. On a machine with a GPU it runs there (`winograd_gpu.py`): cuDNN
+with benchmark=True.
 """
 
 from __future__ import annotations
@@ -103,13 +104,22 @@ def ours(case: Case, memory_format: torch.memory_format, tile: int | str) -> Pee
     return Peer(run, run, f"F({tile},3)")
 
 
-def converted(case: Case) -> Peer:
+def model_of(case: Case) -> nn.Module:
     # As models are made: outside of inference mode, where parameters have versions.
     with torch.inference_mode(False):
         layer = nn.Conv2d(case.weight.shape[1], len(case.weight), 3, padding=case.padding)
         layer.weight.data.copy_(case.weight)
         layer.bias.data.copy_(case.bias)
-    model = co.convert(nn.Sequential(layer).eval(), example_inputs=case.x)
+    return nn.Sequential(layer).eval()
+
+
+def original(case: Case) -> Peer:
+    model = model_of(case)
+    return Peer(lambda: model(case.x), lambda: model(case.x), "")
+
+
+def converted(case: Case) -> Peer:
+    model = co.convert(model_of(case), example_inputs=case.x)
     winograd = getattr(model[0], "winograd", None)
     note = "direct" if winograd is None else f"F({winograd.tile},3)"
     return Peer(lambda: model(case.x), lambda: model(case.x), note)
@@ -119,6 +129,7 @@ def contestants(case: Case, wanted: list[str] | None, tile: int | str) -> dict[s
     makers: dict[str, Callable[[Case], Peer]] = {
         "ours NCHW": lambda case: ours(case, torch.contiguous_format, tile),
         "ours channels_last": lambda case: ours(case, torch.channels_last, tile),
+        "original": original,
         "converted": converted,
         **peers.PEERS,
     }
@@ -185,9 +196,9 @@ def run_case(layer: Layer, case: Case, rounds: int, arguments: argparse.Namespac
         for peer in ("oneDNN Winograd", "ncnn", "OpenVINO", "onnxruntime"):
             if peer in seconds:
                 row[f"× {peer}"] = median_ratio(seconds[peer], seconds[best["ours"]])
-    if "converted" in seconds and "torch NCHW" in seconds:
+    if "converted" in seconds and "original" in seconds:
         row["converted to"] = entered["converted"].note
-        row["converted × torch NCHW"] = median_ratio(seconds["torch NCHW"], seconds["converted"])
+        row["converted × original"] = median_ratio(seconds["original"], seconds["converted"])
     # Beside a busy machine's medians: what each can do.
     row["least µs"] = {name: min(times) * 1e6 for name, times in seconds.items()}
     row["notes"] = {n: p.note for n, p in entered.items() if p.note}
@@ -212,7 +223,7 @@ def summaries(rows: list[dict]) -> list[dict]:
                 ratios = [row[key] for row in layers if key in row]
                 if len(ratios) == len(layers) > 0:
                     line[key] = statistics.geometric_mean(ratios)
-            for key in ("converted × torch NCHW",):
+            for key in ("converted × original",):
                 ratios = [row[key] for row in layers if key in row]
                 line[f"least {key}"] = min(ratios, default=None)
             found.append(line)
@@ -253,7 +264,7 @@ def options() -> argparse.ArgumentParser:
 SHOWN = (
     *("net", "layer", "N", "threads", "C", "K", "HW", "best of ours", "GFLOP/s", "% FMA peak"),
     *("best of torch", "× torch", "× oneDNN Winograd", "× ncnn", "× OpenVINO", "× onnxruntime"),
-    *("converted to", "converted × torch NCHW"),
+    *("converted to", "converted × original"),
 )
 
 
@@ -268,7 +279,7 @@ def main() -> None:
     arguments.tile = arguments.tile if arguments.tile == "auto" else int(arguments.tile)
     if arguments.smoke:
         # What runs everywhere; other libraries have no place in a test.
-        arguments.peers = ["ours", "converted", "torch"]
+        arguments.peers = ["ours", "original", "converted", "torch"]
     torch.manual_seed(0)
     rounds = 2 if arguments.smoke else max(15, arguments.rounds)
     rows, skipped, peaks = [], [], {}
