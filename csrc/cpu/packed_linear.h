@@ -54,6 +54,7 @@ struct Weight {
 };
 
 struct Rows {
+  int64_t stride;                   // of codes
   std::unique_ptr<int8_t[]> codes;  // [M][depth]
   std::vector<float> scales;        // [M]
   std::vector<int32_t> sums;        // [M][groups]
@@ -62,7 +63,9 @@ struct Rows {
 template <typename T>
 Rows quantize(const PackedProducts& isa, const T* x, int64_t M, const Weight& weight) {
   const int64_t K = weight.K, depth = weight.depth();
-  Rows rows{std::unique_ptr<int8_t[]>(new int8_t[M * depth + 4]), std::vector<float>(M),
+  // An odd number of cache lines: the rows of a block shall not share the sets of L1.
+  const int64_t stride = (ceil_div(depth, 128) * 2 + 1) * 64;
+  Rows rows{stride, std::unique_ptr<int8_t[]>(new int8_t[M * stride]), std::vector<float>(M),
             std::vector<int32_t>(M * weight.groups)};
   // A thread is worth starting for about 16 K elements.
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
@@ -76,7 +79,7 @@ Rows quantize(const PackedProducts& isa, const T* x, int64_t M, const Weight& we
         std::copy(x + m * K, x + (m + 1) * K, buffer.begin());
         values = buffer.data();
       }
-      int8_t* q = rows.codes.get() + m * depth;
+      int8_t* q = rows.codes.get() + m * stride;
       rows.scales[m] = isa.quantize_row(values, q, K, depth);
       isa.sum_groups(q, depth, weight.group, rows.sums.data() + m * weight.groups);
     }
@@ -102,13 +105,13 @@ inline void multiply_panel(const PackedProducts& isa, const Weight& weight, cons
   const int64_t depth = weight.depth(), first = panel * kPackedPanel;
   const uint8_t* codes = weight.codes + first * depth * weight.bits / 8;
   const int64_t offset = first * weight.groups;
-  const int8_t* q = rows.codes.get() + begin * depth;
+  const int8_t* q = rows.codes.get() + begin * rows.stride;
   PackedGroups groups{weight.scales + offset,
                       weight.zeros == nullptr ? nullptr : weight.zeros + offset, weight.zero,
                       rows.sums.data() + begin * weight.groups, weight.groups};
   std::fill(y, y + (end - begin) * width, 0.0f);
   if (end - begin <= kPackedDirectRows) {
-    isa.multiply_packed(weight.bits, q, depth, codes, width, depth, weight.group,
+    isa.multiply_packed(weight.bits, q, rows.stride, codes, width, depth, weight.group,
                         (int)(end - begin), groups, y);
     return;
   }
@@ -123,8 +126,8 @@ inline void multiply_panel(const PackedProducts& isa, const Weight& weight, cons
       const int64_t r0 = b * (end - begin) / blocks, r1 = (b + 1) * (end - begin) / blocks;
       PackedGroups now = groups;
       now.x_sums += r0 * weight.groups;
-      isa.multiply(q + r0 * depth + start, depth, unpacked, width, length, (int)(r1 - r0), now,
-                   y + r0 * width);
+      isa.multiply(q + r0 * rows.stride + start, rows.stride, unpacked, width, length,
+                   (int)(r1 - r0), now, y + r0 * width);
     }
     groups.scales += width;
     if (groups.zeros != nullptr) groups.zeros += width;

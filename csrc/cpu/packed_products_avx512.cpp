@@ -124,13 +124,16 @@ void multiply_block(const int8_t* q, int64_t q_stride, const uint8_t* panel, int
       for (int j = 0; j < Vectors; ++j) sums[r][j] = _mm512_dpbusd_epi32(sums[r][j], w[j], x);
     }
   }
+  // Through memory: GCC would keep the sums there all along if the branches below read them.
+  alignas(64) int32_t stored[Rows][Vectors][16];
 #pragma GCC unroll 12
-  for (int r = 0; r < Rows; ++r) {
-    const int32_t x_sum = group.x_sums[r * group.x_sums_stride];
+  for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) _mm512_store_si512(stored[r][j], sums[r][j]);
+  for (int r = 0; r < Rows; ++r)
     for (int j = 0; j < Vectors; ++j)
-      fold(sums[r][j], group, 16 * j, x_sum, y + (r * Vectors + j) * 16);
-  }
+      fold(_mm512_load_si512(stored[r][j]), group, 16 * j, group.x_sums[r * group.x_sums_stride],
+           y + (r * Vectors + j) * 16);
 }
 
 using Block = void (*)(const int8_t*, int64_t, const uint8_t*, int64_t, const PackedGroups&,
