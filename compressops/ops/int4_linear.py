@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..backends import register
-from . import packed
+from . import packed_linear
 from .checks import require
 
 OP = "int4_linear"
-CODES = packed.Codes(OP, bits=4, zero=8)
+CODES = packed_linear.Codes(OP, bits=4, zero=8)
 
 
 def int4_linear(
@@ -68,25 +68,27 @@ def int4_linear_pack(
     """
     op = f"{OP}_pack"
     CODES.check_group_size(op, group_size)
-    packed.check_codes(op, "codes", codes, -8, 7)
+    packed_linear.check_codes(op, "codes", codes, -8, 7)
     if zeros is not None:
-        packed.check_codes(op, "zeros", zeros, -8, 7)
+        packed_linear.check_codes(op, "zeros", zeros, -8, 7)
     groups = (codes.shape[0], CODES.groups(codes.shape[1], group_size))
     fits = scales.dtype == torch.float32 and tuple(scales.shape) == groups
     require(fits, op, "scales", f"float32 {list(groups)}", scales)
     if zeros is not None:
         require(tuple(zeros.shape) == groups, op, "zeros", f"int8 {list(groups)}", zeros)
-        zeros = packed.pack_group_values((zeros + 8).to(torch.uint8))
+        zeros = packed_linear.pack_group_values((zeros + 8).to(torch.uint8))
     weight = CODES.pack((codes + 8).to(torch.uint8))
-    return weight, packed.pack_group_values(scales), zeros
+    return weight, packed_linear.pack_group_values(scales), zeros
 
 
 def _check(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
-    packed.check(CODES, x, weight, scales, zeros, out_features, group_size, bias, activation)
+    packed_linear.check(CODES, x, weight, scales, zeros, out_features, group_size, bias, activation)
 
 
 def _eager(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
-    return packed.eager(CODES, x, weight, scales, zeros, out_features, group_size, bias, activation)
+    return packed_linear.eager(
+        CODES, x, weight, scales, zeros, out_features, group_size, bias, activation
+    )
 
 
 def _fake(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
@@ -95,7 +97,7 @@ def _fake(x, weight, scales, zeros, out_features, group_size=None, bias=None, ac
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, scales, zeros, ctx.out_features, group_size, bias, activation = inputs
-    packed.save(ctx, x, weight, scales, zeros, group_size, bias, activation, output)
+    packed_linear.save(ctx, x, weight, scales, zeros, group_size, bias, activation, output)
 
 
 def _backward(ctx, grad):
@@ -103,7 +105,7 @@ def _backward(ctx, grad):
         return int4_linear(x, weight, scales, zeros, ctx.out_features, ctx.group_size, bias)
 
     ctx.needs_bias_grad = ctx.needs_input_grad[6]
-    grad_x, grad_bias = packed.backward(CODES, ctx, grad, call)
+    grad_x, grad_bias = packed_linear.backward(CODES, ctx, grad, call)
     return grad_x, None, None, None, None, None, grad_bias, None
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from ..backends import register
-from . import packed
+from . import packed_linear
 from .checks import require
 
 OP = "ternary_linear"
-CODES = packed.Codes(OP, bits=2, zero=1)
+CODES = packed_linear.Codes(OP, bits=2, zero=1)
 
 
 def ternary_linear(
@@ -62,21 +62,21 @@ def ternary_linear_pack(
     """
     op = f"{OP}_pack"
     CODES.check_group_size(op, group_size)
-    packed.check_codes(op, "codes", codes, -1, 1)
+    packed_linear.check_codes(op, "codes", codes, -1, 1)
     groups = (codes.shape[0], CODES.groups(codes.shape[1], group_size))
     fits = scales.dtype == torch.float32 and tuple(scales.shape) in ((), groups)
     require(fits, op, "scales", f"float32 {list(groups)} or []", scales)
     weight = CODES.pack((codes + 1).to(torch.uint8))
-    return weight, packed.pack_group_values(scales.expand(groups))
+    return weight, packed_linear.pack_group_values(scales.expand(groups))
 
 
 def _check(x, weight, scales, out_features, group_size=None, bias=None, activation="none") -> None:
-    packed.check(CODES, x, weight, scales, None, out_features, group_size, bias, activation)
+    packed_linear.check(CODES, x, weight, scales, None, out_features, group_size, bias, activation)
 
 
 def _eager(x, weight, scales, out_features, group_size=None, bias=None, activation="none"):
     args = (x, weight, scales, None, out_features, group_size, bias, activation)
-    return packed.eager(CODES, *args)
+    return packed_linear.eager(CODES, *args)
 
 
 def _fake(x, weight, scales, out_features, group_size=None, bias=None, activation="none"):
@@ -85,7 +85,7 @@ def _fake(x, weight, scales, out_features, group_size=None, bias=None, activatio
 
 def _setup_context(ctx, inputs, output) -> None:
     x, weight, scales, ctx.out_features, group_size, bias, activation = inputs
-    packed.save(ctx, x, weight, scales, None, group_size, bias, activation, output)
+    packed_linear.save(ctx, x, weight, scales, None, group_size, bias, activation, output)
 
 
 def _backward(ctx, grad):
@@ -93,7 +93,7 @@ def _backward(ctx, grad):
         return ternary_linear(x, weight, scales, ctx.out_features, ctx.group_size, bias)
 
     ctx.needs_bias_grad = ctx.needs_input_grad[5]
-    grad_x, grad_bias = packed.backward(CODES, ctx, grad, call)
+    grad_x, grad_bias = packed_linear.backward(CODES, ctx, grad, call)
     return grad_x, None, None, None, None, grad_bias, None
 
 

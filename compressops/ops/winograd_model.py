@@ -27,7 +27,7 @@ from .winograd_transform import (
 
 # tile="auto" takes no tile whose error is expected to be more times that of direct convolution.
 MAX_ERROR_GROWTH = 8.0
-# The kernels add up products in blocks of so many channels.
+# The CPU kernels add up products in blocks of so many channels; those of GPUs in blocks of 64.
 SUM_BLOCK = 128
 # oneDNN's direct convolution adds up all taps of so many channels, then those sums.
 DIRECT_BLOCK = 16

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <memory>
-#include <new>
 #include <optional>
 
 #include "cpu_features.h"
@@ -90,10 +89,11 @@ Rows quantize(const PackedProducts& isa, const T* x, int64_t M, const Weight& we
 template <typename T>
 void finish_row(float* y, float scale, const float* bias, int64_t columns, Activation activation,
                 T* out) {
-  for (int64_t n = 0; n < columns; ++n) {
-    y[n] = y[n] * scale + (bias == nullptr ? 0.0f : bias[n]);
-    if (activation == Activation::kRelu) y[n] = y[n] < 0.0f ? 0.0f : y[n];  // keeps NaN
-  }
+  for (int64_t n = 0; n < columns; ++n) y[n] *= scale;
+  if (bias != nullptr)
+    for (int64_t n = 0; n < columns; ++n) y[n] += bias[n];
+  if (activation == Activation::kRelu)
+    for (int64_t n = 0; n < columns; ++n) y[n] = y[n] < 0.0f ? 0.0f : y[n];  // keeps NaN
   if (activation == Activation::kGelu) gelu()(y, columns);
   std::copy(y, y + columns, out);
 }
@@ -190,7 +190,9 @@ inline Tensor packed_linear(const PackedLinear& kind, const Tensor& x, const Ten
                     "from 0 to 2^40", packed.N);
   COMPRESSOPS_CHECK(!group_size || (*group_size >= 16 && *group_size % 16 == 0), op, "group_size",
                     "None or a positive multiple of 16", group_size.value_or(0));
-  packed.group = group_size.value_or(std::max(packed.inputs(), packed.depth()));
+  // A group longer than the row is the row: buffers are of a group's size.
+  const int64_t row = std::max(packed.inputs(), packed.depth());
+  packed.group = std::min(group_size.value_or(row), row);
   packed.groups = packed::ceil_div(packed.K, packed.group);
   packed::check_flat(op, "weight", weight, ScalarType::Byte, "uint8",
                      packed.padded_N() * packed.depth() * kind.bits / 8);

@@ -188,7 +188,8 @@ def dequantize(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """The weight ``[N, K]`` of packed arguments."""
-    size, groups = group_size or max(1, K), kind.groups(K, group_size)
+    # Groups longer than the row are the row.
+    size, groups = min(group_size or K, max(1, K)) or 1, kind.groups(K, group_size)
     codes = kind.unpack(weight, N, K).to(dtype)
     zero = kind.zero
     if zeros is not None:
