@@ -114,10 +114,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
   const Activation activation = parse_activation(kOp, activation_name);
 
-  std::vector<int64_t> out_sizes;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) out_sizes.push_back(x.size(i));
-  out_sizes.push_back(N);
-  Tensor out = torch::stable::new_empty(x, out_sizes);  // refuses sizes whose product overflows
+  Tensor out = new_output(x, N);
   const int64_t M = N == 0 ? 0 : out.numel() / N;
   with_element_type(kOp, x, "x", [](auto*) {});
   const std::vector<float> biases = bias ? to_float(kOp, *bias, "bias") : std::vector<float>();
@@ -143,21 +140,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     const auto finish = row_finisher<T>(activation);
     const Gelu gelu_kernel = gelu();
 
-    // A thread is worth starting for about 16 K elements.
-    const int64_t rows_grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
-    torch::stable::parallel_for(0, M, rows_grain, [&](int64_t begin, int64_t end) {
-      std::vector<float> row(std::is_same_v<T, float> ? 0 : K);
-      for (int64_t m = begin; m < end; ++m) {
-        const float* values;
-        if constexpr (std::is_same_v<T, float>) {
-          values = input + m * K;
-        } else {
-          std::copy(input + m * K, input + (m + 1) * K, row.begin());
-          values = row.data();
-        }
-        x_scales[m] = isa.quantize_row(values, q.get() + m * q_stride, K);
-      }
-    });
+    // Shifted by 128 to be unsigned.
+    quantize_rows(input, M, K, q_stride, 128, q.get(), q_stride, x_scales.get(), [](int64_t) {});
 
     // A task is up to 64 columns × up to 96 rows: its weights stay in L2 while its rows pass by.
     constexpr int64_t kTaskRows = 16 * kMaxRows;

@@ -13,9 +13,6 @@ constexpr int64_t kDepth = 4;
 
 struct Int8LinearKernels {
   const char* isa;
-  // q[k] = rint(x[k] * 127 / amax) + 128 for k < K, and 128 up to the next multiple of kDepth.
-  // Returns the row's scale amax / 127; NaN where x holds NaN or Inf.
-  float (*quantize_row)(const float* x, uint8_t* q, int64_t K);
   // accumulators[m][n] = sum over k of q[m][k] * weight[n][k] for `rows` rows (<= kMaxRows) and one
   // panel group of `panels` (<= kMaxPanels) times 16 columns. q is [rows][k_blocks * 4] with stride
   // q_stride, accumulators is [rows][panels * 16].

@@ -8,66 +8,11 @@
 #endif
 
 #include <immintrin.h>
-#include <math.h>
 
 #include "int8_linear.h"
 
 namespace compressops::cpu {
 namespace {
-
-// All ones in the first `rest` lanes.
-__m256i tail_mask(int64_t rest) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)rest),
-                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-
-float quantize_row(const float* x, uint8_t* q, int64_t K) {
-  const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
-  __m256i largest = _mm256_setzero_si256();
-  int64_t k = 0;
-  for (; k + 8 <= K; k += 8) {
-    const __m256i bits = _mm256_loadu_si256((const __m256i*)(x + k));
-    largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, magnitude));
-  }
-  if (k < K) {
-    const __m256i bits = _mm256_maskload_epi32((const int*)(x + k), tail_mask(K - k));
-    largest = _mm256_max_epu32(largest, _mm256_and_si256(bits, magnitude));
-  }
-  alignas(32) uint32_t lanes[8];
-  _mm256_store_si256((__m256i*)lanes, largest);
-  uint32_t top = 0;
-  for (uint32_t lane : lanes) top = lane > top ? lane : top;
-  const bool finite = top < 0x7f800000u;
-  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
-  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
-
-  const __m256 scale = _mm256_set1_ps(inverse);
-  const __m256 high = _mm256_set1_ps(127.0f);
-  const __m256 low = _mm256_set1_ps(-127.0f);
-  for (k = 0; k < K; k += 8) {
-    const __m256i mask = tail_mask(K - k);
-    __m256 scaled =
-        finite ? _mm256_mul_ps(_mm256_maskload_ps(x + k, mask), scale) : _mm256_setzero_ps();
-    // 0 · Inf, where amax is subnormal, is NaN: zero it as the other kernels do.
-    scaled = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
-    scaled = _mm256_max_ps(low, _mm256_min_ps(high, scaled));
-    const __m256i codes = _mm256_add_epi32(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(128));
-    const __m128i words =
-        _mm_packus_epi32(_mm256_castsi256_si128(codes), _mm256_extracti128_si256(codes, 1));
-    const __m128i bytes = _mm_packus_epi16(words, words);
-    const int64_t count = K - k;
-    if (count >= 8) {
-      _mm_storel_epi64((__m128i*)(q + k), bytes);
-    } else {
-      // Lanes past K hold 128 already, and q has room up to the next multiple of kDepth.
-      alignas(16) uint8_t rest[16];
-      _mm_store_si128((__m128i*)rest, bytes);
-      const int64_t padded = (count + kDepth - 1) / kDepth * kDepth;
-      for (int64_t i = 0; i < padded; ++i) q[k + i] = rest[i];
-    }
-  }
-  return finite ? amax / 127.0f : NAN;
-}
 
 // vpmaddubsw would saturate at u8 × s8 pairs, so both sides are widened to 16 bits.
 template <int Rows>
@@ -116,7 +61,7 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
 }  // namespace
 
 const Int8LinearKernels& int8_linear_avx2() {
-  static const Int8LinearKernels kernels = {"avx2", quantize_row, multiply};
+  static const Int8LinearKernels kernels = {"avx2", multiply};
   return kernels;
 }
 

@@ -13,44 +13,11 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#include <math.h>
 
 #include "int8_linear.h"
 
 namespace compressops::cpu {
 namespace {
-
-__mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
-}
-
-float quantize_row(const float* x, uint8_t* q, int64_t K) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i largest = _mm512_setzero_si512();
-  for (int64_t k = 0; k < K; k += 16) {
-    const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(K - k), x + k);
-    largest = _mm512_max_epu32(largest, _mm512_and_si512(bits, magnitude));
-  }
-  const uint32_t top = _mm512_reduce_max_epu32(largest);
-  const bool finite = top < 0x7f800000u;
-  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
-  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
-
-  const __m512 scale = _mm512_set1_ps(inverse);
-  const __m512 high = _mm512_set1_ps(127.0f);
-  const __m512 low = _mm512_set1_ps(-127.0f);
-  const int64_t padded = (K + kDepth - 1) / kDepth * kDepth;
-  for (int64_t k = 0; k < padded; k += 16) {
-    const __mmask16 lanes = finite ? first_lanes(K - k > 0 ? K - k : 0) : (__mmask16)0;
-    __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + k), scale);
-    // 0 · Inf, where amax is subnormal, is NaN: zero it as the other kernels do.
-    scaled = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q), scaled);
-    scaled = _mm512_max_ps(low, _mm512_min_ps(high, scaled));
-    const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(128));
-    _mm_mask_storeu_epi8(q + k, first_lanes(padded - k), _mm512_cvtepi32_epi8(codes));
-  }
-  return finite ? amax / 127.0f : NAN;
-}
 
 // Rows × Panels accumulators stay in registers over the whole depth: 6 × 4 of the 32, with 4 for
 // the weights, so that every weight load serves 6 products and every broadcast 4.
@@ -106,7 +73,7 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
 }  // namespace
 
 const Int8LinearKernels& int8_linear_avx512() {
-  static const Int8LinearKernels kernels = {"avx512_vnni", quantize_row, multiply};
+  static const Int8LinearKernels kernels = {"avx512_vnni", multiply};
   return kernels;
 }
 

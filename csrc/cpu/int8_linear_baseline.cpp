@@ -1,33 +1,9 @@
-#include <math.h>
 #include <string.h>
 
 #include "int8_linear.h"
 
 namespace compressops::cpu {
 namespace {
-
-float quantize_row(const float* x, uint8_t* q, int64_t K) {
-  // The largest bit pattern of |x| is the largest |x|, and NaN and Inf are above all numbers.
-  uint32_t largest = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    uint32_t bits;
-    memcpy(&bits, x + k, sizeof(bits));
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  float amax;
-  memcpy(&amax, &largest, sizeof(amax));
-  const bool finite = largest < 0x7f800000u;
-  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
-  for (int64_t k = 0; k < K; ++k) {
-    // 127 / amax overflows to Inf where amax is subnormal; the clamp comes before the conversion.
-    float scaled = finite ? x[k] * inverse : 0.0f;
-    scaled = scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled;
-    q[k] = scaled == scaled ? (uint8_t)((int)nearbyintf(scaled) + 128) : 128;
-  }
-  for (int64_t k = K; k % kDepth; ++k) q[k] = 128;
-  return finite ? amax / 127.0f : NAN;
-}
 
 void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, int64_t k_blocks,
               int rows, int panels, int32_t* accumulators) {
@@ -53,7 +29,7 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
 }  // namespace
 
 const Int8LinearKernels& int8_linear_baseline() {
-  static const Int8LinearKernels kernels = {"baseline", quantize_row, multiply};
+  static const Int8LinearKernels kernels = {"baseline", multiply};
   return kernels;
 }
 

@@ -1,4 +1,4 @@
-// What the linear ops share: activations, element types.
+// What the linear ops share: activations, element types, the output, quantized rows.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +13,7 @@
 
 #include "../check.h"
 #include "gelu.h"
+#include "quantize_row.h"
 
 namespace compressops::cpu {
 
@@ -49,6 +50,38 @@ inline std::vector<float> to_float(const char* op, const Tensor& tensor, const c
     std::copy(data, data + out.size(), out.begin());
   });
   return out;
+}
+
+// [..., N] for x of [..., K]; refuses sizes whose product overflows.
+inline Tensor new_output(const Tensor& x, int64_t N) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
+  sizes.push_back(N);
+  return torch::stable::new_empty(x, sizes);
+}
+
+// The rows of x [M][K] to 8 bits, as quantize_row.h says, q_stride bytes apart. Calls done(m) after
+// row m, in the thread that made it.
+template <typename T, typename F>
+void quantize_rows(const T* x, int64_t M, int64_t K, int64_t padded, int offset, uint8_t* q,
+                   int64_t q_stride, float* scales, F&& done) {
+  const QuantizeRow quantize = quantize_row();
+  // A thread is worth starting for about 16 K elements.
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
+  torch::stable::parallel_for(0, M, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> buffer(std::is_same_v<T, float> ? 0 : K);
+    for (int64_t m = begin; m < end; ++m) {
+      const float* values;
+      if constexpr (std::is_same_v<T, float>) {
+        values = x + m * K;
+      } else {
+        std::copy(x + m * K, x + (m + 1) * K, buffer.begin());
+        values = buffer.data();
+      }
+      scales[m] = quantize(values, q + m * q_stride, K, padded, offset);
+      done(m);
+    }
+  });
 }
 
 }  // namespace compressops::cpu

@@ -61,28 +61,17 @@ struct Rows {
 
 template <typename T>
 Rows quantize(const PackedProducts& isa, const T* x, int64_t M, const Weight& weight) {
-  const int64_t K = weight.K, depth = weight.depth();
+  const int64_t depth = weight.depth();
   // An odd number of cache lines: the rows of a block shall not share the sets of L1.
   const int64_t stride = (ceil_div(depth, 128) * 2 + 1) * 64;
   Rows rows{stride, std::unique_ptr<int8_t[]>(new int8_t[M * stride]), std::vector<float>(M),
             std::vector<int32_t>(M * weight.groups)};
-  // A thread is worth starting for about 16 K elements.
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
-  torch::stable::parallel_for(0, M, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffer(std::is_same_v<T, float> ? 0 : K);
-    for (int64_t m = begin; m < end; ++m) {
-      const float* values;
-      if constexpr (std::is_same_v<T, float>) {
-        values = x + m * K;
-      } else {
-        std::copy(x + m * K, x + (m + 1) * K, buffer.begin());
-        values = buffer.data();
-      }
-      int8_t* q = rows.codes.get() + m * stride;
-      rows.scales[m] = isa.quantize_row(values, q, K, depth);
-      isa.sum_groups(q, depth, weight.group, rows.sums.data() + m * weight.groups);
-    }
-  });
+  int8_t* q = rows.codes.get();
+  quantize_rows(x, M, weight.K, depth, 0, reinterpret_cast<uint8_t*>(q), stride, rows.scales.data(),
+                [&](int64_t m) {
+                  isa.sum_groups(q + m * stride, depth, weight.group,
+                                 rows.sums.data() + m * weight.groups);
+                });
   return rows;
 }
 
@@ -207,10 +196,7 @@ inline Tensor packed_linear(const PackedLinear& kind, const Tensor& x, const Ten
   const Activation activation = parse_activation(op, activation_name);
   const std::vector<float> biases = bias ? to_float(op, *bias, "bias") : std::vector<float>();
 
-  std::vector<int64_t> out_sizes;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) out_sizes.push_back(x.size(i));
-  out_sizes.push_back(packed.N);
-  Tensor out = torch::stable::new_empty(x, out_sizes);  // refuses sizes whose product overflows
+  Tensor out = new_output(x, packed.N);
   const int64_t M = packed.N == 0 ? 0 : out.numel() / packed.N;
   if (M == 0) return out;
 

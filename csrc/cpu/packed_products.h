@@ -31,9 +31,6 @@ struct PackedGroups {
 struct PackedProducts {
   const char* isa;
 
-  // q[k] = rint(x[k] * 127 / amax) for k < K, 0 up to `padded`. Returns the row's scale amax / 127;
-  // NaN where x holds NaN or Inf.
-  float (*quantize_row)(const float* x, int8_t* q, int64_t K, int64_t padded);
   // sums[g] = the sum of q[g * group .. (g + 1) * group), for all of `depth`.
   void (*sum_groups)(const int8_t* q, int64_t depth, int64_t group, int32_t* sums);
   // `words` packed words of a panel to bytes; depth / (32 / bits) * width of them.

@@ -13,50 +13,11 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#include <math.h>
-#include <string.h>
 
 #include "packed_products.h"
 
 namespace compressops::cpu {
 namespace {
-
-__mmask16 first_lanes(int64_t count) {
-  return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
-}
-
-float quantize_row(const float* x, int8_t* q, int64_t K, int64_t padded) {
-  const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
-  __m512i largest[2] = {};
-  int64_t k = 0;
-  for (; k + 32 <= K; k += 32)
-    for (int i = 0; i < 2; ++i)
-      largest[i] = _mm512_max_epu32(
-          largest[i], _mm512_and_si512(_mm512_loadu_si512(x + k + 16 * i), magnitude));
-  for (; k < K; k += 16) {
-    const __m512i bits = _mm512_maskz_loadu_epi32(first_lanes(K - k), x + k);
-    largest[0] = _mm512_max_epu32(largest[0], _mm512_and_si512(bits, magnitude));
-  }
-  const uint32_t top = _mm512_reduce_max_epu32(_mm512_max_epu32(largest[0], largest[1]));
-  const bool finite = top < 0x7f800000u;
-  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
-  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
-
-  const __m512 scale = _mm512_set1_ps(inverse);
-  const __m512 high = _mm512_set1_ps(127.0f);
-  const __m512 low = _mm512_set1_ps(-127.0f);
-  for (k = 0; k < K; k += 16) {
-    const __mmask16 lanes = finite ? first_lanes(K - k) : (__mmask16)0;
-    __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + k), scale);
-    // 0 · Inf, where amax is subnormal, is NaN: zero it as the other kernels do.
-    scaled = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q), scaled);
-    scaled = _mm512_max_ps(low, _mm512_min_ps(high, scaled));
-    const __m512i codes = _mm512_cvtps_epi32(scaled);
-    _mm_mask_storeu_epi8(q + k, first_lanes(K - k), _mm512_cvtepi32_epi8(codes));
-  }
-  memset(q + K, 0, padded - K);
-  return finite ? amax / 127.0f : NAN;
-}
 
 void sum_groups(const int8_t* q, int64_t depth, int64_t group, int32_t* sums) {
   const __m512i ones = _mm512_set1_epi8(1);
@@ -236,8 +197,8 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
 }  // namespace
 
 const PackedProducts& packed_products_avx512() {
-  static const PackedProducts products = {"avx512_vnni", quantize_row, sum_groups,
-                                          unpack,        multiply,     multiply_packed};
+  static const PackedProducts products = {"avx512_vnni", sum_groups, unpack, multiply,
+                                          multiply_packed};
   return products;
 }
 

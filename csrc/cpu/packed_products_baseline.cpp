@@ -1,33 +1,9 @@
 #include <math.h>
-#include <string.h>
 
 #include "packed_products.h"
 
 namespace compressops::cpu {
 namespace {
-
-float quantize_row(const float* x, int8_t* q, int64_t K, int64_t padded) {
-  // The largest bit pattern of |x| is the largest |x|, and NaN and Inf are above all numbers.
-  uint32_t largest = 0;
-  for (int64_t k = 0; k < K; ++k) {
-    uint32_t bits;
-    memcpy(&bits, x + k, sizeof(bits));
-    bits &= 0x7fffffffu;
-    largest = bits > largest ? bits : largest;
-  }
-  float amax;
-  memcpy(&amax, &largest, sizeof(amax));
-  const bool finite = largest < 0x7f800000u;
-  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
-  for (int64_t k = 0; k < K; ++k) {
-    // 127 / amax overflows to Inf where amax is subnormal; the clamp comes before the conversion.
-    float scaled = finite ? x[k] * inverse : 0.0f;
-    scaled = scaled < -127.0f ? -127.0f : scaled > 127.0f ? 127.0f : scaled;
-    q[k] = scaled == scaled ? (int8_t)nearbyintf(scaled) : 0;
-  }
-  memset(q + K, 0, padded - K);
-  return finite ? amax / 127.0f : NAN;
-}
 
 void sum_groups(const int8_t* q, int64_t depth, int64_t group, int32_t* sums) {
   for (int64_t start = 0; start < depth; start += group, ++sums) {
@@ -100,8 +76,8 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
 }  // namespace
 
 const PackedProducts& packed_products_baseline() {
-  static const PackedProducts products = {"baseline", quantize_row, sum_groups,
-                                          unpack,     multiply,     multiply_packed};
+  static const PackedProducts products = {"baseline", sum_groups, unpack, multiply,
+                                          multiply_packed};
   return products;
 }
 
