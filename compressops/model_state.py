@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from compressops.formats.packed import PackedTensor
 from compressops.nn.winograd_conv import WinogradConv
 
 _SHOWN = 5
@@ -50,6 +52,41 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
         if id(value) not in parts
         and not (name.endswith("_extra_state") and name.startswith(prefixes))
     }
+
+
+def check_fit(name: str, stored: Tensor | PackedTensor, target: Tensor) -> None:
+    """Raise a ``ValueError`` unless a tensor of a file has the shape and dtype of the model's."""
+    if tuple(target.shape) != tuple(stored.shape) or target.dtype != stored.dtype:
+        raise ValueError(
+            f"{name} is {stored.dtype} {list(stored.shape)} in the file, "
+            f"{target.dtype} {list(target.shape)} in the model"
+        )
+
+
+def load_plain_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy plain tensors of a file into ``model``.
+
+    Raises:
+        ValueError: one is missing, unknown, of another shape or dtype, or on the meta device; before
+            anything is written.
+    """
+    state = plain_state(model)
+    for names, what in (
+        (sorted(set(state) - set(tensors)), "the file lacks"),
+        (sorted(set(tensors) - set(state)), "the model lacks"),
+    ):
+        if names:
+            shown = ", ".join(names[:_SHOWN]) + (
+                f" and {len(names) - _SHOWN} more" if names[_SHOWN:] else ""
+            )
+            raise ValueError(f"{what} {shown}")
+    for name, tensor in tensors.items():
+        check_fit(name, tensor, state[name])
+        if state[name].is_meta:
+            raise ValueError(f"{name} of the model is on the meta device")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            state[name].copy_(tensor)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -30,8 +30,10 @@ from compressops.formats.packed import PackedTensor
 from compressops.measure import normal_tensors
 from compressops.model_state import (
     check_all_packed,
+    check_fit,
     configured_modules,
     join,
+    load_plain_state,
     packed_modules,
     plain_state,
     weights_of,
@@ -341,44 +343,18 @@ def load(
     try:
         for name, tensor in packed.items():
             if name in weights:
-                _check_fit(name, tensor, weights[name])
+                check_fit(name, tensor, weights[name])
         loaded = from_packed(float_model, modules, residency)
         plain = contents.tensors | {
             alias: contents.tensors[name]
             for alias, name in contents.aliases.items()
             if name in contents.tensors
         }
-        _load_plain(loaded, plain)
+        load_plain_state(loaded, plain)
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from error
     kernels.prepare(loaded)
     return loaded
-
-
-def _check_fit(name: str, stored: Tensor | PackedTensor, target: Tensor) -> None:
-    if tuple(target.shape) != tuple(stored.shape) or target.dtype != stored.dtype:
-        raise ValueError(
-            f"{name} is {stored.dtype} {list(stored.shape)} in the file, "
-            f"{target.dtype} {list(target.shape)} in the model"
-        )
-
-
-def _load_plain(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    state = plain_state(model)
-    for names, what in (
-        (sorted(set(state) - set(tensors)), "the file lacks"),
-        (sorted(set(tensors) - set(state)), "the model lacks"),
-    ):
-        if names:
-            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
-            raise ValueError(f"{what} {shown}")
-    for name, tensor in tensors.items():
-        _check_fit(name, tensor, state[name])
-        if state[name].is_meta:
-            raise ValueError(f"{name} of the model is on the meta device")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            state[name].copy_(tensor)
 
 
 def _identity(tensor: Tensor | PackedTensor) -> Any:
