@@ -67,8 +67,8 @@ def load_plain_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Copy plain tensors of a file into ``model``.
 
     Raises:
-        ValueError: one is missing, unknown, of another shape or dtype, or on the meta device; before
-            anything is written.
+        ValueError: one is missing, unknown, of another shape or dtype, or on the meta device;
+            before anything is written.
     """
     state = plain_state(model)
     for names, what in (
