@@ -52,7 +52,7 @@ def test_blocks_are_kept_and_results_are_the_same() -> None:
     # Ten times 64 MB: 163,840 pages of 4 KB, or 320 of 2 MB.
     assert before["faults"] > 100
     # Small blocks can split a freed one: the next does not fit, and the heap grows once more.
-    assert after["faults"] < 0.4 * before["faults"]
+    assert after["faults"] < 0.25 * before["faults"]
     assert after["digest"] == before["digest"]
 
 
