@@ -11,11 +11,13 @@ import torch
 SCHEMAS = {
     "int8_linear": (
         "(Tensor x, Tensor weight, Tensor weight_scales, Tensor weight_sums, "
-        "Tensor? bias=None, str activation='none') -> Tensor"
+        "Tensor? bias=None, str activation='none', Tensor? x_scale=None, Tensor? x_zero=None, "
+        "bool symmetric=True) -> Tensor"
     ),
     "int4_linear": (
         "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, int out_features, "
-        "int? group_size=None, Tensor? bias=None, str activation='none') -> Tensor"
+        "int? group_size=None, Tensor? bias=None, str activation='none', "
+        "bool quantize_x=True) -> Tensor"
     ),
     "ternary_linear": (
         "(Tensor x, Tensor weight, Tensor scales, int out_features, int? group_size=None, "

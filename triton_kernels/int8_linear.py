@@ -127,6 +127,9 @@ def int8_linear(
     weight_sums: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "none",
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+    symmetric: bool = True,
 ) -> torch.Tensor:
     """``activation(x @ (weight · weight_scales).T + bias)`` in int8.
 
@@ -144,6 +147,8 @@ def int8_linear(
     Raises:
         ValueError: an argument is not of that form; the message names it and its value.
     """
+    fits = symmetric and x_scale is None and x_zero is None
+    require(fits, OP, "symmetric", "True, without x_scale", symmetric)
     floats = "float32, float16 or bfloat16 [..., K]"
     require(x.dim() >= 1 and x.dtype in DTYPES, OP, "x", floats, x)
     K = x.shape[-1]

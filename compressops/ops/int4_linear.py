@@ -1,4 +1,4 @@
-"""Linear layer on 4-bit weights with a scale a group, and int8 activations (W4A8)."""
+"""Linear layer on 4-bit weights with a scale a group; activations int8 (W4A8) or as they are."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def int4_linear(
     group_size: int | None = None,
     bias: torch.Tensor | None = None,
     activation: str = "none",
+    quantize_x: bool = True,
 ) -> torch.Tensor:
     """``activation(x @ W.T + bias)`` with W of 4-bit integers and a scale for each group of inputs.
 
@@ -29,6 +30,10 @@ def int4_linear(
     group's sum is exact; the groups are added in float32. A row that holds NaN or Inf gives a row
     of NaN. The gradient with respect to ``x`` takes its quantization for the identity.
 
+    With ``quantize_x=False`` (W4A16, W4A32) only the weight is quantized. Products are then those
+    of the dtype of ``x``, or float32, with the weight rounded to that dtype at most; their sums are
+    float32.
+
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16, any strides, K ≤ 131072.
         weight, scales, zeros: as `int4_linear_pack` makes them; zeros None: all are symmetric.
@@ -36,6 +41,7 @@ def int4_linear(
         group_size: inputs that share a scale, a multiple of 16; None: the whole row.
         bias: float ``[N]`` or None.
         activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
+        quantize_x: whether ``x`` is quantized.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -43,7 +49,7 @@ def int4_linear(
     Raises:
         ValueError: an argument is not of that form; the message names it and its value.
     """
-    return _call(x, weight, scales, zeros, out_features, group_size, bias, activation)
+    return _call(x, weight, scales, zeros, out_features, group_size, bias, activation, quantize_x)
 
 
 def int4_linear_pack(
@@ -81,32 +87,56 @@ def int4_linear_pack(
     return weight, packed_linear.pack_group_values(scales), zeros
 
 
-def _check(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
+def _check(
+    x,
+    weight,
+    scales,
+    zeros,
+    out_features,
+    group_size=None,
+    bias=None,
+    activation="none",
+    quantize_x=True,
+) -> None:
     packed_linear.check(CODES, x, weight, scales, zeros, out_features, group_size, bias, activation)
 
 
-def _eager(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
+def _eager(
+    x,
+    weight,
+    scales,
+    zeros,
+    out_features,
+    group_size=None,
+    bias=None,
+    activation="none",
+    quantize_x=True,
+) -> torch.Tensor:
     return packed_linear.eager(
-        CODES, x, weight, scales, zeros, out_features, group_size, bias, activation
+        CODES, x, weight, scales, zeros, out_features, group_size, bias, activation, quantize_x
     )
 
 
-def _fake(x, weight, scales, zeros, out_features, group_size=None, bias=None, activation="none"):
+def _fake(x, weight, scales, zeros, out_features, *_args, **_options):
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, weight, scales, zeros, ctx.out_features, group_size, bias, activation = inputs
+    x, weight, scales, zeros, ctx.out_features, group_size, bias, activation, quantized = inputs
+    ctx.quantize_x = quantized
     packed_linear.save(ctx, x, weight, scales, zeros, group_size, bias, activation, output)
 
 
 def _backward(ctx, grad):
     def call(x, weight, scales, zeros, bias):
-        return int4_linear(x, weight, scales, zeros, ctx.out_features, ctx.group_size, bias)
+        return int4_linear(
+            *(x, weight, scales, zeros, ctx.out_features, ctx.group_size, bias, "none"),
+            quantize_x=ctx.quantize_x,
+        )
 
     ctx.needs_bias_grad = ctx.needs_input_grad[6]
     grad_x, grad_bias = packed_linear.backward(CODES, ctx, grad, call)
-    return grad_x, None, None, None, None, None, grad_bias, None
+    return grad_x, None, None, None, None, None, grad_bias, None, None
 
 
 _call = register(

@@ -1,7 +1,7 @@
 """What the linear ops on packed codes of 2 and 4 bits share: packing, checks, the reference.
 
 Codes are unsigned, the value of a weight is ``(code − zero) · scale``, and activations are
-quantized to int8 by rows, as `int8_linear` does::
+quantized to int8 by rows, as `int8_linear` does (q = x and x_scale = 1 where they are not)::
 
     y[m, n] = x_scale[m] · Σ_groups scale[n, group] · Σ_k q[m, k] · (code[n, k] − zero[n, group])
 """
@@ -209,9 +209,10 @@ def eager(
     group_size: int | None,
     bias: torch.Tensor | None,
     activation: str,
+    quantize_x: bool = True,
 ) -> torch.Tensor:
-    """The reference: quantized activations times the dequantized weight, in float64."""
-    q, x_scales = quantize_rows(x)
+    """The reference: activations (quantized or not) times the dequantized weight, in float64."""
+    q, x_scales = quantize_rows(x) if quantize_x else (x, x.new_ones(()))
     args = (kind, weight, scales, zeros, out_features, x.shape[-1], group_size, torch.float64)
     y = (q.double() @ dequantize(*args).t()) * x_scales.double()
     if bias is not None:

@@ -9,7 +9,8 @@ namespace {
 Tensor int4_linear(const Tensor& x, const Tensor& weight, const Tensor& scales,
                    const std::optional<Tensor>& zeros, int64_t out_features,
                    std::optional<int64_t> group_size, const std::optional<Tensor>& bias,
-                   const std::string& activation) {
+                   const std::string& activation, bool quantize_x) {
+  COMPRESSOPS_CHECK(quantize_x, "int4_linear", "quantize_x", "True on a CPU", int64_t{quantize_x});
   return packed_linear({"int4_linear", 4, 8}, x, weight, scales, zeros, out_features, group_size,
                        bias, activation);
 }

@@ -88,7 +88,8 @@ Weight packed_weight(const Tensor& weight, int64_t N, int64_t K) {
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scales,
                    const Tensor& weight_sums, const std::optional<Tensor>& bias,
-                   const std::string& activation_name) {
+                   const std::string& activation_name, const std::optional<Tensor>& x_scale,
+                   const std::optional<Tensor>& x_zero, bool symmetric) {
   COMPRESSOPS_CHECK(x.is_cpu() && x.dim() >= 1, kOp, "x", "a CPU tensor [..., K]", x);
   COMPRESSOPS_CHECK(weight_scales.is_cpu() && weight_scales.dim() == 1 &&
                         weight_scales.scalar_type() == ScalarType::Float,
@@ -113,6 +114,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, kOp, "bias",
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
   const Activation activation = parse_activation(kOp, activation_name);
+  COMPRESSOPS_CHECK(symmetric && !x_scale && !x_zero, kOp, "symmetric", "True, without x_scale",
+                    int64_t{symmetric});
 
   Tensor out = new_output(x, N);
   const int64_t M = N == 0 ? 0 : out.numel() / N;

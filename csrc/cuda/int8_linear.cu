@@ -49,7 +49,8 @@ void run(const Tensor& x, int64_t x_row_stride, const Tensor& weight, const Tens
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scales,
                    const Tensor& weight_sums, const std::optional<Tensor>& bias,
-                   const std::string& activation_name) {
+                   const std::string& activation_name, const std::optional<Tensor>& x_scale,
+                   const std::optional<Tensor>& x_zero, bool symmetric) {
   COMPRESSOPS_CHECK(x.is_cuda() && x.dim() >= 1 && is_float_dtype(x), kOp, "x",
                     "a CUDA float32, float16 or bfloat16 tensor [..., K]", x);
   const int64_t K = x.size(x.dim() - 1);
@@ -68,6 +69,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     float_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
   }
   const Activation activation = parse_activation(activation_name, kOp);
+  COMPRESSOPS_CHECK(symmetric && !x_scale && !x_zero, kOp, "symmetric", "True, without x_scale",
+                    int64_t{symmetric});
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   std::vector<int64_t> y_sizes;
