@@ -33,7 +33,7 @@ def int8_linear(
 
         symmetric   scale = max|x| / 127      zero = 0      q = round(x · 127 / max|x|)
         asymmetric  scale = (high − low) / 255  with low = min(x, 0), high = max(x, 0)
-                    zero  = round(−128 − low / scale)
+                    zero  = −128 − round(low / scale)
                     q     = clip(round(x · 255 / (high − low)) + zero, −128, 127)
         static      scale = x_scale, zero = x_zero or 0, the same for all rows
                     q     = clip(round(x · (1 / x_scale)) + zero, −128, 127)
@@ -198,7 +198,7 @@ def quantize_x(
         levels = rows.new_full((), 127.5)
         inverse = torch.where(range_ > 0, levels / range_, 0.0)
         scales = torch.where(finite, range_ / levels, torch.nan)
-        zeros = (-128 - (low * inverse).nan_to_num(nan=0.0)).round().clamp(-128, 127)
+        zeros = -128 - (low * inverse).nan_to_num(nan=0.0).clamp(min=-255).round()
     else:
         scales = torch.where(finite, x_scale, torch.nan)
         inverse = x_scale.new_ones(()) / x_scale

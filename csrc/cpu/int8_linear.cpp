@@ -23,8 +23,9 @@ namespace compressops::cpu {
 namespace {
 
 constexpr const char* kOp = "int8_linear";
-// |sum| <= 127 · 128 · K must fit in an int32.
+// |sum| <= 127 · 128 · K must fit in an int32; with zero points it is 255 · 128 · K.
 constexpr int64_t kMaxDepth = 131072;
+constexpr int64_t kMaxAsymmetricDepth = 65536;
 
 const Int8LinearKernels& kernels() {
   const Features& cpu = features();
@@ -35,35 +36,32 @@ const Int8LinearKernels& kernels() {
   return int8_linear_baseline();
 }
 
-// One row of sums to at most kMaxPanels · kColumns outputs. `bias` may be null.
-template <Activation kActivation, typename T>
-void finish_row(const int32_t* sums, const int32_t* weight_sums, float x_scale, const float* scales,
-                const float* bias, int64_t columns, Gelu gelu, T* out) {
-  // GELU works on a row of floats; the others finish each output where it is.
-  alignas(64) float row[kMaxPanels * kColumns];
-  for (int64_t n = 0; n < columns; ++n) {
-    // The rows were shifted by 128 to be unsigned; unsigned arithmetic may wrap.
-    const auto sum = static_cast<int32_t>(static_cast<uint32_t>(sums[n]) -
-                                          128u * static_cast<uint32_t>(weight_sums[n]));
-    float y = static_cast<float>(sum) * (x_scale * scales[n]);
-    if (bias != nullptr) y += bias[n];
-    if constexpr (kActivation == Activation::kRelu) y = y < 0.0f ? 0.0f : y;  // keeps NaN
-    if constexpr (kActivation == Activation::kGelu)
-      row[n] = y;
-    else
-      out[n] = static_cast<T>(y);
+// How x is quantized; checks the arguments that say so.
+Quantization quantization_of(const Tensor& x, int64_t K, const std::optional<Tensor>& x_scale,
+                             const std::optional<Tensor>& x_zero, bool symmetric) {
+  Quantization how{symmetric ? Quantization::kSymmetric : Quantization::kAsymmetric, 128};
+  COMPRESSOPS_CHECK(x_scale || !x_zero, kOp, "x_zero", "None without x_scale", *x_zero);
+  if (x_scale) {
+    COMPRESSOPS_CHECK(
+        x_scale->is_cpu() && x_scale->dim() == 0 && x_scale->scalar_type() == ScalarType::Float,
+        kOp, "x_scale", "a CPU float32 tensor [] or None", *x_scale);
+    COMPRESSOPS_CHECK(symmetric, kOp, "symmetric", "True with x_scale (x_zero says it there)",
+                      int64_t{symmetric});
+    how.kind = Quantization::kStatic;
+    how.scale = *static_cast<const float*>(x_scale->const_data_ptr());
+    COMPRESSOPS_CHECK(how.scale > 0 && how.scale <= std::numeric_limits<float>::max(), kOp,
+                      "x_scale", "positive and finite", std::to_string(how.scale));
+    if (x_zero) {
+      COMPRESSOPS_CHECK(
+          x_zero->is_cpu() && x_zero->dim() == 0 && x_zero->scalar_type() == ScalarType::Char, kOp,
+          "x_zero", "a CPU int8 tensor [] or None", *x_zero);
+      how.zero = *static_cast<const int8_t*>(x_zero->const_data_ptr());
+    }
   }
-  if constexpr (kActivation == Activation::kGelu) {
-    gelu(row, columns);
-    std::copy(row, row + columns, out);
-  }
-}
-
-template <typename T>
-auto row_finisher(Activation activation) {
-  return activation == Activation::kRelu   ? finish_row<Activation::kRelu, T>
-         : activation == Activation::kGelu ? finish_row<Activation::kGelu, T>
-                                           : finish_row<Activation::kNone, T>;
+  const int64_t most = how.kind == Quantization::kSymmetric ? kMaxDepth : kMaxAsymmetricDepth;
+  COMPRESSOPS_CHECK(K <= most, kOp, "x", "at most " + std::to_string(most) + " wide (int32 sums)",
+                    x);
+  return how;
 }
 
 struct Weight {
@@ -95,7 +93,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                         weight_scales.scalar_type() == ScalarType::Float,
                     kOp, "weight_scales", "a CPU float32 tensor [N]", weight_scales);
   const int64_t N = weight_scales.size(0), K = x.size(x.dim() - 1);
-  COMPRESSOPS_CHECK(K <= kMaxDepth, kOp, "x", "at most 131072 wide (int32 sums)", x);
+  const Quantization how = quantization_of(x, K, x_scale, x_zero, symmetric);
   const bool fits = weight.dim() == 2
                         ? weight.size(0) == N && weight.size(1) == K
                         : weight.dim() == 4 && weight.size(0) == (N + kColumns - 1) / kColumns &&
@@ -114,8 +112,6 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, kOp, "bias",
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
   const Activation activation = parse_activation(kOp, activation_name);
-  COMPRESSOPS_CHECK(symmetric && !x_scale && !x_zero, kOp, "symmetric", "True, without x_scale",
-                    int64_t{symmetric});
 
   Tensor out = new_output(x, N);
   const int64_t M = N == 0 ? 0 : out.numel() / N;
@@ -134,17 +130,16 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
 
   const int64_t q_stride = packed.k_blocks * kDepth;
   std::unique_ptr<uint8_t[]> q(new uint8_t[M * q_stride]);
-  std::unique_ptr<float[]> x_scales(new float[M]);
+  std::unique_ptr<Int8Row[]> x_rows(new Int8Row[M]);
 
   with_element_type(kOp, x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const T* input = static_cast<const T*>(dense_x.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());
-    const auto finish = row_finisher<T>(activation);
     const Gelu gelu_kernel = gelu();
-
-    // Shifted by 128 to be unsigned.
-    quantize_rows(input, M, K, q_stride, 128, q.get(), q_stride, x_scales.get(), [](int64_t) {});
+    const bool relu = activation == Activation::kRelu;
+    quantize_rows(input, M, K, q_stride, how, q.get(), q_stride,
+                  [&](int64_t m, RowScale row) { x_rows[m] = {row.scale, row.zero}; });
 
     // A task is up to 64 columns × up to 96 rows: its weights stay in L2 while its rows pass by.
     constexpr int64_t kTaskRows = 16 * kMaxRows;
@@ -156,6 +151,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     const int64_t grain = std::max<int64_t>(1, (1 << 18) / task_work);
     torch::stable::parallel_for(0, groups * row_tasks, grain, [&](int64_t begin, int64_t end) {
       alignas(64) int32_t accumulators[kMaxRows * kMaxPanels * kColumns];
+      alignas(64) float values[kMaxPanels * kColumns];
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first_panel = task / row_tasks * kMaxPanels;
         const int panel_count = (int)std::min<int64_t>(kMaxPanels, panels - first_panel);
@@ -169,9 +165,13 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                        panels_start + first_panel * packed.k_blocks * kColumns * kDepth,
                        packed.k_blocks, rows, panel_count, accumulators);
           for (int r = 0; r < rows; ++r) {
-            finish(accumulators + r * panel_count * kColumns, sums + n0, x_scales[m + r],
-                   scales + n0, biases.empty() ? nullptr : biases.data() + n0, columns, gelu_kernel,
-                   output + (m + r) * N + n0);
+            T* out_row = output + (m + r) * N + n0;
+            float* y = values;
+            if constexpr (std::is_same_v<T, float>) y = out_row;
+            isa.finish(accumulators + r * panel_count * kColumns, columns, x_rows[m + r], sums + n0,
+                       scales + n0, biases.empty() ? nullptr : biases.data() + n0, relu, y);
+            if (activation == Activation::kGelu) gelu_kernel(y, columns);
+            if constexpr (!std::is_same_v<T, float>) std::copy(y, y + columns, out_row);
           }
         }
       }

@@ -11,6 +11,11 @@ namespace compressops::cpu {
 constexpr int64_t kColumns = 16;
 constexpr int64_t kDepth = 4;
 
+struct Int8Row {
+  float x_scale;
+  int32_t x_zero;  // the code that 0.0 has in q
+};
+
 struct Int8LinearKernels {
   const char* isa;
   // accumulators[m][n] = sum over k of q[m][k] * weight[n][k] for `rows` rows (<= kMaxRows) and one
@@ -18,6 +23,11 @@ struct Int8LinearKernels {
   // q_stride, accumulators is [rows][panels * 16].
   void (*multiply)(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, int64_t k_blocks,
                    int rows, int panels, int32_t* accumulators);
+  // y[n] = (sums[n] - x_zero * weight_sums[n]) * (x_scale * scales[n]) + bias[n] of one row; bias
+  // may be null.
+  void (*finish)(const int32_t* sums, int64_t columns, const Int8Row& row,
+                 const int32_t* weight_sums, const float* scales, const float* bias, bool relu,
+                 float* y);
 };
 
 constexpr int kMaxRows = 6;

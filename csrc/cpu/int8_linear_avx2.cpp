@@ -58,10 +58,29 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
   }
 }
 
+void finish(const int32_t* sums, int64_t columns, const Int8Row& row, const int32_t* weight_sums,
+            const float* scales, const float* bias, bool relu, float* y) {
+  const __m256i zero = _mm256_set1_epi32(row.x_zero),
+                lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 x_scale = _mm256_set1_ps(row.x_scale), none = _mm256_setzero_ps();
+  for (int64_t n = 0; n < columns; n += 8) {
+    const int64_t rest = columns - n;
+    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(rest < 8 ? rest : 8)), lane);
+    const __m256i shift = _mm256_mullo_epi32(zero, _mm256_maskload_epi32(weight_sums + n, lanes));
+    const __m256i exact = _mm256_sub_epi32(_mm256_maskload_epi32(sums + n, lanes), shift);
+    const __m256 scale = _mm256_mul_ps(x_scale, _mm256_maskload_ps(scales + n, lanes));
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale);
+    if (bias != nullptr) value = _mm256_add_ps(value, _mm256_maskload_ps(bias + n, lanes));
+    // Not max, which would lose NaN.
+    if (relu) value = _mm256_andnot_ps(_mm256_cmp_ps(value, none, _CMP_LT_OQ), value);
+    _mm256_maskstore_ps(y + n, lanes, value);
+  }
+}
+
 }  // namespace
 
 const Int8LinearKernels& int8_linear_avx2() {
-  static const Int8LinearKernels kernels = {"avx2", multiply};
+  static const Int8LinearKernels kernels = {"avx2", multiply, finish};
   return kernels;
 }
 

@@ -70,10 +70,28 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
   block(q, q_stride, panels_start, k_blocks, accumulators);
 }
 
+void finish(const int32_t* sums, int64_t columns, const Int8Row& row, const int32_t* weight_sums,
+            const float* scales, const float* bias, bool relu, float* y) {
+  const __m512i zero = _mm512_set1_epi32(row.x_zero);
+  const __m512 x_scale = _mm512_set1_ps(row.x_scale), none = _mm512_setzero_ps();
+  for (int64_t n = 0; n < columns; n += 16) {
+    const __mmask16 lanes = columns - n >= 16 ? 0xffff : (__mmask16)((1u << (columns - n)) - 1);
+    const __m512i shift =
+        _mm512_mullo_epi32(zero, _mm512_maskz_loadu_epi32(lanes, weight_sums + n));
+    const __m512i exact = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(lanes, sums + n), shift);
+    const __m512 scale = _mm512_mul_ps(x_scale, _mm512_maskz_loadu_ps(lanes, scales + n));
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale);
+    if (bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + n));
+    // Not max, which would lose NaN.
+    if (relu) value = _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, none, _CMP_LT_OQ), none);
+    _mm512_mask_storeu_ps(y + n, lanes, value);
+  }
+}
+
 }  // namespace
 
 const Int8LinearKernels& int8_linear_avx512() {
-  static const Int8LinearKernels kernels = {"avx512_vnni", multiply};
+  static const Int8LinearKernels kernels = {"avx512_vnni", multiply, finish};
   return kernels;
 }
 

@@ -26,10 +26,22 @@ void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, in
   }
 }
 
+void finish(const int32_t* sums, int64_t columns, const Int8Row& row, const int32_t* weight_sums,
+            const float* scales, const float* bias, bool relu, float* y) {
+  for (int64_t n = 0; n < columns; ++n) {
+    // Unsigned arithmetic may wrap.
+    const int32_t exact =
+        (int32_t)((uint32_t)sums[n] - (uint32_t)row.x_zero * (uint32_t)weight_sums[n]);
+    float value = (float)exact * (row.x_scale * scales[n]);
+    if (bias != nullptr) value += bias[n];
+    y[n] = relu && value < 0.0f ? 0.0f : value;  // keeps NaN
+  }
+}
+
 }  // namespace
 
 const Int8LinearKernels& int8_linear_baseline() {
-  static const Int8LinearKernels kernels = {"baseline", multiply};
+  static const Int8LinearKernels kernels = {"baseline", multiply, finish};
   return kernels;
 }
 

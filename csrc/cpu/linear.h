@@ -60,11 +60,11 @@ inline Tensor new_output(const Tensor& x, int64_t N) {
   return torch::stable::new_empty(x, sizes);
 }
 
-// The rows of x [M][K] to 8 bits, as quantize_row.h says, q_stride bytes apart. Calls done(m) after
-// row m, in the thread that made it.
+// The rows of x [M][K] to 8 bits, q_stride bytes apart, padded with the code of 0.0. Calls
+// done(m, scale) after row m, in the thread that made it.
 template <typename T, typename F>
-void quantize_rows(const T* x, int64_t M, int64_t K, int64_t padded, int offset, uint8_t* q,
-                   int64_t q_stride, float* scales, F&& done) {
+void quantize_rows(const T* x, int64_t M, int64_t K, int64_t padded, const Quantization& how,
+                   uint8_t* q, int64_t q_stride, F&& done) {
   const QuantizeRow quantize = quantize_row();
   // A thread is worth starting for about 16 K elements.
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, K));
@@ -78,8 +78,7 @@ void quantize_rows(const T* x, int64_t M, int64_t K, int64_t padded, int offset,
         std::copy(x + m * K, x + (m + 1) * K, buffer.begin());
         values = buffer.data();
       }
-      scales[m] = quantize(values, q + m * q_stride, K, padded, offset);
-      done(m);
+      done(m, quantize(values, q + m * q_stride, K, padded, how));
     }
   });
 }

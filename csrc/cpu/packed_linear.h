@@ -67,8 +67,9 @@ Rows quantize(const PackedProducts& isa, const T* x, int64_t M, const Weight& we
   Rows rows{stride, std::unique_ptr<int8_t[]>(new int8_t[M * stride]), std::vector<float>(M),
             std::vector<int32_t>(M * weight.groups)};
   int8_t* q = rows.codes.get();
-  quantize_rows(x, M, weight.K, depth, 0, reinterpret_cast<uint8_t*>(q), stride, rows.scales.data(),
-                [&](int64_t m) {
+  quantize_rows(x, M, weight.K, depth, {}, reinterpret_cast<uint8_t*>(q), stride,
+                [&](int64_t m, RowScale row) {
+                  rows.scales[m] = row.scale;
                   isa.sum_groups(q + m * stride, depth, weight.group,
                                  rows.sums.data() + m * weight.groups);
                 });

@@ -7,16 +7,46 @@
 
 namespace compressops::cpu {
 
-// q[k] = rint(x[k] * 127 / amax) + offset modulo 256 for k < K, and offset up to `padded`: an
-// offset of 0 for int8, of 128 for uint8. Returns the row's scale amax / 127; NaN where x holds NaN
-// or Inf.
-using QuantizeRow = float (*)(const float* x, uint8_t* q, int64_t K, int64_t padded, int offset);
+// How: each row by its own largest magnitude, by its own range, or all by the same scale.
+struct Quantization {
+  enum Kind { kSymmetric, kAsymmetric, kStatic } kind = kSymmetric;
+  int offset = 0;      // added to each code, modulo 256: 0 for int8, 128 for uint8
+  float scale = 1.0f;  // where it is static
+  int zero = 0;        // where it is static: the int8 code of 0.0
+};
 
-float quantize_row_baseline(const float* x, uint8_t* q, int64_t K, int64_t padded, int offset);
-float quantize_row_avx2(const float* x, uint8_t* q, int64_t K, int64_t padded, int offset);
-float quantize_row_avx512(const float* x, uint8_t* q, int64_t K, int64_t padded, int offset);
+// A row's x[k] is about scale * (q[k] - zero), of codes with their offset. NaN where x holds NaN or
+// Inf.
+struct RowScale {
+  float scale;
+  int zero;
+};
 
-// The one of them that suits the processor.
+// x [K] to codes q [K], and codes of 0.0 up to `padded`.
+using QuantizeRow = RowScale (*)(const float* x, uint8_t* q, int64_t K, int64_t padded,
+                                 const Quantization& how);
+
+// The one that suits the processor.
 QuantizeRow quantize_row();
+
+// What it is made of, one implementation per instruction set.
+struct RowRange {
+  uint32_t top;     // the largest bit pattern of |x|: NaN and Inf are above all numbers
+  float low, high;  // of x and 0, where asked for
+};
+struct RowCodes {
+  float inverse;      // of the scale
+  float least, most;  // x * inverse is clipped to them
+  int zero;           // added then
+  bool finite;        // else all x count as 0
+};
+struct QuantizeRowKernels {
+  RowRange (*range)(const float* x, int64_t K, bool low_and_high);
+  // q[k] = rint(clip(x[k] * inverse)) + zero, with NaN of 0 * Inf as 0; `zero` up to `padded`.
+  void (*codes)(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes& how);
+};
+const QuantizeRowKernels& quantize_row_baseline();
+const QuantizeRowKernels& quantize_row_avx2();
+const QuantizeRowKernels& quantize_row_avx512();
 
 }  // namespace compressops::cpu

@@ -12,7 +12,6 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#include <math.h>
 #include <string.h>
 
 #include "quantize_row.h"
@@ -24,12 +23,20 @@ __mmask16 first_lanes(int64_t count) {
   return count >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << count) - 1);
 }
 
-}  // namespace
-
-float quantize_row_avx512(const float* x, uint8_t* q, int64_t K, int64_t padded, int offset) {
+RowRange range(const float* x, int64_t K, bool low_and_high) {
   const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
   __m512i largest[2] = {};
+  __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
   int64_t k = 0;
+  if (low_and_high) {
+    for (; k < K; k += 16) {
+      const __m512 values = _mm512_maskz_loadu_ps(first_lanes(K - k), x + k);
+      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(values), magnitude);
+      largest[0] = _mm512_max_epu32(largest[0], bits);
+      low = _mm512_min_ps(low, values);
+      high = _mm512_max_ps(high, values);
+    }
+  }
   for (; k + 32 <= K; k += 32)
     for (int i = 0; i < 2; ++i)
       largest[i] = _mm512_max_epu32(
@@ -39,24 +46,31 @@ float quantize_row_avx512(const float* x, uint8_t* q, int64_t K, int64_t padded,
     largest[0] = _mm512_max_epu32(largest[0], _mm512_and_si512(bits, magnitude));
   }
   const uint32_t top = _mm512_reduce_max_epu32(_mm512_max_epu32(largest[0], largest[1]));
-  const bool finite = top < 0x7f800000u;
-  const float amax = _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)top)));
-  const float inverse = finite && amax > 0.0f ? 127.0f / amax : 0.0f;
+  return {top, _mm512_reduce_min_ps(low), _mm512_reduce_max_ps(high)};
+}
 
-  const __m512 scale = _mm512_set1_ps(inverse);
-  const __m512 high = _mm512_set1_ps(127.0f);
-  const __m512 low = _mm512_set1_ps(-127.0f);
-  for (k = 0; k < K; k += 16) {
-    const __mmask16 lanes = finite ? first_lanes(K - k) : (__mmask16)0;
+void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes& how) {
+  const __m512 scale = _mm512_set1_ps(how.inverse);
+  const __m512 high = _mm512_set1_ps(how.most);
+  const __m512 low = _mm512_set1_ps(how.least);
+  const __m512i zero = _mm512_set1_epi32(how.zero);
+  for (int64_t k = 0; k < K; k += 16) {
+    const __mmask16 lanes = how.finite ? first_lanes(K - k) : (__mmask16)0;
     __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + k), scale);
-    // 0 · Inf, where amax is subnormal, is NaN: zero it as the other kernels do.
+    // 0 · Inf, where the scale is subnormal, is NaN: zero it as the other kernels do.
     scaled = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q), scaled);
     scaled = _mm512_max_ps(low, _mm512_min_ps(high, scaled));
-    const __m512i codes = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), _mm512_set1_epi32(offset));
-    _mm_mask_storeu_epi8(q + k, first_lanes(K - k), _mm512_cvtepi32_epi8(codes));
+    const __m512i words = _mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero);
+    _mm_mask_storeu_epi8(q + k, first_lanes(K - k), _mm512_cvtepi32_epi8(words));
   }
-  memset(q + K, offset, padded - K);
-  return finite ? amax / 127.0f : NAN;
+  memset(q + K, how.zero, padded - K);
+}
+
+}  // namespace
+
+const QuantizeRowKernels& quantize_row_avx512() {
+  static const QuantizeRowKernels kernels = {range, codes};
+  return kernels;
 }
 
 }  // namespace compressops::cpu
