@@ -44,6 +44,14 @@ struct PackedProducts {
   void (*multiply_packed)(int bits, const int8_t* q, int64_t q_stride, const uint8_t* packed,
                           int width, int64_t depth, int64_t group, int rows,
                           const PackedGroups& groups, float* y);
+
+  // Of 4 bits, for activations that are not quantized: panel[k][n] = (code - zero) * scales[n] in
+  // float32, for `blocks` words of one scale group, with zeros[n] or, where that is null, `zero`.
+  void (*dequantize)(const uint8_t* packed, int width, int64_t blocks, const float* scales,
+                     const uint8_t* zeros, int zero, float* panel);
+  // y[row][n] += sum over k of x[row][k] * panel[k][n]; at most kPackedRows rows.
+  void (*multiply_float)(const float* x, int64_t x_stride, const float* panel, int width,
+                         int64_t depth, int rows, float* y);
 };
 
 const PackedProducts& packed_products_baseline();

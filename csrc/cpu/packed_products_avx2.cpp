@@ -145,10 +145,59 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
     run(q + r * q_stride, packed, depth, group, row, y + r * width);
 }
 
+void dequantize(const uint8_t* packed, int width, int64_t blocks, const float* scales,
+                const uint8_t* zeros, int zero, float* panel) {
+  const __m256i mask = _mm256_set1_epi32(15);
+  for (int column = 0; column < width; column += 8) {
+    const __m256i zero_codes =
+        zeros == nullptr ? _mm256_set1_epi32(zero)
+                         : _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(zeros + column)));
+    const __m256 scale = _mm256_loadu_ps(scales + column);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const __m256i words = _mm256_loadu_si256((const __m256i*)(packed + (b * width + column) * 4));
+      // Byte i of a word has the codes of inputs i and 4 + i.
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        const __m256i code =
+            _mm256_and_si256(_mm256_srli_epi32(words, 8 * (k % 4) + 4 * (k / 4)), mask);
+        const __m256 value = _mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero_codes));
+        _mm256_storeu_ps(panel + (b * 8 + k) * width + column, _mm256_mul_ps(value, scale));
+      }
+    }
+  }
+}
+
+template <int Rows, int Vectors>
+void multiply_float_block(const float* x, int64_t x_stride, const float* panel, int64_t depth,
+                          float* y) {
+  __m256 sums[Rows][Vectors];
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Vectors; ++j) sums[r][j] = _mm256_loadu_ps(y + (r * Vectors + j) * 8);
+  for (int64_t k = 0; k < depth; ++k, panel += Vectors * 8)
+    for (int r = 0; r < Rows; ++r) {
+      const __m256 value = _mm256_set1_ps(x[r * x_stride + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < Vectors; ++j)
+        sums[r][j] = _mm256_fmadd_ps(value, _mm256_loadu_ps(panel + 8 * j), sums[r][j]);
+    }
+  for (int r = 0; r < Rows; ++r)
+    for (int j = 0; j < Vectors; ++j) _mm256_storeu_ps(y + (r * Vectors + j) * 8, sums[r][j]);
+}
+
+void multiply_float(const float* x, int64_t x_stride, const float* panel, int width, int64_t depth,
+                    int rows, float* y) {
+  const auto two = width == 32 ? multiply_float_block<2, 4> : multiply_float_block<2, 2>;
+  const auto one = width == 32 ? multiply_float_block<1, 4> : multiply_float_block<1, 2>;
+  int r = 0;
+  for (; r + 2 <= rows; r += 2) two(x + r * x_stride, x_stride, panel, depth, y + r * width);
+  if (r < rows) one(x + r * x_stride, x_stride, panel, depth, y + r * width);
+}
+
 }  // namespace
 
 const PackedProducts& packed_products_avx2() {
-  static const PackedProducts products = {"avx2", sum_groups, unpack, multiply, multiply_packed};
+  static const PackedProducts products = {"avx2",          sum_groups, unpack,        multiply,
+                                          multiply_packed, dequantize, multiply_float};
   return products;
 }
 

@@ -221,11 +221,80 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
   run(q, q_stride, packed, depth, group, groups, y);
 }
 
+void dequantize(const uint8_t* packed, int width, int64_t blocks, const float* scales,
+                const uint8_t* zeros, int zero, float* panel) {
+  const __m512 lane =
+      _mm512_cvtepi32_ps(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+  // The value of each code; with zero points what each column subtracts comes after it.
+  const __m512 values = zeros == nullptr ? _mm512_sub_ps(lane, _mm512_set1_ps((float)zero)) : lane;
+  for (int column = 0; column < width; column += 16) {
+    const __m512 shift = zeros == nullptr ? _mm512_setzero_ps()
+                                          : _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(
+                                                _mm_loadu_si128((const __m128i*)(zeros + column))));
+    const __m512 scale = _mm512_loadu_ps(scales + column);
+    for (int64_t b = 0; b < blocks; ++b) {
+      const uint8_t* from = packed + (b * width + column) * 4;
+      // What is dequantized next time: the products in between give it time to come.
+      __builtin_prefetch(from + blocks * width * 4, 0, 2);
+      const __m512i words = _mm512_loadu_si512(from);
+      // Byte i of a word has the codes of inputs i and 4 + i; the look-up reads 4 bits.
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        const __m512i code = _mm512_srli_epi32(words, 8 * (k % 4) + 4 * (k / 4));
+        const __m512 value = _mm512_sub_ps(_mm512_permutexvar_ps(code, values), shift);
+        _mm512_storeu_ps(panel + (b * 8 + k) * width + column, _mm512_mul_ps(value, scale));
+      }
+    }
+  }
+}
+
+template <int Rows, int Vectors>
+void multiply_float_block(const float* x, int64_t x_stride, const float* panel, int64_t depth,
+                          float* y) {
+  __m512 sums[Rows][Vectors];
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) sums[r][j] = _mm512_loadu_ps(y + (r * Vectors + j) * 16);
+  for (int64_t k = 0; k < depth; ++k, panel += Vectors * 16) {
+    __m512 w[Vectors];
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) w[j] = _mm512_loadu_ps(panel + j * 16);
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) {
+      const __m512 value = _mm512_set1_ps(x[r * x_stride + k]);
+#pragma GCC unroll 2
+      for (int j = 0; j < Vectors; ++j) sums[r][j] = _mm512_fmadd_ps(value, w[j], sums[r][j]);
+    }
+  }
+#pragma GCC unroll 6
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < Vectors; ++j) _mm512_storeu_ps(y + (r * Vectors + j) * 16, sums[r][j]);
+}
+
+using FloatBlock = void (*)(const float*, int64_t, const float*, int64_t, float*);
+
+template <int Vectors>
+FloatBlock float_block_of(int rows) {
+  constexpr FloatBlock blocks[kPackedRows] = {
+      multiply_float_block<1, Vectors>, multiply_float_block<2, Vectors>,
+      multiply_float_block<3, Vectors>, multiply_float_block<4, Vectors>,
+      multiply_float_block<5, Vectors>, multiply_float_block<6, Vectors>};
+  return blocks[rows - 1];
+}
+
+void multiply_float(const float* x, int64_t x_stride, const float* panel, int width, int64_t depth,
+                    int rows, float* y) {
+  const FloatBlock block = width == 32 ? float_block_of<2>(rows) : float_block_of<1>(rows);
+  block(x, x_stride, panel, depth, y);
+}
+
 }  // namespace
 
 const PackedProducts& packed_products_avx512() {
-  static const PackedProducts products = {"avx512_vnni", sum_groups, unpack, multiply,
-                                          multiply_packed};
+  static const PackedProducts products = {"avx512_vnni",   sum_groups, unpack,        multiply,
+                                          multiply_packed, dequantize, multiply_float};
   return products;
 }
 

@@ -74,11 +74,29 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
   }
 }
 
+void dequantize(const uint8_t* packed, int width, int64_t blocks, const float* scales,
+                const uint8_t* zeros, int zero, float* panel) {
+  for (int64_t b = 0; b < blocks; ++b, packed += width * 4)
+    for (int k = 0; k < 8; ++k, panel += width)
+      for (int n = 0; n < width; ++n) {
+        const int code = packed[n * 4 + k % 4] >> (4 * (k / 4)) & 15;
+        panel[n] = (float)(code - (zeros == nullptr ? zero : zeros[n])) * scales[n];
+      }
+}
+
+void multiply_float(const float* x, int64_t x_stride, const float* panel, int width, int64_t depth,
+                    int rows, float* y) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int n = 0; n < width; ++n)
+        y[r * width + n] = fmaf(x[r * x_stride + k], panel[k * width + n], y[r * width + n]);
+}
+
 }  // namespace
 
 const PackedProducts& packed_products_baseline() {
-  static const PackedProducts products = {"baseline", sum_groups, unpack, multiply,
-                                          multiply_packed};
+  static const PackedProducts products = {"baseline",      sum_groups, unpack,        multiply,
+                                          multiply_packed, dequantize, multiply_float};
   return products;
 }
 
