@@ -149,7 +149,8 @@ def pack_group_values(values: torch.Tensor) -> torch.Tensor:
     return to_panels(values) if values.device.type == "cpu" else values.t().contiguous()
 
 
-def _group_values(packed: torch.Tensor, N: int, groups: int) -> torch.Tensor:
+def group_values(packed: torch.Tensor, N: int, groups: int) -> torch.Tensor:
+    """``[N, groups]`` of either form."""
     return packed.t() if packed.dim() == 2 else from_panels(packed, N, groups)
 
 
@@ -218,9 +219,9 @@ def dequantize(
     codes = kind.unpack(weight, N, K).to(dtype)
     zero = kind.zero
     if zeros is not None:
-        spread = _group_values(zeros, N, groups).to(dtype)
+        spread = group_values(zeros, N, groups).to(dtype)
         zero = spread.repeat_interleave(size, 1)[:, :K]
-    spread = _group_values(scales, N, groups).to(dtype).repeat_interleave(size, 1)[:, :K]
+    spread = group_values(scales, N, groups).to(dtype).repeat_interleave(size, 1)[:, :K]
     return (codes - zero) * spread
 
 

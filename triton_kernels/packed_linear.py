@@ -1,0 +1,202 @@
+"""int4_linear and ternary_linear in Triton: a matrix product on codes of 2 or 4 bits.
+
+Semantics and argument forms: :func:`compressops.ops.int4_linear`. A tile of codes is read as the
+bytes that it is, and becomes ``code − zero`` in registers: int8 where x is quantized, else numbers
+of x's dtype, of which all are exact. The scale of a group multiplies its sum, in float32; a weight
+that was scaled first would be rounded to x's dtype, and a small scale would be lost in float16.
+
+With few rows the codes are all the traffic, N · K · bits / 8 bytes, and the scales add 32 bits a
+group: 1/16 at groups of 128 inputs of 4 bits, 1/8 of 2 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from compressops.ops.packed_linear import Codes, check, group_values
+
+from .quantize_rows import quantize_rows
+from .tiles import ACTIVATIONS, GROUP_M, rows_of, store_tile, tile_of_program
+
+# Rows of x up to which a tile serves, then the tile: BLOCK_M, BLOCK_N, BLOCK_K at most, warps and
+# stages. Narrow tiles spread few rows' weight over more multiprocessors, and long ones keep more of
+# it on its way; large ones read each byte for more operations. float32 has no tensor cores.
+ANY = 1 << 62
+TILES = {
+    torch.int8: ((16, 16, 32, 256, 4, 4), (256, 64, 64, 128, 4, 3), (ANY, 128, 128, 128, 8, 3)),
+    torch.float16: ((16, 16, 32, 128, 4, 4), (256, 64, 64, 64, 4, 3), (ANY, 128, 128, 64, 8, 3)),
+    torch.float32: ((16, 16, 32, 64, 4, 3), (ANY, 64, 64, 32, 4, 3)),
+}
+TILES[torch.bfloat16] = TILES[torch.float16]
+
+
+@triton.jit
+def unpack(packed, BITS: tl.constexpr):
+    """Codes [rows, bytes · 8 / BITS] int8 of bytes [rows, bytes], the first in the lowest bits."""
+    if BITS == 4:
+        codes = tl.interleave(packed & 15, packed >> 4)
+    else:
+        even = tl.interleave(packed & 3, (packed >> 4) & 3)
+        codes = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
+    return codes.to(tl.int8)
+
+
+@triton.jit
+def packed_linear_kernel(
+    x,
+    weight,
+    x_scales,
+    scales,
+    zeros,
+    bias,
+    y,
+    M,
+    N,
+    K,
+    x_stride,
+    row_bytes,
+    group_size,
+    groups,
+    steps,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    ONE_GROUP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """A program computes a [BLOCK_M, BLOCK_N] tile of y [M, N] = x [M, K] @ W.T; x is int8 with
+    x_scales [M], or float. A group of inputs is summed in so many steps of BLOCK_K inputs, ALIGNED
+    where they fill it."""
+    m, n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    in_m, in_n = m < M, n < N
+    depth = tl.arange(0, BLOCK_K)
+    place = tl.arange(0, BLOCK_K * BITS // 8)
+    QUANTIZED: tl.constexpr = x.dtype.element_ty == tl.int8
+    SUM: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
+    sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for step in range(0, groups * steps):
+        group = step // steps
+        if ALIGNED:
+            first, end = step * BLOCK_K, K
+        else:
+            first = group * group_size + step % steps * BLOCK_K
+            end = tl.minimum(K, (group + 1) * group_size)
+        k = first + depth
+        left = tl.load(
+            x + m[:, None] * x_stride + k[None, :],
+            mask=in_m[:, None] & (k < end)[None, :],
+            other=0,
+        )
+        if UPCAST:
+            left = left.to(tl.float32)
+        # What the row has no inputs for counts 0 times: x is 0 there.
+        byte = first // (8 // BITS) + place
+        packed = tl.load(
+            weight + n[:, None] * row_bytes + byte[None, :],
+            mask=in_n[:, None] & (byte < row_bytes)[None, :],
+            other=0,
+        )
+        codes = unpack(packed, BITS)
+        if HAS_ZEROS:
+            codes -= tl.load(zeros + n * groups + group, mask=in_n, other=0).to(tl.int8)[:, None]
+        else:
+            codes -= ZERO
+        right = tl.trans(codes.to(left.dtype))
+        sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=SUM)
+        if not ONE_GROUP:  # noqa: SIM102 - decided as it compiles
+            if step % steps == steps - 1:
+                scale = tl.load(scales + n * groups + group, mask=in_n, other=0.0)
+                total += sums.to(tl.float32) * scale[None, :]
+                sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
+    if ONE_GROUP:
+        total = sums.to(tl.float32) * tl.load(scales + n, mask=in_n, other=0.0)[None, :]
+    if QUANTIZED:
+        total = total * tl.load(x_scales + m, mask=in_m, other=0.0)[:, None]
+    store_tile(y, total, bias, m, n, M, N, HAS_BIAS, ACTIVATION)
+
+
+def block_sizes(M: int, dtype: torch.dtype, group_size: int) -> dict[str, int]:
+    """Tile and launch parameters for M rows of x in ``dtype`` (int8 where they are quantized).
+
+    BLOCK_K is the largest that pads a group by no more than an eighth beyond the smallest.
+    """
+    tile = next(tile for rows, *tile in TILES[dtype] if M <= rows)
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
+    sizes = dict(zip(names, tile, strict=True))
+    # The tensor cores' smallest depth.
+    smallest = 32 if dtype == torch.int8 else 16
+    padded = triton.cdiv(group_size, smallest) * smallest
+    while sizes["BLOCK_K"] > smallest:
+        if triton.cdiv(group_size, sizes["BLOCK_K"]) * sizes["BLOCK_K"] <= padded * 9 // 8:
+            break
+        sizes["BLOCK_K"] //= 2
+    return sizes
+
+
+def packed_linear(
+    kind: Codes,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out_features: int,
+    group_size: int | None,
+    bias: torch.Tensor | None,
+    activation: str,
+    quantize_x: bool,
+) -> torch.Tensor:
+    """The op of ``kind``: arguments, result and errors are those of its public function.
+
+    Where x is not quantized, float32 must hold the sums of ``x · (code − zero)``.
+    """
+    check(kind, x, weight, scales, zeros, out_features, group_size, bias, activation)
+    N, K = out_features, x.shape[-1]
+    y = x.new_empty((*x.shape[:-1], N))
+    if y.numel() == 0:
+        return y
+    rows, groups = rows_of(x), kind.groups(K, group_size)
+    if weight.dim() == 1:  # the CPU's panels
+        weight = kind.pack_rows(kind.unpack(weight, N, K))
+    scales = group_values(scales, N, groups).contiguous()
+    if zeros is not None:
+        zeros = group_values(zeros, N, groups).contiguous()
+    # Groups longer than the row are the row.
+    group_size = min(group_size or K, max(1, K))
+    # Triton's interpreter multiplies the bits of bfloat16 numbers as integers.
+    interpreted = not isinstance(packed_linear_kernel, triton.JITFunction)
+    upcast = interpreted and x.dtype == torch.bfloat16 and not quantize_x
+    # Launches go to the current device.
+    with torch.cuda.device_of(x):
+        x_scales = scales
+        if quantize_x:
+            rows, x_scales, _ = quantize_rows(rows)
+        M = rows.shape[0]
+        sizes = block_sizes(M, rows.dtype, group_size)
+        steps = triton.cdiv(group_size, sizes["BLOCK_K"])
+        grid = (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(N, sizes["BLOCK_N"]),)
+        packed_linear_kernel[grid](
+            *(rows, weight.contiguous(), x_scales, scales, scales if zeros is None else zeros),
+            scales if bias is None else bias.contiguous(),
+            *(y, M, N, K, rows.stride(0), weight.shape[1], group_size, groups, steps),
+            BITS=kind.bits,
+            ZERO=kind.zero,
+            HAS_ZEROS=zeros is not None,
+            ALIGNED=groups == 1 or group_size % sizes["BLOCK_K"] == 0,
+            ONE_GROUP=groups == 1,
+            UPCAST=upcast,
+            HAS_BIAS=bias is not None,
+            ACTIVATION=ACTIVATIONS[activation],
+            GROUP_M=GROUP_M,
+            **sizes,
+        )
+    return y
