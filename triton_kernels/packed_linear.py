@@ -130,7 +130,7 @@ def block_sizes(M: int, dtype: torch.dtype, group_size: int) -> dict[str, int]:
 
     BLOCK_K is the largest that pads a group by no more than an eighth beyond the smallest.
     """
-    tile = next(tile for rows, *tile in TILES[dtype] if M <= rows)
+    tile = next(tile for rows, *tile in TILES[dtype] if rows >= M)
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     sizes = dict(zip(names, tile, strict=True))
     # The tensor cores' smallest depth.
