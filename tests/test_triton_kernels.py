@@ -114,6 +114,17 @@ def test_int8_linear_on_a_packed_weight(int8_linear):
     assert torch.equal(int8_linear(x, packed, scales, bias), int8_linear(x, weight, scales, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_packed_linear_pads_no_group_by_much(dtype):
+    block_sizes, smallest = load("packed_linear").block_sizes, 32 if dtype == torch.int8 else 16
+    for M in (1, 64, 4096):
+        for group in (*range(16, 1040, 16), 4099, 131072):
+            block = block_sizes(M, 4096, dtype, group)["BLOCK_K"]
+            padded, least = (-(-group // depth) * depth for depth in (block, smallest))
+            assert block >= smallest
+            assert padded <= least * 9 / 8
+
+
 @needs_interpreter
 @pytest.mark.parametrize("name", ALPHABETS)
 @pytest.mark.parametrize(("n", "chunk_size"), [(1, 1), (50, 7), (2000, 64), (300, 300)])
@@ -223,7 +234,7 @@ for capability in (80, 90):
         (4096, 4, "fp16", "fp16", 128), (4096, 4, "i8", "bf16", 256), (4096, 2, "i8", "bf16", 4096)
     ):
         dtypes = {"i8": "int8", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        constants = packed_linear.block_sizes(M, getattr(torch, dtypes[x]), group)
+        constants = packed_linear.block_sizes(M, 4096, getattr(torch, dtypes[x]), group)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         types = {"x": f"*{x}", **pointers, "bias": "*fp32", "y": f"*{y}"}
         types |= dict.fromkeys(sizes, "i32")

@@ -20,14 +20,13 @@ from compressops.ops.packed_linear import Codes, check, group_values
 from .quantize_rows import quantize_rows
 from .tiles import ACTIVATIONS, GROUP_M, rows_of, store_tile, tile_of_program
 
-# Rows of x up to which a tile serves, then the tile: BLOCK_M, BLOCK_N, BLOCK_K at most, warps and
-# stages. Narrow tiles spread few rows' weight over more multiprocessors, and long ones keep more of
-# it on its way; large ones read each byte for more operations. float32 has no tensor cores.
-ANY = 1 << 62
+# BLOCK_M, BLOCK_N, BLOCK_K at most, warps and stages for few rows, for small and for large results.
+# Narrow tiles spread few rows' weight over more multiprocessors, and long ones keep more of it on
+# its way; large ones read each byte for more operations. float32 has no tensor cores.
 TILES = {
-    torch.int8: ((16, 16, 32, 256, 4, 4), (256, 64, 64, 128, 4, 3), (ANY, 128, 128, 128, 8, 3)),
-    torch.float16: ((16, 16, 32, 128, 4, 4), (256, 64, 64, 64, 4, 3), (ANY, 128, 128, 64, 8, 3)),
-    torch.float32: ((16, 16, 32, 64, 4, 3), (ANY, 64, 64, 16, 4, 3)),
+    torch.int8: ((16, 32, 256, 4, 4), (64, 64, 128, 4, 3), (128, 128, 128, 8, 3)),
+    torch.float16: ((16, 32, 128, 4, 4), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
+    torch.float32: ((16, 32, 64, 4, 3), (64, 64, 16, 4, 3), (64, 64, 16, 4, 3)),
 }
 TILES[torch.bfloat16] = TILES[torch.float16]
 
@@ -125,12 +124,12 @@ def packed_linear_kernel(
     store_tile(y, total, bias, m, n, M, N, HAS_BIAS, ACTIVATION)
 
 
-def block_sizes(M: int, dtype: torch.dtype, group_size: int) -> dict[str, int]:
-    """Tile and launch parameters for M rows of x in ``dtype`` (int8 where they are quantized).
+def block_sizes(M: int, N: int, dtype: torch.dtype, group_size: int) -> dict[str, int]:
+    """Tile and launch parameters for a shape and x in ``dtype`` (int8 where it is quantized).
 
     BLOCK_K is the largest that pads a group by no more than an eighth beyond the smallest.
     """
-    tile = next(tile for rows, *tile in TILES[dtype] if rows >= M)
+    tile = TILES[dtype][0 if M <= 16 else 1 if M * N < 1024 * 1024 else 2]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     sizes = dict(zip(names, tile, strict=True))
     # The tensor cores' smallest depth.
@@ -181,7 +180,7 @@ def packed_linear(
         if quantize_x:
             rows, x_scales, _ = quantize_rows(rows)
         M = rows.shape[0]
-        sizes = block_sizes(M, rows.dtype, group_size)
+        sizes = block_sizes(M, N, rows.dtype, group_size)
         steps = triton.cdiv(group_size, sizes["BLOCK_K"])
         grid = (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(N, sizes["BLOCK_N"]),)
         packed_linear_kernel[grid](
