@@ -41,7 +41,8 @@ def int8_linear_kernel(
     GROUP_M: tl.constexpr,
 ):
     """A program computes a [BLOCK_M, BLOCK_N] tile of y [M, N] = q [M, K] @ weight [N, K].T."""
-    m, n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m, first_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):

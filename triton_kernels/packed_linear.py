@@ -11,6 +11,8 @@ group: 1/16 at groups of 128 inputs of 4 bits, 1/8 of 2 bits.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -20,26 +22,39 @@ from compressops.ops.packed_linear import Codes, check, group_values
 from .quantize_rows import quantize_rows
 from .tiles import ACTIVATIONS, GROUP_M, rows_of, store_tile, tile_of_program
 
+# Of a tile of the packing: its inputs, hence those of the smallest step, and its bytes.
+TILE_K: tl.constexpr = tl.constexpr(64)
+TILE_BYTES: tl.constexpr = tl.constexpr(512)
 # BLOCK_M, BLOCK_N, BLOCK_K at most, warps and stages for few rows, for small and for large results.
 # Narrow tiles spread few rows' weight over more multiprocessors, and long ones keep more of it on
 # its way; large ones read each byte for more operations. float32 has no tensor cores.
 TILES = {
     torch.int8: ((16, 32, 256, 4, 4), (64, 64, 128, 4, 3), (128, 128, 128, 8, 3)),
     torch.float16: ((16, 32, 128, 4, 4), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
-    torch.float32: ((16, 32, 64, 4, 3), (64, 64, 16, 4, 3), (64, 64, 16, 4, 3)),
+    torch.float32: ((16, 32, 64, 4, 3), (32, 32, 64, 4, 3), (32, 32, 64, 4, 3)),
 }
 TILES[torch.bfloat16] = TILES[torch.float16]
 
 
 @triton.jit
-def unpack(packed, BITS: tl.constexpr):
-    """Codes [rows, bytes · 8 / BITS] int8 of bytes [rows, bytes], the first in the lowest bits."""
+def unpack(packed, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Codes [BLOCK_N, BLOCK_K] int8 of their bytes [panels, BLOCK_K · 8] in the order of
+    ``Codes.pack_fragments``.
+
+    A lane's 16 bytes hold what it multiplies, so that on tensor cores nothing has to move.
+    """
     if BITS == 4:
-        codes = tl.interleave(packed & 15, packed >> 4)
+        codes = tl.join(packed & 15, packed >> 4)
     else:
-        even = tl.interleave(packed & 3, (packed >> 4) & 3)
-        codes = tl.interleave(even, tl.interleave((packed >> 2) & 3, packed >> 6))
-    return codes.to(tl.int8)
+        even = tl.join(packed & 3, (packed >> 4) & 3)
+        codes = tl.join(even, tl.join((packed >> 2) & 3, packed >> 6))
+    OUTPUTS: tl.constexpr = 8 // BITS
+    WORDS: tl.constexpr = BITS // 2
+    PANELS: tl.constexpr = BLOCK_N // (8 * OUTPUTS)
+    TILES_K: tl.constexpr = BLOCK_K // TILE_K
+    codes = tl.reshape(codes, (PANELS, TILES_K, 8, 4, OUTPUTS, WORDS, 4, 8 // BITS))
+    codes = tl.permute(codes, (0, 4, 2, 1, 5, 7, 3, 6))
+    return tl.reshape(codes, (BLOCK_N, BLOCK_K)).to(tl.int8)
 
 
 @triton.jit
@@ -55,7 +70,6 @@ def packed_linear_kernel(
     N,
     K,
     x_stride,
-    row_bytes,
     group_size,
     groups,
     steps,
@@ -74,11 +88,17 @@ def packed_linear_kernel(
 ):
     """A program computes a [BLOCK_M, BLOCK_N] tile of y [M, N] = x [M, K] @ W.T; x is int8 with
     x_scales [M], or float. A group of inputs is summed in so many steps of BLOCK_K inputs, ALIGNED
-    where they fill it."""
-    m, n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    where they fill it; else its first and last step hold other groups' inputs too."""
+    first_m, first_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     in_m, in_n = m < M, n < N
     depth = tl.arange(0, BLOCK_K)
-    place = tl.arange(0, BLOCK_K * BITS // 8)
+    # Panels of so many outputs, each a row of tiles.
+    OUTPUTS: tl.constexpr = TILE_BYTES * 8 // (BITS * TILE_K)
+    panel = first_n // OUTPUTS + tl.arange(0, BLOCK_N // OUTPUTS)
+    panel_bytes = tl.cdiv(K, TILE_K) * TILE_BYTES
+    in_panel = panel < tl.cdiv(N, OUTPUTS)
+    place = tl.arange(0, BLOCK_K // TILE_K * TILE_BYTES)
     QUANTIZED: tl.constexpr = x.dtype.element_ty == tl.int8
     SUM: tl.constexpr = tl.int32 if QUANTIZED else tl.float32
     sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
@@ -86,35 +106,36 @@ def packed_linear_kernel(
     for step in range(0, groups * steps):
         group = step // steps
         if ALIGNED:
-            first, end = step * BLOCK_K, K
+            first = step * BLOCK_K
+            k = first + depth
+            in_k = k < K
         else:
-            first = group * group_size + step % steps * BLOCK_K
-            end = tl.minimum(K, (group + 1) * group_size)
-        k = first + depth
+            start = group * group_size
+            first = start // TILE_K * TILE_K + step % steps * BLOCK_K
+            k = first + depth
+            in_k = (k >= start) & (k < tl.minimum(K, start + group_size))
         left = tl.load(
-            x + m[:, None] * x_stride + k[None, :],
-            mask=in_m[:, None] & (k < end)[None, :],
-            other=0,
+            x + m[:, None] * x_stride + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0
         )
         if UPCAST:
             left = left.to(tl.float32)
-        # What the row has no inputs for counts 0 times: x is 0 there.
-        byte = first // (8 // BITS) + place
+        # Codes of no input of the group count 0 times: x is 0 there.
+        byte = first // TILE_K * TILE_BYTES + place
         packed = tl.load(
-            weight + n[:, None] * row_bytes + byte[None, :],
-            mask=in_n[:, None] & (byte < row_bytes)[None, :],
+            weight + panel[:, None] * panel_bytes + byte[None, :],
+            mask=in_panel[:, None] & (byte < panel_bytes)[None, :],
             other=0,
         )
-        codes = unpack(packed, BITS)
+        codes = unpack(packed, BITS, BLOCK_N, BLOCK_K)
         if HAS_ZEROS:
-            codes -= tl.load(zeros + n * groups + group, mask=in_n, other=0).to(tl.int8)[:, None]
+            codes -= tl.load(zeros + group * N + n, mask=in_n, other=0).to(tl.int8)[:, None]
         else:
             codes -= ZERO
         right = tl.trans(codes.to(left.dtype))
         sums = tl.dot(left, right, sums, input_precision="ieee", out_dtype=SUM)
         if not ONE_GROUP:  # noqa: SIM102 - decided as it compiles
             if step % steps == steps - 1:
-                scale = tl.load(scales + n * groups + group, mask=in_n, other=0.0)
+                scale = tl.load(scales + group * N + n, mask=in_n, other=0.0)
                 total += sums.to(tl.float32) * scale[None, :]
                 sums = tl.zeros([BLOCK_M, BLOCK_N], SUM)
     if ONE_GROUP:
@@ -124,22 +145,26 @@ def packed_linear_kernel(
     store_tile(y, total, bias, m, n, M, N, HAS_BIAS, ACTIVATION)
 
 
-def block_sizes(M: int, N: int, dtype: torch.dtype, group_size: int) -> dict[str, int]:
+def block_sizes(M: int, N: int, dtype: torch.dtype, span: int) -> dict[str, int]:
     """Tile and launch parameters for a shape and x in ``dtype`` (int8 where it is quantized).
 
-    BLOCK_K is the largest that pads a group by no more than an eighth beyond the smallest.
+    BLOCK_K is the largest that pads the inputs that a group's steps span by at most an eighth.
     """
     tile = TILES[dtype][0 if M <= 16 else 1 if M * N < 1024 * 1024 else 2]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     sizes = dict(zip(names, tile, strict=True))
-    # The tensor cores' smallest depth.
-    smallest = 32 if dtype == torch.int8 else 16
-    padded = triton.cdiv(group_size, smallest) * smallest
-    while sizes["BLOCK_K"] > smallest:
-        if triton.cdiv(group_size, sizes["BLOCK_K"]) * sizes["BLOCK_K"] <= padded * 9 // 8:
+    tiles = triton.cdiv(span, TILE_K.value)
+    while sizes["BLOCK_K"] > TILE_K.value:
+        at_once = sizes["BLOCK_K"] // TILE_K.value
+        if triton.cdiv(tiles, at_once) * at_once <= tiles * 9 / 8:
             break
         sizes["BLOCK_K"] //= 2
     return sizes
+
+
+def span_of(group_size: int, groups: int) -> int:
+    """Inputs from the tile in which a group begins to its end, at most."""
+    return group_size + (TILE_K.value - math.gcd(group_size, TILE_K.value) if groups > 1 else 0)
 
 
 def packed_linear(
@@ -165,10 +190,10 @@ def packed_linear(
         return y
     rows, groups = rows_of(x), kind.groups(K, group_size)
     if weight.dim() == 1:  # the CPU's panels
-        weight = kind.pack_rows(kind.unpack(weight, N, K))
-    scales = group_values(scales, N, groups).contiguous()
+        weight = kind.pack_fragments(kind.unpack(weight, N, K))
+    scales = group_values(scales, N, groups).t().contiguous()
     if zeros is not None:
-        zeros = group_values(zeros, N, groups).contiguous()
+        zeros = group_values(zeros, N, groups).t().contiguous()
     # Groups longer than the row are the row.
     group_size = min(group_size or K, max(1, K))
     # Triton's interpreter multiplies the bits of bfloat16 numbers as integers.
@@ -180,13 +205,14 @@ def packed_linear(
         if quantize_x:
             rows, x_scales, _ = quantize_rows(rows)
         M = rows.shape[0]
-        sizes = block_sizes(M, N, rows.dtype, group_size)
-        steps = triton.cdiv(group_size, sizes["BLOCK_K"])
+        span = span_of(group_size, groups)
+        sizes = block_sizes(M, N, rows.dtype, span)
+        steps = triton.cdiv(span, sizes["BLOCK_K"])
         grid = (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(N, sizes["BLOCK_N"]),)
         packed_linear_kernel[grid](
             *(rows, weight.contiguous(), x_scales, scales, scales if zeros is None else zeros),
             scales if bias is None else bias.contiguous(),
-            *(y, M, N, K, rows.stride(0), weight.shape[1], group_size, groups, steps),
+            *(y, M, N, K, rows.stride(0), group_size, groups, steps),
             BITS=kind.bits,
             ZERO=kind.zero,
             HAS_ZEROS=zeros is not None,

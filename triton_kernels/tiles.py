@@ -15,7 +15,7 @@ GROUP_M = 8
 
 @triton.jit
 def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Rows [BLOCK_M] and columns [BLOCK_N] of this program's tile of [M, N], as int64.
+    """Row and column, int64, where this program's tile of [M, N] begins.
 
     Programs that run at the same time share rows and columns in L2.
     """
@@ -26,9 +26,7 @@ def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
     in_group = program % (GROUP_M * tiles_n)
     tile_m = group * GROUP_M + in_group % rows_in_group
     tile_n = in_group // rows_in_group
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return m, n
+    return tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
 
 
 @triton.jit
