@@ -115,14 +115,16 @@ def test_int8_linear_on_a_packed_weight(int8_linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
-def test_packed_linear_pads_no_group_by_much(dtype):
-    block_sizes, smallest = load("packed_linear").block_sizes, 32 if dtype == torch.int8 else 16
+def test_steps_of_packed_linear_hold_every_group_and_little_else(dtype):
+    module = load("packed_linear")
     for M in (1, 64, 4096):
-        for group in (*range(16, 1040, 16), 4099, 131072):
-            block = block_sizes(M, 4096, dtype, group)["BLOCK_K"]
-            padded, least = (-(-group // depth) * depth for depth in (block, smallest))
-            assert block >= smallest
-            assert padded <= least * 9 / 8
+        for group in (*range(16, 1040, 16), 4096):
+            span = module.span_of(group, groups=9)
+            block = module.block_sizes(M, 4096, dtype, span)["BLOCK_K"]
+            inputs = -(-span // block) * block
+            assert block % 64 == 0
+            assert inputs <= -(-span // 64) * 64 * 9 / 8
+            assert all(group * i % 64 + group <= inputs for i in range(9))
 
 
 @needs_interpreter
@@ -227,18 +229,20 @@ for capability in (80, 90):
         results[f"matmul {M} {dtype} {capability}"] = build(
             capability, int8_linear.int8_linear_kernel, types, constants, **options)
     pointers = {"weight": "*u8", "x_scales": "*fp32", "scales": "*fp32", "zeros": "*u8"}
-    sizes = ("M", "N", "K", "x_stride", "row_bytes", "group_size", "groups", "steps")
+    sizes = ("M", "N", "K", "x_stride", "group_size", "groups", "steps")
     for M, bits, x, y, group in (
         (1, 4, "i8", "bf16", 128), (1, 4, "bf16", "bf16", 128), (1, 2, "i8", "fp32", 4096),
         (16, 4, "fp16", "fp16", 64), (64, 4, "fp32", "fp32", 16), (64, 2, "i8", "fp16", 48),
         (4096, 4, "fp16", "fp16", 128), (4096, 4, "i8", "bf16", 256), (4096, 2, "i8", "bf16", 4096)
     ):
         dtypes = {"i8": "int8", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-        constants = packed_linear.block_sizes(M, 4096, getattr(torch, dtypes[x]), group)
+        groups = -(-4096 // group)
+        span = packed_linear.span_of(group, groups)
+        constants = packed_linear.block_sizes(M, 4096, getattr(torch, dtypes[x]), span)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
         types = {"x": f"*{x}", **pointers, "bias": "*fp32", "y": f"*{y}"}
         types |= dict.fromkeys(sizes, "i32")
-        integers = {"M": M, "groups": -(-4096 // group), "steps": -(-group // constants["BLOCK_K"])}
+        integers = {"M": M, "groups": groups, "steps": -(-span // constants["BLOCK_K"])}
         constants |= {name: 1 for name in integers if integers[name] == 1}
         constants |= {
             "BITS": bits, "ZERO": 8 if bits == 4 else 1, "HAS_ZEROS": bits == 4,

@@ -1,12 +1,15 @@
 """int4_linear and ternary_linear in Triton: a matrix product on codes of 2 or 4 bits.
 
-Semantics and argument forms: :func:`compressops.ops.int4_linear`. A tile of codes is read as the
-bytes that it is, and becomes ``code − zero`` in registers: int8 where x is quantized, else numbers
-of x's dtype, of which all are exact. The scale of a group multiplies its sum, in float32; a weight
-that was scaled first would be rounded to x's dtype, and a small scale would be lost in float16.
+Semantics and argument forms: :func:`compressops.ops.int4_linear`. The weight is read as
+``Codes.pack_fragments`` has it: a tile of 512 bytes whole, 16 bytes a lane. Its codes become
+``code − zero`` in registers: int8 where x is quantized, else numbers of x's dtype, of which all are
+exact. The scale of a group multiplies its sum, in float32; a weight that was scaled first would be
+rounded to x's dtype, and a small scale would be lost in float16.
 
 With few rows the codes are all the traffic, N · K · bits / 8 bytes, and the scales add 32 bits a
-group: 1/16 at groups of 128 inputs of 4 bits, 1/8 of 2 bits.
+group: 1/16 at groups of 128 inputs of 4 bits, 1/8 of 2 bits. A tile holds 64 inputs. Where groups
+begin within one it is multiplied once for each of them, x being 0 outside: groups of 32 take twice
+the multiplications, and as many bytes from the caches, but not from memory.
 """
 
 from __future__ import annotations
@@ -27,11 +30,12 @@ TILE_K: tl.constexpr = tl.constexpr(64)
 TILE_BYTES: tl.constexpr = tl.constexpr(512)
 # BLOCK_M, BLOCK_N, BLOCK_K at most, warps and stages for few rows, for small and for large results.
 # Narrow tiles spread few rows' weight over more multiprocessors, and long ones keep more of it on
-# its way; large ones read each byte for more operations. float32 has no tensor cores.
+# its way; large ones read each byte for more operations. float32 has no tensor cores, and holds a
+# whole step's operands in registers: larger tiles would spill.
 TILES = {
     torch.int8: ((16, 32, 256, 4, 4), (64, 64, 128, 4, 3), (128, 128, 128, 8, 3)),
     torch.float16: ((16, 32, 128, 4, 4), (64, 64, 64, 4, 3), (128, 128, 64, 8, 3)),
-    torch.float32: ((16, 32, 64, 4, 3), (32, 32, 64, 4, 3), (32, 32, 64, 4, 3)),
+    torch.float32: ((16, 32, 64, 4, 3), (32, 32, 64, 8, 3), (32, 32, 64, 8, 3)),
 }
 TILES[torch.bfloat16] = TILES[torch.float16]
 
@@ -41,7 +45,7 @@ def unpack(packed, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
     """Codes [BLOCK_N, BLOCK_K] int8 of their bytes [panels, BLOCK_K · 8] in the order of
     ``Codes.pack_fragments``.
 
-    A lane's 16 bytes hold what it multiplies, so that on tensor cores nothing has to move.
+    A lane's 16 bytes hold what it gives to ``mma.sync``, so that nothing has to move between lanes.
     """
     if BITS == 4:
         codes = tl.join(packed & 15, packed >> 4)
@@ -147,8 +151,9 @@ def packed_linear_kernel(
 
 def block_sizes(M: int, N: int, dtype: torch.dtype, span: int) -> dict[str, int]:
     """Tile and launch parameters for a shape and x in ``dtype`` (int8 where it is quantized).
+    A group's steps span so many inputs, see `span_of`.
 
-    BLOCK_K is the largest that pads the inputs that a group's steps span by at most an eighth.
+    BLOCK_K is the largest that pads them by at most an eighth.
     """
     tile = TILES[dtype][0 if M <= 16 else 1 if M * N < 1024 * 1024 else 2]
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
