@@ -1,8 +1,8 @@
 // int4_linear and ternary_linear on a CPU: quantize each row of x to int8, multiply by the codes,
 // group by group, scale, add the bias and activate while the sums are in L1.
 //
-// Up to four rows read the packed weights as they are, from memory, which is what limits them. More
-// rows unpack a group of a panel once, into L1, and pass over it in register blocks.
+// Up to eight rows read the packed weights as they are, from memory, which is what limits them.
+// More rows unpack a group of a panel once, into L1, and pass over it in register blocks.
 #pragma once
 
 #include <memory>
@@ -56,7 +56,7 @@ struct Rows {
   int64_t stride;                   // of codes
   std::unique_ptr<int8_t[]> codes;  // [M][depth]
   std::vector<float> scales;        // [M]
-  std::vector<int32_t> sums;        // [M][groups]
+  std::vector<int32_t> shifts;      // [M][groups], see PackedGroups
 };
 
 template <typename T>
@@ -70,8 +70,10 @@ Rows quantize(const PackedProducts& isa, const T* x, int64_t M, const Weight& we
   quantize_rows(x, M, weight.K, depth, {}, reinterpret_cast<uint8_t*>(q), stride,
                 [&](int64_t m, RowScale row) {
                   rows.scales[m] = row.scale;
-                  isa.sum_groups(q + m * stride, depth, weight.group,
-                                 rows.sums.data() + m * weight.groups);
+                  int32_t* shifts = rows.shifts.data() + m * weight.groups;
+                  isa.sum_groups(q + m * stride, depth, weight.group, shifts);
+                  const int32_t zero = weight.zeros == nullptr ? -weight.zero : -1;
+                  for (int64_t g = 0; g < weight.groups; ++g) shifts[g] *= zero;
                 });
   return rows;
 }
@@ -88,6 +90,15 @@ void finish_row(float* y, float scale, const float* bias, int64_t columns, Activ
   std::copy(y, y + columns, out);
 }
 
+// With more rows than these, codes are unpacked before they are multiplied.
+constexpr int64_t kUnpackedFrom = 3 * kPackedDirectRows;
+
+// So many inputs of a panel are unpacked at a time: whole groups, and 16 KB, half of L1, where a
+// group is not more.
+inline int64_t unpacked_span(const Weight& weight) {
+  return std::max<int64_t>(1, 512 / weight.group) * weight.group;
+}
+
 // Columns of one panel, rows [begin, end): y is [end - begin][width].
 inline void multiply_panel(const PackedProducts& isa, const Weight& weight, const Rows& rows,
                            int64_t panel, int64_t begin, int64_t end, uint8_t* unpacked, float* y) {
@@ -97,36 +108,43 @@ inline void multiply_panel(const PackedProducts& isa, const Weight& weight, cons
   const int64_t offset = first * weight.groups;
   const int8_t* q = rows.codes.get() + begin * rows.stride;
   PackedGroups groups{weight.scales + offset,
-                      weight.zeros == nullptr ? nullptr : weight.zeros + offset, weight.zero,
-                      rows.sums.data() + begin * weight.groups, weight.groups};
+                      weight.zeros == nullptr ? nullptr : weight.zeros + offset,
+                      rows.shifts.data() + begin * weight.groups, weight.groups};
   std::fill(y, y + (end - begin) * width, 0.0f);
-  if (end - begin <= kPackedDirectRows) {
-    isa.multiply_packed(weight.bits, q, rows.stride, codes, width, depth, weight.group,
-                        (int)(end - begin), groups, y);
+  if (end - begin <= kUnpackedFrom) {
+    const int64_t blocks = ceil_div(end - begin, kPackedDirectRows);
+    for (int64_t b = 0; b < blocks; ++b) {
+      // Evenly: 9 rows as 5 and 4, not as 8 and 1.
+      const int64_t r0 = b * (end - begin) / blocks, r1 = (b + 1) * (end - begin) / blocks;
+      PackedGroups now = groups;
+      now.shifts += r0 * weight.groups;
+      isa.multiply_packed(weight.bits, q + r0 * rows.stride, rows.stride, codes, width, depth,
+                          weight.group, (int)(r1 - r0), now, y + r0 * width);
+    }
     return;
   }
-  const int64_t blocks = ceil_div(end - begin, kPackedRows);
-  for (int64_t g = 0; g < weight.groups; ++g) {
-    const int64_t start = g * weight.group;
-    const int64_t length = std::min(weight.group, depth - start);
+  const int64_t blocks = ceil_div(end - begin, kPackedRows), span = unpacked_span(weight);
+  for (int64_t start = 0; start < depth; start += span) {
+    const int64_t length = std::min(span, depth - start);
     isa.unpack(weight.bits, codes + start / weight.inputs() * width * 4, width,
                length / weight.inputs(), unpacked);
     for (int64_t b = 0; b < blocks; ++b) {
-      // Evenly: 13 rows as 7 and 6, not as 12 and 1.
+      // Evenly: 7 rows as 4 and 3, not as 6 and 1.
       const int64_t r0 = b * (end - begin) / blocks, r1 = (b + 1) * (end - begin) / blocks;
       PackedGroups now = groups;
-      now.x_sums += r0 * weight.groups;
-      isa.multiply(q + r0 * rows.stride + start, rows.stride, unpacked, width, length,
+      now.shifts += r0 * weight.groups;
+      isa.multiply(q + r0 * rows.stride + start, rows.stride, unpacked, width, length, weight.group,
                    (int)(r1 - r0), now, y + r0 * width);
     }
-    groups.scales += width;
-    if (groups.zeros != nullptr) groups.zeros += width;
-    ++groups.x_sums;
+    const int64_t done = ceil_div(length, weight.group);
+    groups.scales += done * width;
+    if (groups.zeros != nullptr) groups.zeros += done * width;
+    groups.shifts += done;
   }
 }
 
 // A task is a panel and up to so many rows: both stay in L2.
-constexpr int64_t kTaskRows = 8 * kPackedRows;
+constexpr int64_t kTaskRows = 16 * kPackedRows;
 
 template <typename T>
 void run(const Weight& weight, const T* x, int64_t M, const float* bias, Activation activation,
@@ -139,7 +157,7 @@ void run(const Weight& weight, const T* x, int64_t M, const float* bias, Activat
   torch::stable::parallel_for(0, panels * row_tasks, grain, [&](int64_t begin, int64_t end) {
     alignas(64) float y[kTaskRows * kPackedPanel];
     const std::unique_ptr<uint8_t[]> unpacked(
-        new uint8_t[M > kPackedDirectRows ? weight.group * kPackedPanel : 1]);
+        new uint8_t[M > kUnpackedFrom ? unpacked_span(weight) * kPackedPanel : 1]);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t panel = task / row_tasks, part = task % row_tasks;
       const int64_t m0 = part * M / row_tasks, m1 = (part + 1) * M / row_tasks;

@@ -14,18 +14,19 @@
 namespace compressops::cpu {
 
 constexpr int kPackedPanel = 32;
-constexpr int kPackedRows = 12;       // rows of the largest register block of `multiply`
-constexpr int kPackedDirectRows = 4;  // the most rows that `multiply_packed` takes
+constexpr int kPackedRows = 6;        // rows of the largest register block of `multiply`
+constexpr int kPackedDirectRows = 8;  // the most rows that `multiply_packed` takes
 
-// One scale group of a panel, or (multiply_packed) all of them one after the other:
-//   y[row][n] += scales[n] * (sum over k of q[row][k] * code[k][n] - zero[n] * x_sums[row])
-// with zero[n] = zeros[n] or, where zeros is null, `zero`. y is [rows][width].
+// The scale groups of a panel, one after the other:
+//   y[row][n] += scales[n] * (sum over k of q[row][k] * code[k][n] + shift[row] * zero[n])
+// with zero[n] = zeros[n] or, where zeros is null, 1. y is [rows][width].
 struct PackedGroups {
   const float* scales;   // [groups][width]
   const uint8_t* zeros;  // [groups][width] or null
-  int zero;
-  const int32_t* x_sums;  // [rows][x_sums_stride], a sum a group
-  int64_t x_sums_stride;
+  // [rows][shifts_stride], one a group: minus the sum of the row's codes, times the code of 0.0
+  // where zeros is null.
+  const int32_t* shifts;
+  int64_t shifts_stride;
 };
 
 struct PackedProducts {
@@ -35,10 +36,11 @@ struct PackedProducts {
   void (*sum_groups)(const int8_t* q, int64_t depth, int64_t group, int32_t* sums);
   // `words` packed words of a panel to bytes; depth / (32 / bits) * width of them.
   void (*unpack)(int bits, const uint8_t* packed, int width, int64_t blocks, uint8_t* panel);
-  // One group of `depth` unpacked inputs, at most kPackedRows rows.
+  // `depth` inputs in groups of `group` (the last may be shorter), unpacked; at most kPackedRows
+  // rows.
   void (*multiply)(const int8_t* q, int64_t q_stride, const uint8_t* panel, int width,
-                   int64_t depth, int rows, const PackedGroups& group, float* y);
-  // All groups of `group` inputs (the last may be shorter), at most kPackedDirectRows rows.
+                   int64_t depth, int64_t group, int rows, const PackedGroups& groups, float* y);
+  // The same of packed words, at most kPackedDirectRows rows.
   void (*multiply_packed)(int bits, const int8_t* q, int64_t q_stride, const uint8_t* packed,
                           int width, int64_t depth, int64_t group, int rows,
                           const PackedGroups& groups, float* y);

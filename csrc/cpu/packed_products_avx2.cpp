@@ -48,13 +48,13 @@ __m256i dot(__m256i sums, __m256i codes, __m256i x) {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-// y += scales · (sums − zero · x_sum) of 8 columns.
-void fold(__m256i sums, const PackedGroups& group, int64_t column, int32_t x_sum, float* y) {
-  __m256i zero = _mm256_set1_epi32(group.zero);
+// y += scales · (sums + shift · zero) of 8 columns.
+void fold(__m256i sums, const PackedGroups& group, int64_t column, int32_t row_shift, float* y) {
+  __m256i shift = _mm256_set1_epi32(row_shift);
   if (group.zeros != nullptr)
-    zero = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(group.zeros + column)));
-  zero = _mm256_mullo_epi32(zero, _mm256_set1_epi32(x_sum));
-  const __m256 exact = _mm256_cvtepi32_ps(_mm256_sub_epi32(sums, zero));
+    shift = _mm256_mullo_epi32(
+        shift, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(group.zeros + column))));
+  const __m256 exact = _mm256_cvtepi32_ps(_mm256_add_epi32(sums, shift));
   _mm256_storeu_ps(
       y, _mm256_fmadd_ps(_mm256_loadu_ps(group.scales + column), exact, _mm256_loadu_ps(y)));
 }
@@ -75,28 +75,34 @@ void multiply_block(const int8_t* q, int64_t q_stride, const uint8_t* panel, int
     }
   for (int r = 0; r < Rows; ++r)
     for (int j = 0; j < Vectors; ++j)
-      fold(sums[r][j], group, 8 * j, group.x_sums[r * group.x_sums_stride],
+      fold(sums[r][j], group, 8 * j, group.shifts[r * group.shifts_stride],
            y + (r * Vectors + j) * 8);
 }
 
 template <int Vectors>
-void multiply_rows(const int8_t* q, int64_t q_stride, const uint8_t* panel, int64_t depth, int rows,
-                   PackedGroups group, float* y) {
-  int r = 0;
-  for (; r + 2 <= rows; r += 2) {
-    multiply_block<2, Vectors>(q + r * q_stride, q_stride, panel, depth, group,
-                               y + r * Vectors * 8);
-    group.x_sums += 2 * group.x_sums_stride;
+void multiply_rows(const int8_t* q, int64_t q_stride, const uint8_t* panel, int64_t depth,
+                   int64_t group, int rows, PackedGroups now, float* y) {
+  for (int64_t start = 0; start < depth; start += group) {
+    const int64_t length = start + group < depth ? group : depth - start;
+    const uint8_t* part = panel + start * Vectors * 8;
+    PackedGroups row = now;
+    int r = 0;
+    for (; r + 2 <= rows; r += 2, row.shifts += 2 * row.shifts_stride)
+      multiply_block<2, Vectors>(q + r * q_stride + start, q_stride, part, length, row,
+                                 y + r * Vectors * 8);
+    if (r < rows)
+      multiply_block<1, Vectors>(q + r * q_stride + start, q_stride, part, length, row,
+                                 y + r * Vectors * 8);
+    now.scales += Vectors * 8;
+    if (now.zeros != nullptr) now.zeros += Vectors * 8;
+    ++now.shifts;
   }
-  if (r < rows)
-    multiply_block<1, Vectors>(q + r * q_stride, q_stride, panel, depth, group,
-                               y + r * Vectors * 8);
 }
 
 void multiply(const int8_t* q, int64_t q_stride, const uint8_t* panel, int width, int64_t depth,
-              int rows, const PackedGroups& group, float* y) {
+              int64_t group, int rows, const PackedGroups& groups, float* y) {
   const auto run = width == 32 ? multiply_rows<4> : multiply_rows<2>;
-  run(q, q_stride, panel, depth, rows, group, y);
+  run(q, q_stride, panel, depth, group, rows, groups, y);
 }
 
 template <int Bits, int Vectors>
@@ -123,10 +129,10 @@ void multiply_direct(const int8_t* q, const uint8_t* packed, int64_t depth, int6
         }
       }
     }
-    for (int j = 0; j < Vectors; ++j) fold(sums[j], now, 8 * j, now.x_sums[0], y + 8 * j);
+    for (int j = 0; j < Vectors; ++j) fold(sums[j], now, 8 * j, now.shifts[0], y + 8 * j);
     now.scales += Vectors * 8;
     if (now.zeros != nullptr) now.zeros += Vectors * 8;
-    ++now.x_sums;
+    ++now.shifts;
   }
 }
 
@@ -135,7 +141,7 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
   const auto run = bits == 4 ? (width == 32 ? multiply_direct<4, 4> : multiply_direct<4, 2>)
                              : (width == 32 ? multiply_direct<2, 4> : multiply_direct<2, 2>);
   PackedGroups row = groups;
-  for (int r = 0; r < rows; ++r, row.x_sums += groups.x_sums_stride)
+  for (int r = 0; r < rows; ++r, row.shifts += groups.shifts_stride)
     run(q + r * q_stride, packed, depth, group, row, y + r * width);
 }
 

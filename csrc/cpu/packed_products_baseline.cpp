@@ -21,21 +21,35 @@ void unpack(int bits, const uint8_t* packed, int width, int64_t blocks, uint8_t*
             (uint8_t)(packed[b * row + i] >> (bits * part) & ((1 << bits) - 1));
 }
 
+// sums += codes · x of four inputs.
+void add_products(const int8_t* x, const uint8_t* panel, int width, int32_t* sums) {
+  for (int n = 0; n < width; ++n) {
+    const uint8_t* w = panel + n * 4;
+    sums[n] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
+  }
+}
+
+// y += scales · (sums + shift · zero) of the first group, and on to the next.
+void fold(const int32_t* sums, int width, PackedGroups& group, float* y) {
+  for (int n = 0; n < width; ++n) {
+    const int32_t zero = group.zeros == nullptr ? 1 : group.zeros[n];
+    y[n] = fmaf(group.scales[n], (float)(sums[n] + group.shifts[0] * zero), y[n]);
+  }
+  group.scales += width;
+  if (group.zeros != nullptr) group.zeros += width;
+  ++group.shifts;
+}
+
 void multiply(const int8_t* q, int64_t q_stride, const uint8_t* panel, int width, int64_t depth,
-              int rows, const PackedGroups& group, float* y) {
+              int64_t group, int rows, const PackedGroups& groups, float* y) {
   for (int r = 0; r < rows; ++r) {
-    int32_t sums[kPackedPanel] = {};
-    for (int64_t k = 0; k < depth; k += 4) {
-      const int8_t* x = q + r * q_stride + k;
-      for (int n = 0; n < width; ++n) {
-        const uint8_t* w = panel + (k / 4 * width + n) * 4;
-        sums[n] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
-      }
-    }
-    const int32_t x_sum = group.x_sums[r * group.x_sums_stride];
-    for (int n = 0; n < width; ++n) {
-      const int32_t zero = group.zeros == nullptr ? group.zero : group.zeros[n];
-      y[r * width + n] = fmaf(group.scales[n], (float)(sums[n] - zero * x_sum), y[r * width + n]);
+    PackedGroups now = groups;
+    now.shifts += r * groups.shifts_stride;
+    for (int64_t start = 0; start < depth; start += group) {
+      int32_t sums[kPackedPanel] = {};
+      for (int64_t k = start; k < depth && k < start + group; k += 4)
+        add_products(q + r * q_stride + k, panel + k * width, width, sums);
+      fold(sums, width, now, y + r * width);
     }
   }
 }
@@ -47,28 +61,15 @@ void multiply_packed(int bits, const int8_t* q, int64_t q_stride, const uint8_t*
   uint8_t panel[16 * kPackedPanel];
   for (int r = 0; r < rows; ++r) {
     PackedGroups now = groups;
-    now.x_sums += r * groups.x_sums_stride;
+    now.shifts += r * groups.shifts_stride;
     for (int64_t start = 0; start < depth; start += group) {
-      const int64_t end = start + group < depth ? start + group : depth;
       int32_t sums[kPackedPanel] = {};
-      for (int64_t k = start; k < end; k += block) {
+      for (int64_t k = start; k < depth && k < start + group; k += block) {
         unpack(bits, packed + k / block * width * 4, width, 1, panel);
-        for (int64_t j = 0; j < block; j += 4) {
-          const int8_t* x = q + r * q_stride + k + j;
-          for (int n = 0; n < width; ++n) {
-            const uint8_t* w = panel + (j / 4 * width + n) * 4;
-            sums[n] += x[0] * w[0] + x[1] * w[1] + x[2] * w[2] + x[3] * w[3];
-          }
-        }
+        for (int64_t j = 0; j < block; j += 4)
+          add_products(q + r * q_stride + k + j, panel + j * width, width, sums);
       }
-      for (int n = 0; n < width; ++n) {
-        const int32_t zero = now.zeros == nullptr ? now.zero : now.zeros[n];
-        y[r * width + n] =
-            fmaf(now.scales[n], (float)(sums[n] - zero * now.x_sums[0]), y[r * width + n]);
-      }
-      now.scales += width;
-      if (now.zeros != nullptr) now.zeros += width;
-      ++now.x_sums;
+      fold(sums, width, now, y + r * width);
     }
   }
 }
