@@ -112,10 +112,16 @@ def assert_matches(actual: torch.Tensor, layer: Layer, x, bias, activation) -> N
         assert ((actual.double() - exact).abs() <= allowed).all()
 
 
+# Every number of rows and of panels that the CPU's kernels treat in another way.
+ROWS_AND_PANELS = [
+    *(Case(m, 129, 67, 32) for m in (2, 3, 4, 5, 12, 13)),
+    *(Case(9, 40, n, 16, zeros=True) for n in (16, 31, 32, 33, 48, 63, 64)),
+]
 CASES = [
+    *ROWS_AND_PANELS,
     *(Case(m, k, n) for m in (0, 1, 5) for k in (0, 1, 7, 64) for n in (0, 1, 17)),
-    *(Case(m, 129, 67, 32) for m in (1, 2, 3, 4, 5, 12, 13, 25)),
-    *(Case(9, 40, n, 16, zeros=True) for n in (15, 16, 31, 32, 33, 48, 63, 64, 65)),
+    *(Case(m, 129, 67, 32) for m in (1, 25)),
+    *(Case(9, 40, n, 16, zeros=True) for n in (15, 65)),
     *(Case(m, k, 20, 32, zeros=True) for m in (2, 9) for k in (8, 15, 16, 17, 31, 33, 200)),
     *(Case(m, 256, 40, group, zeros=True) for m in (1, 6) for group in (64, 128, 512, 2**62)),
     *(Case(3, 40, 24, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)),
@@ -157,6 +163,8 @@ def interpreted(op: str, device: torch.device) -> bool:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_matches_float64(kernel, case: Case) -> None:
+    if case in ROWS_AND_PANELS and interpreted(*kernel):
+        pytest.skip("nothing of its own to Triton")
     layer, args = make(kernel[0], case, kernel[1])
     assert_matches(layer(*args), layer, *args)
 
