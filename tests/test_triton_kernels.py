@@ -114,6 +114,19 @@ def test_int8_linear_on_a_packed_weight(int8_linear):
     assert torch.equal(int8_linear(x, packed, scales, bias), int8_linear(x, weight, scales, bias))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+def test_steps_of_packed_linear_hold_every_group_and_little_else(dtype):
+    module = load("packed_linear")
+    for M in (1, 64, 4096):
+        for group in (*range(16, 1040, 16), 4096):
+            span = module.span_of(group, groups=9)
+            block = module.block_sizes(M, 4096, dtype, span)["BLOCK_K"]
+            inputs = -(-span // block) * block
+            assert block % 64 == 0
+            assert inputs <= -(-span // 64) * 64 * 9 / 8
+            assert all(group * i % 64 + group <= inputs for i in range(9))
+
+
 @needs_interpreter
 @pytest.mark.parametrize("name", ALPHABETS)
 @pytest.mark.parametrize(("n", "chunk_size"), [(1, 1), (50, 7), (2000, 64), (300, 300)])
@@ -179,11 +192,14 @@ COMPILE = """
 import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton_kernels import huffman_decode, int8_linear, winograd_conv2d
+from triton_kernels import (
+    huffman_decode, int8_linear, packed_linear, quantize_rows, winograd_conv2d)
 
-def build(capability, kernel, types, constants, **options):
+def build(capability, kernel, types, constants, multiples_of_16=(), **options):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
-    source = ASTSource(kernel, signature=signature, constexprs=constants)
+    places = [p.name for p in kernel.params]
+    attributes = {(places.index(n),): [["tt.divisibility", 16]] for n in multiples_of_16}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     instructions = re.findall(r"wgmma\\.mma_async|mma\\.sync", built.asm["ptx"])
     return {"cubin": len(built.asm["cubin"]), "matrix": sorted(set(instructions)),
@@ -194,20 +210,48 @@ for capability in (80, 90):
     exact = {"enable_fp_fusion": False}
     for dtype in ("fp32", "fp16", "bf16"):
         results[f"quantize {dtype} {capability}"] = build(
-            capability, int8_linear.quantize_rows_kernel,
-            {"x": f"*{dtype}", "q": "*i8", "x_scales": "*fp32", "x_stride": "i64", "K": "i32"},
-            {"BLOCK_K": 1024}, **exact)
-    names = ("q", "weight", "x_scales", "weight_scales", "bias", "y", "M", "N", "K")
+            capability, quantize_rows.quantize_rows_kernel,
+            {"x": f"*{dtype}", "q": "*i8", "x_scales": "*fp32", "x_zeros": "*i32",
+             "x_scale": "*fp32", "x_zero": "*i8", "x_stride": "i64", "K": "i32"},
+            {"STATIC": dtype == "fp16", "ASYMMETRIC": dtype == "bf16",
+             "HAS_ZERO": dtype == "fp16", "BLOCK_K": 1024}, **exact)
+    names = ("q", "weight", "x_scales", "x_zeros", "weight_scales", "weight_sums", "bias", "y",
+             "M", "N", "K")
     for M, dtype in ((1, "bf16"), (16, "fp32"), (256, "fp16"), (4096, "bf16")):
-        types = dict(zip(names, ("*i8", "*i8", *["*fp32"] * 3, f"*{dtype}", *["i32"] * 3)))
+        types = dict(zip(names, ("*i8", "*i8", "*fp32", "*i32", "*fp32", "*i32", "*fp32",
+                                 f"*{dtype}", *["i32"] * 3)))
         constants = int8_linear.block_sizes(M, 4096)
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | exact
-        constants |= {"HAS_BIAS": M > 16, "ACTIVATION": 2, "GROUP_M": 8}
+        constants |= {"HAS_ZEROS": M == 256, "HAS_BIAS": M > 16, "ACTIVATION": 2, "GROUP_M": 8}
         if M == 1:  # Triton makes a constant of an integer argument that is 1
             del types["M"]
             constants["M"] = 1
         results[f"matmul {M} {dtype} {capability}"] = build(
             capability, int8_linear.int8_linear_kernel, types, constants, **options)
+    pointers = {"weight": "*u8", "x_scales": "*fp32", "scales": "*fp32", "zeros": "*u8"}
+    sizes = ("M", "N", "K", "x_stride", "group_size", "groups", "steps")
+    for M, bits, x, y, group in (
+        (1, 4, "i8", "bf16", 128), (1, 4, "bf16", "bf16", 128), (1, 2, "i8", "fp32", 4096),
+        (16, 4, "fp16", "fp16", 64), (64, 4, "fp32", "fp32", 16), (64, 2, "i8", "fp16", 48),
+        (4096, 4, "fp16", "fp16", 128), (4096, 4, "i8", "bf16", 256), (4096, 2, "i8", "bf16", 4096)
+    ):
+        dtypes = {"i8": "int8", "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        groups = -(-4096 // group)
+        span = packed_linear.span_of(group, groups)
+        constants = packed_linear.block_sizes(M, 4096, getattr(torch, dtypes[x]), span)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        types = {"x": f"*{x}", **pointers, "bias": "*fp32", "y": f"*{y}"}
+        types |= dict.fromkeys(sizes, "i32")
+        integers = {"M": M, "groups": groups, "steps": -(-span // constants["BLOCK_K"])}
+        constants |= {name: 1 for name in integers if integers[name] == 1}
+        constants |= {
+            "BITS": bits, "ZERO": 8 if bits == 4 else 1, "HAS_ZEROS": bits == 4,
+            "ALIGNED": group % constants["BLOCK_K"] == 0, "ONE_GROUP": group == 4096,
+            "UPCAST": False, "HAS_BIAS": True, "ACTIVATION": 2, "GROUP_M": 8}
+        types = {name: type_ for name, type_ in types.items() if name not in constants}
+        multiples = [name for name in types if name not in ("M", "groups", "steps")]
+        results[f"packed {x} {M} {bits} {group} {capability}"] = build(
+            capability, packed_linear.packed_linear_kernel, types, constants, multiples, **options)
     types = {"stream": "*u8", "offsets": "*i64", "table": "*i16", "output": "*u8",
              "errors": "*i32", "stream_bytes": "i64", "chunks": "i64", "num_symbols": "i64",
              "chunk_size": "i64"}
@@ -251,6 +295,9 @@ print(json.dumps(results))
 """
 
 
+HALVES = ("fp16", "bf16")
+
+
 def test_compiles_ahead_of_time():
     """In a process of its own: this one interprets. It runs no driver, so it needs no GPU."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
@@ -265,9 +312,10 @@ def test_compiles_ahead_of_time():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results.pop("touched CUDA") is False
-    assert len(results) == 2 * (3 + 4 + 2 + 4 * 2 + 3)
+    assert len(results) == 2 * (3 + 4 + 9 + 2 + 4 * 2 + 3)
     for name, built in results.items():
         assert built["cubin"] > 0
         assert built["shared"] <= 163 * 1024  # what a block may take on sm_80
-        if name.startswith(("matmul", "winograd multiply fp16", "winograd multiply bf16")):
+        halves = [f"{kind} {dtype}" for kind in ("packed", "winograd multiply") for dtype in HALVES]
+        if name.startswith(("matmul", "packed i8", *halves)):
             assert built["matrix"], f"{name}: no tensor-core instruction"

@@ -9,44 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
+from compressops.ops.int8_linear import check_quantization
+
 from .checks import require
-from .rounding import cast
+from .quantize_rows import quantize_rows
+from .tiles import ACTIVATIONS, GROUP_M, rows_of, store_tile, tile_of_program
 
 OP = "int8_linear"
-MAX_IN_FEATURES = 131072  # |sum| ≤ 127·128·K must fit in an int32
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-
-# Adding and subtracting 1.5 · 2^23 rounds a float32 of magnitude below 2^22 to an integer, halves
-# to even, on every target and in the interpreter.
-ROUND_MAGIC: tl.constexpr = tl.constexpr(12582912.0)
-
-
-@triton.jit
-def quantize_rows_kernel(x, q, x_scales, x_stride, K, BLOCK_K: tl.constexpr):
-    """One program per row of x [M, K] -> q [M, K] int8 and x_scales [M]."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK_K)
-    # As bit patterns, magnitudes order like integers, with NaN above infinity: no NaN gets lost.
-    amax_bits = tl.zeros([BLOCK_K], tl.int32)
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        amax_bits = tl.maximum(amax_bits, tl.abs(values).to(tl.int32, bitcast=True))
-    top_bits = tl.max(amax_bits, 0)
-    finite = top_bits < 0x7F800000
-    amax = top_bits.to(tl.float32, bitcast=True)
-    divisor = tl.where(finite & (amax > 0.0), amax, 1.0)
-    inverse = tl.where(finite & (amax > 0.0), tl.div_rn(127.0, divisor), 0.0)
-    tl.store(x_scales + row, tl.where(finite, tl.div_rn(amax, 127.0), float("nan")))
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        scaled = tl.where(finite, values, 0.0) * inverse
-        scaled = tl.where(scaled == scaled, scaled, 0.0)  # 0 · inf, where 127 / amax overflows
-        scaled = tl.minimum(tl.maximum(scaled, -127.0), 127.0)
-        rounded = (scaled + ROUND_MAGIC) - ROUND_MAGIC
-        tl.store(q + row * K + k, rounded.to(tl.int8), mask=k < K)
 
 
 @triton.jit
@@ -54,12 +24,15 @@ def int8_linear_kernel(
     q,
     weight,
     x_scales,
+    x_zeros,
     weight_scales,
+    weight_sums,
     bias,
     y,
     M,
     N,
     K,
+    HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -68,17 +41,8 @@ def int8_linear_kernel(
     GROUP_M: tl.constexpr,
 ):
     """A program computes a [BLOCK_M, BLOCK_N] tile of y [M, N] = q [M, K] @ weight [N, K].T."""
-    # Programs that run at the same time share rows of q and weight in L2.
-    program = tl.program_id(0)
-    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
-    group = program // (GROUP_M * tiles_n)
-    rows_in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
-    in_group = program % (GROUP_M * tiles_n)
-    tile_m = group * GROUP_M + in_group % rows_in_group
-    tile_n = in_group // rows_in_group
-
-    m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_m, first_n = tile_of_program(M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m, n = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     for start in range(0, K, BLOCK_K):
@@ -91,20 +55,13 @@ def int8_linear_kernel(
         )
         sums = tl.dot(left, right, sums, out_dtype=tl.int32)
 
+    if HAS_ZEROS:
+        x_zero = tl.load(x_zeros + m, mask=m < M, other=0)
+        sums -= x_zero[:, None] * tl.load(weight_sums + n, mask=n < N, other=0)[None, :]
     x_scale = tl.load(x_scales + m, mask=m < M, other=0.0)
     weight_scale = tl.load(weight_scales + n, mask=n < N, other=0.0)
     value = sums.to(tl.float32) * (x_scale[:, None] * weight_scale[None, :])
-    if HAS_BIAS:
-        value = value + tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == 1:
-        value = tl.where(value < 0.0, 0.0, value)  # keeps NaN
-    if ACTIVATION == 2:
-        value = 0.5 * value * (1.0 + tl.erf(value * 0.70710678118654752))
-    tl.store(
-        y + m[:, None] * N + n[None, :],
-        cast(value, y.dtype.element_ty),
-        mask=(m[:, None] < M) & (n[None, :] < N),
-    )
+    store_tile(y, value, bias, m, n, M, N, HAS_BIAS, ACTIVATION)
 
 
 def block_sizes(M: int, N: int) -> dict[str, int]:
@@ -137,9 +94,11 @@ def int8_linear(
         x: ``[..., K]`` float32, float16 or bfloat16, any strides.
         weight: int8 ``[N, K]``, or as :func:`compressops.ops.int8_linear_pack` packs it.
         weight_scales: float32 ``[N]``.
-        weight_sums: int32 ``[N]``; not needed here.
+        weight_sums: int32 ``[N]``, of the rows of the int8 weight.
         bias: float ``[N]`` or None.
         activation: ``"none"``, ``"relu"`` or ``"gelu"``.
+        x_scale, x_zero: float32 and int8 ``[]``, the static quantization of ``x``, or None.
+        symmetric: of the dynamic quantization.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -147,12 +106,10 @@ def int8_linear(
     Raises:
         ValueError: an argument is not of that form; the message names it and its value.
     """
-    fits = symmetric and x_scale is None and x_zero is None
-    require(fits, OP, "symmetric", "True, without x_scale", symmetric)
     floats = "float32, float16 or bfloat16 [..., K]"
     require(x.dim() >= 1 and x.dtype in DTYPES, OP, "x", floats, x)
     K = x.shape[-1]
-    require(K <= MAX_IN_FEATURES, OP, "x", f"at most {MAX_IN_FEATURES} wide (int32 sums)", x)
+    check_quantization(OP, x, K, x_scale, x_zero, symmetric)
     vector = weight_scales.dim() == 1 and weight_scales.dtype == torch.float32
     require(vector, OP, "weight_scales", "float32 [N]", weight_scales)
     N = weight_scales.shape[0]
@@ -167,35 +124,29 @@ def int8_linear(
         require(fits, OP, "bias", f"float [{N}] or None", bias)
     known = activation in ACTIVATIONS
     require(known, OP, "activation", f"one of {tuple(ACTIVATIONS)}", repr(activation))
-    named = {"weight": weight, "weight_scales": weight_scales, "bias": bias}
-    for name, tensor in named.items():
+    vectors = {"weight_scales": weight_scales, "weight_sums": weight_sums, "bias": bias}
+    for name, tensor in {"weight": weight, **vectors}.items():
         here = tensor is None or tensor.device == x.device
         require(here, OP, name, f"on {x.device}, as x is", tensor)
     y = x.new_empty((*x.shape[:-1], N))
-    rows = x.reshape(-1, K) if K else x.new_empty((y.numel() // max(N, 1), 0))
-    if rows.stride(-1) != 1 and K > 1:
-        rows = rows.contiguous()
+    rows = rows_of(x)
     M = rows.shape[0]
     if M == 0 or N == 0:
         return y
-    q = torch.empty((M, K), dtype=torch.int8, device=x.device)
-    x_scales = torch.empty(M, dtype=torch.float32, device=x.device)
     # Launches go to the current device. Without fused multiply-adds every backend rounds alike.
     with torch.cuda.device_of(x):
-        quantize_rows_kernel[(M,)](
-            *(rows, q, x_scales, rows.stride(0), K),
-            BLOCK_K=min(4096, triton.next_power_of_2(max(K, 16))),
-            enable_fp_fusion=False,
-        )
+        q, x_scales, x_zeros = quantize_rows(rows, x_scale, x_zero, symmetric)
         sizes = block_sizes(M, N)
         grid = (triton.cdiv(M, sizes["BLOCK_M"]) * triton.cdiv(N, sizes["BLOCK_N"]),)
         int8_linear_kernel[grid](
-            *(q, weight.contiguous(), x_scales, weight_scales.contiguous()),
+            *(q, weight.contiguous(), x_scales, x_scales if x_zeros is None else x_zeros),
+            *(weight_scales.contiguous(), weight_sums.contiguous()),
             x_scales if bias is None else bias.contiguous(),
             *(y, M, N, K),
+            HAS_ZEROS=x_zeros is not None,
             HAS_BIAS=bias is not None,
             ACTIVATION=ACTIVATIONS[activation],
-            GROUP_M=8,
+            GROUP_M=GROUP_M,
             enable_fp_fusion=False,
             **sizes,
         )

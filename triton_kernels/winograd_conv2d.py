@@ -14,11 +14,11 @@ import triton.language as tl
 
 from .checks import require
 from .rounding import cast
+from .tiles import ACTIVATIONS, activate
 from .winograd_transforms import input_transform, output_transform
 
 OP = "winograd_conv2d"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 SUPPORTED = ((2, 3), (4, 3), (6, 3), (2, 5), (4, 5), (2, 7))
 MAX_PADDING = 1 << 60  # so that no size overflows before it is asked for as memory
 # V and M of a chunk take about as much as the L2 cache of a large GPU.
@@ -194,13 +194,9 @@ def winograd_output_kernel(
             value = outputs[j]
             if HAS_BIAS:
                 value = value + added
-            if ACTIVATION == 1:
-                value = tl.where(value < 0.0, 0.0, value)  # keeps NaN
-            if ACTIVATION == 2:
-                value = 0.5 * value * (1.0 + tl.erf(value * 0.70710678118654752))
             inside = valid & (row + i < OH) & (column + j < OW)
             at = channel + ((row + i) * stride_h + (column + j) * stride_w)
-            tl.store(at, cast(value, y.dtype.element_ty), mask=inside)
+            tl.store(at, cast(activate(value, ACTIVATION), y.dtype.element_ty), mask=inside)
 
 
 def block_sizes(tiles: int, K: int, dtype: torch.dtype) -> dict[str, int]:
