@@ -1,0 +1,99 @@
+"""all-MiniLM-L6-v2 on SST-2's 872 development sentences: what `convert` makes of it, against the
+float model and torch.ao's dynamic int8 quantization.
+
+    python bench/bench_minilm.py
+
+`compressops/zoo/minilm.py` says what to install. "cosine" is the mean of the cosines between the
+sentences' embeddings and the float model's; × are times faster than that peer, over all sentences.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import warnings
+from collections import Counter
+
+import torch
+from common import interleaved, median_ratio, parser, report
+from torch import nn
+
+import compressops as co
+from compressops.zoo import minilm
+
+
+def dynamic(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.ao.quantization.quantize_dynamic(
+            copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8
+        )
+
+
+def embeddings(model: nn.Module, batches: list[dict]) -> torch.Tensor:
+    return torch.cat([model(**batch) for batch in batches])
+
+
+def linears(model: nn.Module) -> str:
+    kinds = Counter(type(m).__name__ for m in model.modules() if "Linear" in type(m).__name__)
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+
+
+@torch.no_grad()
+def main() -> None:
+    options = parser(__doc__, "minilm-cpu")
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    arguments = options.parse_args()
+    try:
+        model, tokenizer = minilm.load()
+        sentences, _ = minilm.sst2_dev()
+    except ImportError as missing:
+        if arguments.smoke:
+            print(f"not run: {missing}")
+            return
+        raise
+    configs = {
+        "int8": co.Int(bits=8),
+        "int4 g64": co.Int(bits=4, group_size=64),
+    }
+    rows = []
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for size in [8] if arguments.smoke else arguments.batch:
+            batches = minilm.batches(
+                tokenizer, sentences[:16] if arguments.smoke else sentences, size
+            )
+            example = batches[len(batches) // 2]
+            float_embeddings = embeddings(model, batches)
+            models = {"float": model, "torch.ao dynamic int8": dynamic(model)}
+            for name, config in configs.items():
+                # Of the linear layers: look-ups of embeddings stay as they are.
+                models[name] = co.convert(
+                    model,
+                    config,
+                    filter_fn=lambda module, _: isinstance(module, nn.Linear),
+                    example_inputs=example,
+                )
+            # One pass over all sentences is what is timed; 15 of a long one would take an hour.
+            rounds = 2 if arguments.smoke else max(15, arguments.rounds)
+            timed = batches if size > 1 else batches[:: max(1, len(batches) // 60)]
+            calls = {n: lambda m=m: embeddings(m, timed) for n, m in models.items()}
+            seconds = interleaved(calls, rounds)
+            for name, found in models.items():
+                cosines = (embeddings(found, batches) * float_embeddings).sum(1)
+                rows.append(
+                    {
+                        **{"threads": threads, "batch": size, "model": name},
+                        "ms": statistics.median(seconds[name]) * 1e3,
+                        "× float": median_ratio(seconds["float"], seconds[name]),
+                        "× torch.ao": median_ratio(seconds["torch.ao dynamic int8"], seconds[name]),
+                        "cosine": cosines.mean().item(),
+                        "least cosine": cosines.min().item(),
+                        "linear layers": linears(found),
+                    }
+                )
+    report("all-MiniLM-L6-v2, SST-2 dev (CPU)", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()

