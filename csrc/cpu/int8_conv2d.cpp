@@ -1,8 +1,8 @@
 // int8_conv2d on a CPU: each image is quantized once, to u8 codes with the channels last and the
 // padding around them, and then convolved directly: windows of those codes times packed int8
-// weights, in blocks of 6 pixels × 64 output channels that stay in registers over a part of the
-// kernel. Scale, bias and activation follow while the sums are in L1, which writes them in the
-// memory format of x. Nothing is unfolded.
+// weights, in blocks of 6 pixels × 64 output channels whose sums stay in registers. Scale, bias and
+// activation follow while the sums are in L1, and write them in the memory format of x. Nothing is
+// unfolded.
 #include "int8_conv2d.h"
 
 #include <torch/csrc/stable/library.h>
@@ -169,23 +169,21 @@ struct Job {
     const int64_t panel_bytes = shape.panel_bytes();
     const int8_t* from = weight + (group * shape.panels() + panel) * panel_bytes;
     const int64_t parts = (pixels + kConvRows - 1) / kConvRows;
-    for (const ConvSlice& slice : plan.slices) {
-      const ConvRun* runs = plan.runs.data() + slice.first_run;
-      for (int64_t part = 0; part < parts; ++part) {
-        const int64_t m = part * pixels / parts;
-        const int rows = static_cast<int>((part + 1) * pixels / parts - m);
-        if (depthwise) {
-          for (int p = 0; p < panels; ++p) {
-            const uint8_t* moved[kConvRows];
-            for (int i = 0; i < rows; ++i) moved[i] = windows[m + i] + p * kConvColumns;
-            isa.multiply_depthwise(moved, runs, slice.run_count, from + p * panel_bytes, rows,
-                                   totals + m * kRow + p * kConvColumns, kRow);
-          }
-        } else {
-          isa.multiply(windows + m, runs, slice.run_count,
-                       from + slice.first_block * kConvColumns * kConvDepth, panel_bytes, rows,
-                       panels, slice.first_block > 0, totals + m * kRow, kRow);
-        }
+    const ConvRun* runs = plan.runs.data();
+    const int64_t count = plan.runs.size();
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t m = part * pixels / parts;
+      const int rows = static_cast<int>((part + 1) * pixels / parts - m);
+      if (!depthwise) {
+        isa.multiply(windows + m, runs, count, from, panel_bytes, rows, panels, totals + m * kRow,
+                     kRow);
+        continue;
+      }
+      for (int p = 0; p < panels; ++p) {
+        const uint8_t* moved[kConvRows];
+        for (int i = 0; i < rows; ++i) moved[i] = windows[m + i] + p * kConvColumns;
+        isa.multiply_depthwise(moved, runs, count, from + p * panel_bytes, rows,
+                               totals + m * kRow + p * kConvColumns, kRow);
       }
     }
     finish(image, n, group, panel, panels, begin, end, totals, own_tile);
@@ -324,16 +322,20 @@ ConvShape checked_shape(const Tensor& x, const Tensor& weight, int64_t K,
   constexpr const char* kForm =
       "a CPU int8 tensor [K, C / groups, R, S] or as int8_conv2d_pack makes it";
   COMPRESSOPS_CHECK(form, kOp, "weight", kForm, weight);
-  const ConvShape s = {x.size(0),          x.size(1),
-                       x.size(2),          x.size(3),
-                       K,                  weight.size(first),
-                       weight.size(first + 1), std::move(stride),
-                       std::move(padding), std::move(dilation),
+  const ConvShape s = {x.size(0),
+                       x.size(1),
+                       x.size(2),
+                       x.size(3),
+                       K,
+                       weight.size(first),
+                       weight.size(first + 1),
+                       std::move(stride),
+                       std::move(padding),
+                       std::move(dilation),
                        groups};
   std::vector<int64_t> expected = {K, s.group_C(), s.R, s.S};
   if (dims == 5) expected = {s.panels(), s.R, s.S, kConvColumns, 1};
-  if (dims == 7)
-    expected = {groups, s.panels(), s.R, s.S, s.blocks(), kConvColumns, kConvDepth};
+  if (dims == 7) expected = {groups, s.panels(), s.R, s.S, s.blocks(), kConvColumns, kConvDepth};
   bool fits = s.R >= 1 && s.S >= 1 && s.R <= kMaxTerms && s.S <= kMaxTerms &&
               (dims == 4 || s.depthwise() == (dims == 5));
   for (int64_t i = 0; i < dims; ++i) fits = fits && weight.size(i) == expected[i];
@@ -374,10 +376,9 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
         x_scale->is_cpu() && x_scale->dim() == 0 && x_scale->scalar_type() == ScalarType::Float,
         kOp, "x_scale", "a CPU float32 tensor []", *x_scale);
   if (x_zero)
-    COMPRESSOPS_CHECK(
-        x_scale && x_zero->is_cpu() && x_zero->dim() == 0 &&
-            x_zero->scalar_type() == ScalarType::Char,
-        kOp, "x_zero", "a CPU int8 tensor [] beside x_scale", *x_zero);
+    COMPRESSOPS_CHECK(x_scale && x_zero->is_cpu() && x_zero->dim() == 0 &&
+                          x_zero->scalar_type() == ScalarType::Char,
+                      kOp, "x_zero", "a CPU int8 tensor [] beside x_scale", *x_zero);
   COMPRESSOPS_CHECK(symmetric || !x_scale, kOp, "symmetric",
                     "True with x_scale (x_zero says it there)", int64_t{symmetric});
   const Activation activation = parse_activation(kOp, activation_name);
@@ -394,10 +395,9 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   if (out.numel() == 0) return out;
 
   // Swapped dimensions make channels last contiguous, and nothing is copied then.
-  const Tensor dense_x =
-      channels_last
-          ? torch::stable::contiguous(torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3))
-          : torch::stable::contiguous(x);
+  const Tensor dense_x = channels_last ? torch::stable::contiguous(torch::stable::transpose(
+                                             torch::stable::transpose(x, 1, 2), 2, 3))
+                                       : torch::stable::contiguous(x);
   const Tensor panels = packed_weight(weight, shape);
   const Tensor scales = torch::stable::contiguous(weight_scales);
   const Tensor sums = torch::stable::contiguous(weight_sums);

@@ -62,10 +62,10 @@ struct Int8Conv2dKernels {
 
   // sums[m][n] = sum over the runs, in the order of the weights, of codes times weights, for `rows`
   // (<= kConvRows) pixels, whose windows begin at pixels[m], and `panels` (<= kConvPanels) times 16
-  // output channels; plus what is there, if `add`.
+  // output channels.
   void (*multiply)(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
-                   const int8_t* weight, int64_t panel_bytes, int rows, int panels, bool add,
-                   int32_t* sums, int64_t sums_stride);
+                   const int8_t* weight, int64_t panel_bytes, int rows, int panels, int32_t* sums,
+                   int64_t sums_stride);
   // The same for 16 channels that are groups of their own; a run is one position of the kernel.
   void (*multiply_depthwise)(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
                              const int8_t* weight, int rows, int32_t* sums, int64_t sums_stride);

@@ -20,7 +20,7 @@ namespace {
 // vpmaddubsw would saturate at u8 × s8 pairs, so both sides are widened to 16 bits.
 template <int Rows>
 void multiply_rows(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
-                   const int8_t* weight, bool add, int32_t* sums, int64_t sums_stride) {
+                   const int8_t* weight, int32_t* sums, int64_t sums_stride) {
   __m256i totals[Rows][4];
   for (auto& row : totals)
     for (auto& total : row) total = _mm256_setzero_si256();
@@ -46,23 +46,20 @@ void multiply_rows(const uint8_t* const* pixels, const ConvRun* runs, int64_t ru
       __m128i columns =
           _mm_unpacklo_epi64(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
       __m128i* to = (__m128i*)(sums + m * sums_stride + 4 * j);
-      if (add) columns = _mm_add_epi32(columns, _mm_loadu_si128(to));
       _mm_storeu_si128(to, columns);
     }
   }
 }
 
 void multiply(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
-              const int8_t* weight, int64_t panel_bytes, int rows, int panels, bool add,
-              int32_t* sums, int64_t sums_stride) {
+              const int8_t* weight, int64_t panel_bytes, int rows, int panels, int32_t* sums,
+              int64_t sums_stride) {
   for (int p = 0; p < panels; ++p, weight += panel_bytes, sums += kConvColumns) {
     int m = 0;
     for (; m + 2 <= rows; m += 2)
-      multiply_rows<2>(pixels + m, runs, run_count, weight, add, sums + m * sums_stride,
-                       sums_stride);
+      multiply_rows<2>(pixels + m, runs, run_count, weight, sums + m * sums_stride, sums_stride);
     if (m < rows)
-      multiply_rows<1>(pixels + m, runs, run_count, weight, add, sums + m * sums_stride,
-                       sums_stride);
+      multiply_rows<1>(pixels + m, runs, run_count, weight, sums + m * sums_stride, sums_stride);
   }
 }
 

@@ -48,10 +48,15 @@ void range(const float* x, int64_t count, ConvRange* range) {
   range->low = l > range->low ? l : range->low;
 }
 
-// To the nearest integer. Below the smallest there is the smallest, where it belongs.
-inline __m512i scaled(__mmask16 lanes, const float* x, __m512 inverse) {
-  const __m512 product = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x), inverse);
-  return _mm512_cvtps_epi32(_mm512_min_ps(product, _mm512_set1_ps(1000.0f)));
+// 16 values to the nearest integers. What is far below becomes the smallest there is, as it should.
+inline __m512i rounded(__m512 x, __m512 inverse) {
+  return _mm512_cvtps_epi32(_mm512_min_ps(_mm512_mul_ps(x, inverse), _mm512_set1_ps(1000.0f)));
+}
+
+// 4 times 16 integers, plus an offset, to bytes; of each lane of 128 bits first those of a.
+inline __m512i bytes_of(__m512i a, __m512i b, __m512i c, __m512i d, __m512i offset) {
+  return _mm512_packus_epi16(_mm512_adds_epi16(_mm512_packs_epi32(a, b), offset),
+                             _mm512_adds_epi16(_mm512_packs_epi32(c, d), offset));
 }
 
 void quantize_pixels(const float* x, int64_t pixel, int64_t channels, int64_t pixels,
@@ -60,18 +65,25 @@ void quantize_pixels(const float* x, int64_t pixel, int64_t channels, int64_t pi
     channels *= pixels;
     pixels = 1;
   }
-  const __m512 inverse = _mm512_set1_ps(to.inverse), least = _mm512_set1_ps(-1000.0f);
-  const __m512i offset = _mm512_set1_epi32(to.offset), zero = _mm512_setzero_si512();
-  for (int64_t p = 0; p < pixels; ++p)
-    for (int64_t c = 0; c < channels; c += 16) {
-      const __mmask16 lanes = first_lanes(channels - c);
-      const __m512 product =
-          _mm512_max_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + p * pixel + c), inverse),
-                        least);
-      const __m512i rounded = _mm512_cvtps_epi32(_mm512_min_ps(product, _mm512_set1_ps(1000.0f)));
-      const __m512i code = _mm512_max_epi32(_mm512_add_epi32(rounded, offset), zero);
-      _mm_mask_storeu_epi8(codes + p * pixel_bytes + c, lanes, _mm512_cvtusepi32_epi8(code));
+  const __m512 inverse = _mm512_set1_ps(to.inverse);
+  const __m512i offset = _mm512_set1_epi16((short)to.offset), zero = _mm512_setzero_si512();
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t p = 0; p < pixels; ++p, x += pixel, codes += pixel_bytes) {
+    int64_t c = 0;
+    for (; c + 64 <= channels; c += 64) {
+      __m512i v[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) v[i] = rounded(_mm512_loadu_ps(x + c + 16 * i), inverse);
+      _mm512_storeu_si512(
+          codes + c, _mm512_permutexvar_epi32(order, bytes_of(v[0], v[1], v[2], v[3], offset)));
     }
+    for (; c < channels; c += 16) {
+      const __mmask16 lanes = first_lanes(channels - c);
+      const __m512i v = rounded(_mm512_maskz_loadu_ps(lanes, x + c), inverse);
+      const __m512i bytes = _mm512_permutexvar_epi32(order, bytes_of(v, zero, zero, zero, offset));
+      _mm_mask_storeu_epi8(codes + c, lanes, _mm512_castsi512_si128(bytes));
+    }
+  }
 }
 
 // 16 pixels of up to 16 channels in registers: bytes are packed by 4 channels, and these then by 4.
@@ -95,11 +107,9 @@ void quantize_planes(const float* x, int64_t plane, int64_t channels, int64_t pi
         for (int j = 0; j < 4; ++j) {
           // Behind the last channel: any, as weights are 0 there.
           const int64_t channel = least(c + 4 * i + j, channels - 1);
-          v[j] = scaled(lanes, x + channel * plane + p, inverse);
+          v[j] = rounded(_mm512_maskz_loadu_ps(lanes, x + channel * plane + p), inverse);
         }
-        const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(v[0], v[1]), offset);
-        const __m512i high = _mm512_adds_epi16(_mm512_packs_epi32(v[2], v[3]), offset);
-        quads[i] = _mm512_shuffle_epi8(_mm512_packus_epi16(low, high), transpose);
+        quads[i] = _mm512_shuffle_epi8(bytes_of(v[0], v[1], v[2], v[3], offset), transpose);
       }
       uint8_t* at = codes + p * pixel_bytes + c;
       if (pixel_bytes == 4) {
@@ -116,8 +126,7 @@ void quantize_planes(const float* x, int64_t plane, int64_t channels, int64_t pi
       _mm512_store_si512(tile[3], _mm512_unpackhi_epi64(b, e));
       const int64_t count = least(16, pixels - p);
       if (bytes == 16)
-        for (int64_t i = 0; i < count; ++i)
-          memcpy(at + i * pixel_bytes, tile[i % 4][i / 4], 16);
+        for (int64_t i = 0; i < count; ++i) memcpy(at + i * pixel_bytes, tile[i % 4][i / 4], 16);
       else
         for (int64_t i = 0; i < count; ++i)
           for (int64_t k = 0; k < bytes; k += 4)
@@ -130,15 +139,12 @@ void quantize_planes(const float* x, int64_t plane, int64_t channels, int64_t pi
 // that every weight load serves 6 products and every broadcast 4.
 template <int Rows, int Panels>
 void multiply_block(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
-                    const int8_t* weight, int64_t panel_bytes, bool add, int32_t* sums,
-                    int64_t sums_stride) {
+                    const int8_t* weight, int64_t panel_bytes, int32_t* sums, int64_t sums_stride) {
   __m512i totals[Rows][Panels];
 #pragma GCC unroll 6
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p)
-      totals[m][p] = add ? _mm512_loadu_si512(sums + m * sums_stride + p * kConvColumns)
-                         : _mm512_setzero_si512();
+    for (int p = 0; p < Panels; ++p) totals[m][p] = _mm512_setzero_si512();
   for (int64_t i = 0; i < run_count; ++i) {
     const uint8_t* x[Rows];
 #pragma GCC unroll 6
@@ -166,7 +172,7 @@ void multiply_block(const uint8_t* const* pixels, const ConvRun* runs, int64_t r
       _mm512_storeu_si512(sums + m * sums_stride + p * kConvColumns, totals[m][p]);
 }
 
-using Block = void (*)(const uint8_t* const*, const ConvRun*, int64_t, const int8_t*, int64_t, bool,
+using Block = void (*)(const uint8_t* const*, const ConvRun*, int64_t, const int8_t*, int64_t,
                        int32_t*, int64_t);
 
 template <int Panels>
@@ -175,13 +181,13 @@ constexpr Block kBlocks[kConvRows] = {multiply_block<1, Panels>, multiply_block<
                                       multiply_block<5, Panels>, multiply_block<6, Panels>};
 
 void multiply(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
-              const int8_t* weight, int64_t panel_bytes, int rows, int panels, bool add,
-              int32_t* sums, int64_t sums_stride) {
+              const int8_t* weight, int64_t panel_bytes, int rows, int panels, int32_t* sums,
+              int64_t sums_stride) {
   const Block block = panels == 4   ? kBlocks<4>[rows - 1]
                       : panels == 3 ? kBlocks<3>[rows - 1]
                       : panels == 2 ? kBlocks<2>[rows - 1]
                                     : kBlocks<1>[rows - 1];
-  block(pixels, runs, run_count, weight, panel_bytes, add, sums, sums_stride);
+  block(pixels, runs, run_count, weight, panel_bytes, sums, sums_stride);
 }
 
 // A channel a lane: of the 4 products of a lane one counts, but a load and the product are all that
@@ -273,8 +279,7 @@ void finish(const int32_t* sums, int64_t sums_stride, int64_t pixels, int64_t co
 
 const Int8Conv2dKernels& int8_conv2d_avx512() {
   static constexpr Int8Conv2dKernels kernels = {
-      "avx512_vnni", range,  quantize_planes, quantize_pixels, multiply, multiply_depthwise,
-      finish};
+      "avx512_vnni", range, quantize_planes, quantize_pixels, multiply, multiply_depthwise, finish};
   return kernels;
 }
 

@@ -8,15 +8,14 @@ namespace {
 #include "int8_conv2d_loops.h"
 
 void multiply(const uint8_t* const* pixels, const ConvRun* runs, int64_t run_count,
-              const int8_t* weight, int64_t panel_bytes, int rows, int panels, bool add,
-              int32_t* sums, int64_t sums_stride) {
+              const int8_t* weight, int64_t panel_bytes, int rows, int panels, int32_t* sums,
+              int64_t sums_stride) {
   for (int m = 0; m < rows; ++m) {
     for (int p = 0; p < panels; ++p) {
       int32_t* out = sums + m * sums_stride + p * kConvColumns;
       // Unsigned, because codes that are not centred may carry a sum past 2^31; that is undone
       // modulo 2^32.
       uint32_t total[kConvColumns] = {};
-      if (add) __builtin_memcpy(total, out, sizeof(total));
       const int8_t* w = weight + p * panel_bytes;
       for (int64_t i = 0; i < run_count; ++i) {
         const uint8_t* x = pixels[m] + runs[i].offset;

@@ -53,21 +53,14 @@ struct ConvCodes {
   int64_t bytes() const { return (rows * columns * pixel_bytes + 16 + 63) / 64 * 64; }
 };
 
-// A part of the runs whose weights fit L1.
-struct ConvSlice {
-  int64_t first_run, run_count, first_block;
-};
-
 struct ConvPlan {
   // A task is up to 64 output channels of up to 54 pixels: its weights stay in L2 while the pixels
-  // pass by, and 54 are as few blocks of 6 as the 49 of a 7 × 7 image.
+  // pass by, and 54 are as few blocks of 6 as the 49 of a 7 × 7 image. Weights that are read from
+  // L1, a part of the depth at a time, gain nothing: sums would have to be stored and loaded.
   static constexpr int64_t kPixels = 9 * kConvRows;
-  // Of 4 panels: 16 KB of weights, which all blocks of a task read from L1.
-  static constexpr int64_t kSliceBlocks = 64;
 
   std::vector<int64_t> row_offsets, column_offsets;  // of the window of an output pixel
   std::vector<ConvRun> runs;
-  std::vector<ConvSlice> slices;
 
   ConvPlan(const ConvShape& s, const ConvCodes& codes) {
     const int64_t row_bytes = codes.columns * codes.pixel_bytes;
@@ -82,29 +75,8 @@ struct ConvPlan {
     const bool joined = !s.depthwise() && s.groups == 1 && s.dilation[1] == 1;
     for (int64_t r = 0; r < s.R; ++r)
       for (int64_t c = 0; c < (joined ? 1 : s.S); ++c)
-        add_run(r * s.dilation[0] * row_bytes + c * s.dilation[1] * codes.pixel_bytes,
-                s.depthwise() ? 1 : s.blocks() * (joined ? s.S : 1), s.depthwise());
-  }
-
- private:
-  int64_t free_ = 0, blocks_ = 0;
-
-  void add_run(int64_t offset, int64_t blocks, bool whole) {
-    if (slices.empty()) new_slice();
-    while (blocks > 0) {
-      if (free_ == 0 && !whole) new_slice();
-      const int64_t count = whole ? blocks : std::min(blocks, free_);
-      runs.push_back({offset, count});
-      ++slices.back().run_count;
-      offset += count * kConvDepth;
-      blocks -= count;
-      blocks_ += count;
-      free_ -= count;
-    }
-  }
-  void new_slice() {
-    slices.push_back({static_cast<int64_t>(runs.size()), 0, blocks_});
-    free_ = kSliceBlocks;
+        runs.push_back({r * s.dilation[0] * row_bytes + c * s.dilation[1] * codes.pixel_bytes,
+                        s.depthwise() ? 1 : s.blocks() * (joined ? s.S : 1)});
   }
 };
 
