@@ -72,11 +72,10 @@ def run_layer(layer: Layer, batch: int, rounds: int, peers: bool) -> dict:
         for name, x in inputs.items()
     }
     if peers:
+        weights = {n: weight.contiguous(memory_format=form) for n, form in FORMATS.items()}
         contestants |= {
-            f"fp32 {name}": lambda x=x, w=weight.contiguous(memory_format=FORMATS[name]): F.conv2d(
-                x, w, None, *options
-            )
-            for name, x in inputs.items()
+            f"fp32 {n}": lambda x=x, n=n: F.conv2d(x, weights[n], None, *options)
+            for n, x in inputs.items()
         }
         contestants |= quantized(layer, inputs["nhwc"], weight, scales, padding)
     seconds = interleaved(contestants, rounds)

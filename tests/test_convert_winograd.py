@@ -197,7 +197,7 @@ def test_packed_convolutions(speeds: Callable, residency: str) -> None:
 
 
 def test_already_packed_ones(speeds: Callable) -> None:
-    once = convert(Net().eval(), Int(bits=8))
+    once = convert(Net().eval(), Int(bits=6))
     speeds(lambda name, tile: 2.0)
     twice = convert(once, example_inputs=X)
     assert (once.first.op, twice.first.op) == (None, "winograd_conv2d")
@@ -318,7 +318,7 @@ def test_files_keep_the_choice(both: nn.Module, tmp_path: Path) -> None:
     assert loaded.second.winograd.tile == 2
     assert loaded.down.winograd is None
     # What stands in the model does not matter: the file says what runs as what.
-    again = load(file, lambda: convert(Net().eval(), {"down": Int(bits=8)}))
+    again = load(file, lambda: convert(Net().eval(), {"down": Int(bits=6)}))
     assert torch.equal(again(X), both(X))
     lean = load(file, Net, residency="packed")
     close(lean(X), both(X))
