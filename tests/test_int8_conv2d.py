@@ -103,7 +103,12 @@ def reference(x, weight, scales, _sums, bias, stride, padding, dilation, groups,
     q, x_scales, zeros = quantize_x(x.flatten(1), *how)
     codes = (q.cpu().long() - zeros.cpu()).view(x.shape).double()
     filters = _unpack(weight, len(scales), x.shape[1] // groups).cpu().double()
-    total = F.conv2d(codes, filters, None, stride, padding, dilation, groups)
+    taps = filters.shape[2:]
+    windows = F.unfold(codes, taps, dilation, padding, stride).unflatten(1, (groups, -1))
+    total = filters.view(groups, len(scales) // groups, -1) @ windows
+    reach = [dilation[i] * (taps[i] - 1) + 1 for i in (0, 1)]
+    size = [(x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
+    total = total.view(len(x), len(scales), *size)
     assert total.equal(total.round())
     y = total * x_scales.cpu().double()[:, :, None, None]
     y = y * scales.cpu().double()[:, None, None]
