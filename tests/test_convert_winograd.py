@@ -298,7 +298,7 @@ def test_converted_models_train_and_compile(speeds: Callable) -> None:
 def both(speeds: Callable) -> nn.Module:
     """Winograd's on a float weight, on a packed one, and neither."""
     speeds(lambda name, tile: 2.0 if tile == 2 or name == "line" else 0.5)
-    return convert(Net().eval(), {"second": Int(bits=8), "down": Int(bits=8)}, example_inputs=X)
+    return convert(Net().eval(), {"second": Int(bits=6), "down": Int(bits=6)}, example_inputs=X)
 
 
 def test_files_keep_the_choice(both: nn.Module, tmp_path: Path) -> None:

@@ -105,10 +105,10 @@ def reference(x, weight, scales, _sums, bias, stride, padding, dilation, groups,
     filters = _unpack(weight, len(scales), x.shape[1] // groups).cpu().double()
     taps = filters.shape[2:]
     windows = F.unfold(codes, taps, dilation, padding, stride).unflatten(1, (groups, -1))
-    total = filters.view(groups, len(scales) // groups, -1) @ windows
+    total = filters.reshape(groups, len(scales) // groups, -1) @ windows
     reach = [dilation[i] * (taps[i] - 1) + 1 for i in (0, 1)]
     size = [(x.shape[2 + i] + 2 * padding[i] - reach[i]) // stride[i] + 1 for i in (0, 1)]
-    total = total.view(len(x), len(scales), *size)
+    total = total.reshape(len(x), len(scales), *size)
     assert total.equal(total.round())
     y = total * x_scales.cpu().double()[:, :, None, None]
     y = y * scales.cpu().double()[:, None, None]

@@ -39,37 +39,23 @@ const Int8Conv2dKernels& kernels() {
   return int8_conv2d_baseline();
 }
 
-// How an image is quantized: dynamic, from its range, or static.
-struct Quantizer {
-  bool symmetric;
-  std::optional<float> scale;
-  int zero;
-
-  struct Image {
-    ConvQuantization to;
-    float scale;  // NaN where x holds NaN or Inf
-  };
-
-  Image operator()(ConvRange range) const {
-    constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-    float high, low;
-    std::memcpy(&high, &range.high, sizeof(high));
-    std::memcpy(&low, &range.low, sizeof(low));
-    if (std::max(range.high, range.low) >= 0x7f800000) return {{0.0f, 128, 0}, kNaN};
-    if (scale) return {{1.0f / *scale, 128 + zero, 0}, *scale};
-    if (symmetric) {
-      const float amax = std::max(high, low);
-      return {{amax > 0.0f ? 127.0f / amax : 0.0f, 128, 1}, amax / 127.0f};
-    }
-    // Halved, so that the difference of two large values stays finite.
-    const float width = high * 0.5f + low * 0.5f;
-    const float inverse = width > 0.0f ? 127.5f / width : 0.0f;
-    const float below = low * inverse;  // 0 · Inf counts as 0
-    const float point = std::nearbyint(-128.0f + (below == below ? below : 0.0f));
-    return {{inverse, 128 + static_cast<int>(std::clamp(point, -128.0f, 127.0f)), 0},
-            width / 127.5f};
-  }
+struct QuantizedImage {
+  ConvQuantization to;
+  float scale;  // NaN where x holds NaN or Inf
 };
+
+// An image is quantized as a row of int8_linear is.
+QuantizedImage quantized(ConvRange range, const Quantization& how) {
+  RowRange row;
+  row.top = static_cast<uint32_t>(std::max(range.high, range.low));
+  std::memcpy(&row.high, &range.high, sizeof(row.high));
+  std::memcpy(&row.low, &range.low, sizeof(row.low));
+  row.low = -row.low;
+  QuantizedImage image;
+  const RowCodes codes = row_codes(row, how, &image.scale);
+  image.to = {codes.inverse, codes.zero, how.kind == Quantization::kSymmetric ? 1 : 0};
+  return image;
+}
 
 template <typename T>
 struct Job {
@@ -85,7 +71,7 @@ struct Job {
   const int32_t* sums;
   const float* bias;  // or null
   Activation activation;
-  Quantizer quantizer;
+  Quantization how;
 
   int64_t image_size() const { return shape.C * shape.H * shape.W; }
 
@@ -151,7 +137,7 @@ struct Job {
   }
 
   // The output channels of `panels` panels of a group, of the pixels [begin, end).
-  void multiply(const Quantizer::Image& image, int64_t n, int64_t group, int64_t panel, int panels,
+  void multiply(const QuantizedImage& image, int64_t n, int64_t group, int64_t panel, int panels,
                 int64_t begin, int64_t end, const uint8_t* codes) const {
     static thread_local Scratch own_sums, own_tile;
     constexpr int64_t kRow = kConvPanels * kConvColumns;
@@ -189,7 +175,7 @@ struct Job {
     finish(image, n, group, panel, panels, begin, end, totals, own_tile);
   }
 
-  void finish(const Quantizer::Image& image, int64_t n, int64_t group, int64_t panel, int panels,
+  void finish(const QuantizedImage& image, int64_t n, int64_t group, int64_t panel, int panels,
               int64_t begin, int64_t end, const int32_t* totals, Scratch& own) const {
     constexpr int64_t kRow = kConvPanels * kConvColumns;
     const int64_t group_K = shape.depthwise() ? shape.K : shape.group_K();
@@ -236,7 +222,7 @@ struct Job {
     const int64_t chunks = (area + ConvPlan::kPixels - 1) / ConvPlan::kPixels;
 
     std::vector<ConvRange> ranges(at_once * pieces);
-    std::vector<Quantizer::Image> images(at_once);
+    std::vector<QuantizedImage> images(at_once);
     for (int64_t n0 = 0; n0 < shape.N; n0 += at_once) {
       const int64_t count = std::min(at_once, shape.N - n0);
       for_each(count * pieces, [&](int64_t i) {
@@ -250,7 +236,7 @@ struct Job {
           const ConvRange& range = ranges[i * pieces + piece];
           all = {std::max(all.high, range.high), std::max(all.low, range.low)};
         }
-        images[i] = quantizer(all);
+        images[i] = quantized(all, how);
       }
       for_each(count * bands, [&](int64_t i) {
         const int64_t band = i % bands, n = i / bands;
@@ -361,7 +347,8 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const int64_t K = weight_scales.size(0);
   const ConvShape shape = checked_shape(x, weight, K, std::move(stride), std::move(padding),
                                         std::move(dilation), groups);
-  const int64_t most = symmetric && !x_scale ? kMaxTerms : kMaxAsymmetricTerms;
+  const Quantization how = quantization_of(kOp, x_scale, x_zero, symmetric);
+  const int64_t most = how.kind == Quantization::kSymmetric ? kMaxTerms : kMaxAsymmetricTerms;
   COMPRESSOPS_CHECK(shape.R * shape.S <= most && shape.group_C() * shape.R * shape.S <= most, kOp,
                     "weight", "of at most " + std::to_string(most) + " inputs an output", weight);
   COMPRESSOPS_CHECK(weight_sums.is_cpu() && weight_sums.dim() == 1 && weight_sums.size(0) == K &&
@@ -371,16 +358,6 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   if (bias)
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == K, kOp, "bias",
                       "a CPU tensor [" + std::to_string(K) + "]", *bias);
-  if (x_scale)
-    COMPRESSOPS_CHECK(
-        x_scale->is_cpu() && x_scale->dim() == 0 && x_scale->scalar_type() == ScalarType::Float,
-        kOp, "x_scale", "a CPU float32 tensor []", *x_scale);
-  if (x_zero)
-    COMPRESSOPS_CHECK(x_scale && x_zero->is_cpu() && x_zero->dim() == 0 &&
-                          x_zero->scalar_type() == ScalarType::Char,
-                      kOp, "x_zero", "a CPU int8 tensor [] beside x_scale", *x_zero);
-  COMPRESSOPS_CHECK(symmetric || !x_scale, kOp, "symmetric",
-                    "True with x_scale (x_zero says it there)", int64_t{symmetric});
   const Activation activation = parse_activation(kOp, activation_name);
   with_element_type(kOp, x, "x", [](auto*) {});
   const std::vector<float> biases = bias ? to_float(kOp, *bias, "bias") : std::vector<float>();
@@ -401,9 +378,6 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const Tensor panels = packed_weight(weight, shape);
   const Tensor scales = torch::stable::contiguous(weight_scales);
   const Tensor sums = torch::stable::contiguous(weight_sums);
-  Quantizer quantizer = {symmetric, std::nullopt, 0};
-  if (x_scale) quantizer.scale = *static_cast<const float*>(x_scale->const_data_ptr());
-  if (x_zero) quantizer.zero = *static_cast<const int8_t*>(x_zero->const_data_ptr());
   const ConvPlan plan(shape, layout);
   with_element_type(kOp, x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -419,7 +393,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
            static_cast<const int32_t*>(sums.const_data_ptr()),
            biases.empty() ? nullptr : biases.data(),
            activation,
-           quantizer}
+           how}
         .run();
   });
   return out;
