@@ -279,15 +279,6 @@ Tensor packed_weight(const Tensor& weight, const ConvShape& s) {
   return out;
 }
 
-void check_pair(const char* argument, const std::vector<int64_t>& values, int64_t least) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const std::string requirement = "two integers from " + std::to_string(least) + " to 2^31 - 1";
-  COMPRESSOPS_CHECK(values.size() == 2, kOp, argument, requirement,
-                    std::to_string(values.size()) + " integers");
-  for (int64_t value : values)
-    COMPRESSOPS_CHECK(value >= least && value <= kMost, kOp, argument, requirement, value);
-}
-
 // The kernel size, of weights in any of their three forms.
 ConvShape checked_shape(const Tensor& x, const Tensor& weight, int64_t K,
                         std::vector<int64_t> stride, std::vector<int64_t> padding,
@@ -295,9 +286,9 @@ ConvShape checked_shape(const Tensor& x, const Tensor& weight, int64_t K,
   COMPRESSOPS_CHECK(
       x.is_cpu() && x.dim() == 4 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, kOp, "x",
       "a CPU tensor [N, C, H, W], empty in N alone", x);
-  check_pair("stride", stride, 1);
-  check_pair("padding", padding, 0);
-  check_pair("dilation", dilation, 1);
+  check_pair(kOp, "stride", stride, 1);
+  check_pair(kOp, "padding", padding, 0);
+  check_pair(kOp, "dilation", dilation, 1);
   COMPRESSOPS_CHECK(groups >= 1 && x.size(1) % groups == 0 && K % groups == 0, kOp, "groups",
                     "a divisor of " + std::to_string(x.size(1)) + " input and " +
                         std::to_string(K) + " output channels",
