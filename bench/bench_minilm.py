@@ -77,7 +77,7 @@ def main() -> None:
             # One pass over all sentences is what is timed; 15 of a long one would take an hour.
             rounds = 2 if arguments.smoke else max(15, arguments.rounds)
             timed = batches if size > 1 else batches[:: max(1, len(batches) // 60)]
-            calls = {n: lambda m=m: embeddings(m, timed) for n, m in models.items()}
+            calls = {n: lambda m=m, t=timed: embeddings(m, t) for n, m in models.items()}
             seconds = interleaved(calls, rounds)
             for name, found in models.items():
                 cosines = (embeddings(found, batches) * float_embeddings).sum(1)

@@ -47,10 +47,10 @@ def convert(
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
         prefer: ``"speed"``: no layer ends slower than the dense layer that it replaces. With
             decoded weights packed modules run the dense kernel; modules that run another one
-            (`Int8Linear`, Winograd) are used only where interleaved medians on ``example_inputs``
-            show them faster. Without ``example_inputs`` a compiled `Int8Linear` is assumed faster
-            and an eager one slower, and no convolution becomes Winograd's. ``"size"``: modules
-            that need least memory, without measuring.
+            (`Int8Linear`, `Int8Conv2d`, Winograd) are used only where interleaved medians on
+            ``example_inputs`` show them faster. Without ``example_inputs`` a compiled integer
+            kernel is assumed faster and an eager one slower, and no convolution becomes
+            Winograd's. ``"size"``: modules that need least memory, without measuring.
         residency: ``"decoded"`` keeps a decoded weight beside the packed one; ``"packed"``
             decodes on every use: least memory, and slower; not for ``torch.compile`` with
             ``fullgraph=True``, because decoding stays out of graphs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from compressops.formats import LowRank
 from compressops.nn import (
+    Int8Conv2d,
     Int8Linear,
     PackedConv1d,
     PackedConv2d,
@@ -127,8 +129,13 @@ def _runs_int8(plan: Plan) -> bool:
         and not plan.shared
         and fits_int8(plan.number)
         and not isinstance(plan.layout, LowRank)
-        and plan.shape[1] <= MAX_IN_FEATURES
+        and math.prod(plan.shape[1:]) <= MAX_IN_FEATURES
     )
+
+
+def _runs_int8_conv(plan: Plan) -> bool:
+    """Quantizing a channel takes longer than the few products of a depthwise convolution do."""
+    return _runs_int8(plan) and plan.shape[1] > 1
 
 
 register(nn.Linear, PackedLinear)
@@ -137,6 +144,7 @@ register(nn.Linear, Int8Linear, _runs_int8, runs_dense=False)
 register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
 register(nn.Conv1d, PackedConv1d)
 register(nn.Conv2d, PackedConv2d)
+register(nn.Conv2d, Int8Conv2d, _runs_int8_conv, runs_dense=False)
 register(WinogradConv1d, PackedConv1d)
 register(WinogradConv2d, PackedConv2d)
 register(nn.Embedding, PackedEmbedding)

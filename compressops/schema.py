@@ -14,6 +14,12 @@ SCHEMAS = {
         "Tensor? bias=None, str activation='none', Tensor? x_scale=None, Tensor? x_zero=None, "
         "bool symmetric=True) -> Tensor"
     ),
+    "int8_conv2d": (
+        "(Tensor x, Tensor weight, Tensor weight_scales, Tensor weight_sums, "
+        "Tensor? bias=None, int[] stride=[1, 1], int[] padding=[0, 0], int[] dilation=[1, 1], "
+        "int groups=1, str activation='none', Tensor? x_scale=None, Tensor? x_zero=None, "
+        "bool symmetric=True) -> Tensor"
+    ),
     "int4_linear": (
         "(Tensor x, Tensor weight, Tensor scales, Tensor? zeros, int out_features, "
         "int? group_size=None, Tensor? bias=None, str activation='none', "

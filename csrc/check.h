@@ -54,4 +54,14 @@ inline void check_padding(const char* op, const std::vector<int64_t>& padding) {
                       zeros);
 }
 
+inline void check_pair(const char* op, const char* argument, const std::vector<int64_t>& values,
+                       int64_t least) {
+  constexpr int64_t kMost = (int64_t{1} << 31) - 1;
+  const std::string requirement = "two integers from " + std::to_string(least) + " to 2^31 - 1";
+  COMPRESSOPS_CHECK(values.size() == 2, op, argument, requirement,
+                    std::to_string(values.size()) + " integers");
+  for (int64_t value : values)
+    COMPRESSOPS_CHECK(value >= least && value <= kMost, op, argument, requirement, value);
+}
+
 }  // namespace compressops

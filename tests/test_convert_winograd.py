@@ -197,7 +197,7 @@ def test_packed_convolutions(speeds: Callable, residency: str) -> None:
 
 
 def test_already_packed_ones(speeds: Callable) -> None:
-    once = convert(Net().eval(), Int(bits=8))
+    once = convert(Net().eval(), Int(bits=6))
     speeds(lambda name, tile: 2.0)
     twice = convert(once, example_inputs=X)
     assert (once.first.op, twice.first.op) == (None, "winograd_conv2d")
@@ -298,7 +298,7 @@ def test_converted_models_train_and_compile(speeds: Callable) -> None:
 def both(speeds: Callable) -> nn.Module:
     """Winograd's on a float weight, on a packed one, and neither."""
     speeds(lambda name, tile: 2.0 if tile == 2 or name == "line" else 0.5)
-    return convert(Net().eval(), {"second": Int(bits=8), "down": Int(bits=8)}, example_inputs=X)
+    return convert(Net().eval(), {"second": Int(bits=6), "down": Int(bits=6)}, example_inputs=X)
 
 
 def test_files_keep_the_choice(both: nn.Module, tmp_path: Path) -> None:
@@ -318,7 +318,7 @@ def test_files_keep_the_choice(both: nn.Module, tmp_path: Path) -> None:
     assert loaded.second.winograd.tile == 2
     assert loaded.down.winograd is None
     # What stands in the model does not matter: the file says what runs as what.
-    again = load(file, lambda: convert(Net().eval(), {"down": Int(bits=8)}))
+    again = load(file, lambda: convert(Net().eval(), {"down": Int(bits=6)}))
     assert torch.equal(again(X), both(X))
     lean = load(file, Net, residency="packed")
     close(lean(X), both(X))

@@ -3,12 +3,14 @@
 from compressops.nn.base import PackedModule
 from compressops.nn.conv import PackedConv1d, PackedConv2d
 from compressops.nn.embedding import PackedEmbedding
+from compressops.nn.int8_conv import Int8Conv2d
 from compressops.nn.linear import Int8Linear, PackedLinear
 from compressops.nn.weight import PackedWeight
 from compressops.nn.winograd import Winograd
 from compressops.nn.winograd_conv import WinogradConv1d, WinogradConv2d
 
 __all__ = [
+    "Int8Conv2d",
     "Int8Linear",
     "PackedConv1d",
     "PackedConv2d",

@@ -178,6 +178,18 @@ class PackedModule(nn.Module):
         """``input`` through the quantizer that the compressed layer had, if it had one."""
         return input if self.input_quantizer is None else self.input_quantizer(input)
 
+    @staticmethod
+    def autocast(input: Tensor) -> Tensor:
+        """``input`` as autocast casts the arguments of torch's own kernel: float64 stays."""
+        kind = input.device.type
+        if (
+            torch.is_autocast_enabled(kind)
+            and input.is_floating_point()
+            and input.dtype != torch.float64
+        ):
+            return input.to(torch.get_autocast_dtype(kind))
+        return input
+
     def backend(self) -> str:
         """What runs the layer: ``"torch"``, or the backend of its op."""
         return "torch"

@@ -16,9 +16,8 @@ from compressops.nn.winograd import OP, Winograd
 from compressops.nn.winograd_conv import checked, padded
 
 
-class _PackedConv(PackedModule):
-    """What `PackedConv1d` and `PackedConv2d` share: every option of the float layers, and the
-    choice between torch's convolution of the decoded weight and Winograd's."""
+class ConvModule(PackedModule):
+    """A `PackedModule` with every option of the float convolutions."""
 
     options = (
         "in_channels",
@@ -30,7 +29,6 @@ class _PackedConv(PackedModule):
         "groups",
         "padding_mode",
     )
-    function: ClassVar[Callable[..., Tensor]]
     dimensions: ClassVar[int]
 
     def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
@@ -38,6 +36,29 @@ class _PackedConv(PackedModule):
         # For F.pad: padding before and after each dimension, last dimension first. The float
         # layers' own name, so that a packed layer can be built from either.
         self._reversed_padding_repeated_twice = list(module._reversed_padding_repeated_twice)
+
+    @classmethod
+    def _template(cls, config: dict[str, Any]) -> nn.Module:
+        # The float layers check their padding and groups, but none of these.
+        for name in ("kernel_size", "stride", "dilation", "padding"):
+            value, least = config[name], 0 if name == "padding" else 1
+            if name == "padding" and isinstance(value, str):
+                continue
+            if not isinstance(value, (list, tuple)) or len(value) != cls.dimensions:
+                raise ValueError(f"{name} must be {cls.dimensions} integers, got {value!r}")
+            if any(not isinstance(v, int) or v < least for v in value):
+                raise ValueError(f"{name} must be integers from {least} on, got {value!r}")
+        return super()._template(config)
+
+
+class _PackedConv(ConvModule):
+    """What `PackedConv1d` and `PackedConv2d` share: the choice between torch's convolution of the
+    decoded weight and Winograd's."""
+
+    function: ClassVar[Callable[..., Tensor]]
+
+    def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
+        super().__init__(module, weight)
         # A layer goes on running as the one did that it is made from.
         runs = getattr(module, "winograd", None)
         self.winograd: Winograd | None = None if runs is None else runs.copy()
@@ -81,19 +102,6 @@ class _PackedConv(PackedModule):
         return (
             "torch" if self.op is None else backends.name(self.op, self.packed_weight.device.type)
         )
-
-    @classmethod
-    def _template(cls, config: dict[str, Any]) -> nn.Module:
-        # The float layers check their padding and groups, but none of these.
-        for name in ("kernel_size", "stride", "dilation", "padding"):
-            value, least = config[name], 0 if name == "padding" else 1
-            if name == "padding" and isinstance(value, str):
-                continue
-            if not isinstance(value, (list, tuple)) or len(value) != cls.dimensions:
-                raise ValueError(f"{name} must be {cls.dimensions} integers, got {value!r}")
-            if any(not isinstance(v, int) or v < least for v in value):
-                raise ValueError(f"{name} must be integers from {least} on, got {value!r}")
-        return super()._template(config)
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self.quantize_input(input), self.padding

@@ -44,7 +44,7 @@ class Int8Weight(PackedWeight):
     ) -> None:
         if not fits_int8(packed.number):
             raise ValueError(
-                f"weight: int8_linear needs Int(bits=8, group_size=None, symmetric=True), got "
+                f"weight: 8-bit kernels need Int(bits=8, group_size=None, symmetric=True), got "
                 f"{packed.number}"
             )
         super().__init__(packed, residency, like)
@@ -108,15 +108,7 @@ class Int8Linear(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, scales, sums = self.packed_weight.kernel()
-        input = self.quantize_input(input)
-        kind = input.device.type
-        # As autocast treats the arguments of F.linear: float64 stays.
-        if (
-            torch.is_autocast_enabled(kind)
-            and input.is_floating_point()
-            and input.dtype != torch.float64
-        ):
-            input = input.to(torch.get_autocast_dtype(kind))
+        input = self.autocast(self.quantize_input(input))
         return ops.int8_linear(input, weight, scales, sums, self.bias)
 
     def backend(self) -> str:
@@ -124,5 +116,5 @@ class Int8Linear(PackedModule):
 
 
 def fits_int8(number: object) -> bool:
-    """Whether `ops.int8_linear` computes with weights of this number."""
+    """Whether `ops.int8_linear` and `ops.int8_conv2d` compute with weights of this number."""
     return number == Int(bits=8, group_size=None, symmetric=True)

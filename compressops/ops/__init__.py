@@ -2,6 +2,7 @@
 
 from .huffman_decode import huffman_decode
 from .int4_linear import int4_linear, int4_linear_pack
+from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
 from .ternary_linear import ternary_linear, ternary_linear_pack
 from .winograd_conv2d import (
@@ -21,6 +22,8 @@ __all__ = [
     "huffman_decode",
     "int4_linear",
     "int4_linear_pack",
+    "int8_conv2d",
+    "int8_conv2d_pack",
     "int8_linear",
     "int8_linear_pack",
     "quantize_rows",

@@ -36,34 +36,6 @@ const Int8LinearKernels& kernels() {
   return int8_linear_baseline();
 }
 
-// How x is quantized; checks the arguments that say so.
-Quantization quantization_of(const Tensor& x, int64_t K, const std::optional<Tensor>& x_scale,
-                             const std::optional<Tensor>& x_zero, bool symmetric) {
-  Quantization how{symmetric ? Quantization::kSymmetric : Quantization::kAsymmetric, 128};
-  COMPRESSOPS_CHECK(x_scale || !x_zero, kOp, "x_zero", "None without x_scale", *x_zero);
-  if (x_scale) {
-    COMPRESSOPS_CHECK(
-        x_scale->is_cpu() && x_scale->dim() == 0 && x_scale->scalar_type() == ScalarType::Float,
-        kOp, "x_scale", "a CPU float32 tensor [] or None", *x_scale);
-    COMPRESSOPS_CHECK(symmetric, kOp, "symmetric", "True with x_scale (x_zero says it there)",
-                      int64_t{symmetric});
-    how.kind = Quantization::kStatic;
-    how.scale = *static_cast<const float*>(x_scale->const_data_ptr());
-    COMPRESSOPS_CHECK(how.scale > 0 && how.scale <= std::numeric_limits<float>::max(), kOp,
-                      "x_scale", "positive and finite", std::to_string(how.scale));
-    if (x_zero) {
-      COMPRESSOPS_CHECK(
-          x_zero->is_cpu() && x_zero->dim() == 0 && x_zero->scalar_type() == ScalarType::Char, kOp,
-          "x_zero", "a CPU int8 tensor [] or None", *x_zero);
-      how.zero = *static_cast<const int8_t*>(x_zero->const_data_ptr());
-    }
-  }
-  const int64_t most = how.kind == Quantization::kSymmetric ? kMaxDepth : kMaxAsymmetricDepth;
-  COMPRESSOPS_CHECK(K <= most, kOp, "x", "at most " + std::to_string(most) + " wide (int32 sums)",
-                    x);
-  return how;
-}
-
 struct Weight {
   Tensor panels;  // [ceil(N / 16)][ceil(K / 4)][16][4]
   int64_t k_blocks;
@@ -93,7 +65,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                         weight_scales.scalar_type() == ScalarType::Float,
                     kOp, "weight_scales", "a CPU float32 tensor [N]", weight_scales);
   const int64_t N = weight_scales.size(0), K = x.size(x.dim() - 1);
-  const Quantization how = quantization_of(x, K, x_scale, x_zero, symmetric);
+  const Quantization how = quantization_of(kOp, x_scale, x_zero, symmetric);
+  const int64_t most = how.kind == Quantization::kSymmetric ? kMaxDepth : kMaxAsymmetricDepth;
+  COMPRESSOPS_CHECK(K <= most, kOp, "x", "at most " + std::to_string(most) + " wide (int32 sums)",
+                    x);
   const bool fits = weight.dim() == 2
                         ? weight.size(0) == N && weight.size(1) == K
                         : weight.dim() == 4 && weight.size(0) == (N + kColumns - 1) / kColumns &&

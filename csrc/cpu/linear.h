@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
+#include <limits>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -24,6 +26,31 @@ inline Activation parse_activation(const char* op, const std::string& name) {
   if (name == "relu") return Activation::kRelu;
   COMPRESSOPS_CHECK(name == "gelu", op, "activation", "'none', 'relu' or 'gelu'", name);
   return Activation::kGelu;
+}
+
+// How x is quantized, to u8; checks the arguments that say so.
+inline Quantization quantization_of(const char* op, const std::optional<Tensor>& x_scale,
+                                    const std::optional<Tensor>& x_zero, bool symmetric) {
+  Quantization how{symmetric ? Quantization::kSymmetric : Quantization::kAsymmetric, 128};
+  COMPRESSOPS_CHECK(x_scale || !x_zero, op, "x_zero", "None without x_scale", *x_zero);
+  if (x_scale) {
+    COMPRESSOPS_CHECK(
+        x_scale->is_cpu() && x_scale->dim() == 0 && x_scale->scalar_type() == ScalarType::Float, op,
+        "x_scale", "a CPU float32 tensor [] or None", *x_scale);
+    COMPRESSOPS_CHECK(symmetric, op, "symmetric", "True with x_scale (x_zero says it there)",
+                      int64_t{symmetric});
+    how.kind = Quantization::kStatic;
+    how.scale = *static_cast<const float*>(x_scale->const_data_ptr());
+    COMPRESSOPS_CHECK(how.scale > 0 && how.scale <= std::numeric_limits<float>::max(), op,
+                      "x_scale", "positive and finite", std::to_string(how.scale));
+    if (x_zero) {
+      COMPRESSOPS_CHECK(
+          x_zero->is_cpu() && x_zero->dim() == 0 && x_zero->scalar_type() == ScalarType::Char, op,
+          "x_zero", "a CPU int8 tensor [] or None", *x_zero);
+      how.zero = *static_cast<const int8_t*>(x_zero->const_data_ptr());
+    }
+  }
+  return how;
 }
 
 // Calls f with a null pointer of the element type of `tensor`.

@@ -19,30 +19,39 @@ const QuantizeRowKernels& kernels() {
 
 RowScale quantize(const float* x, uint8_t* q, int64_t K, int64_t padded, const Quantization& how) {
   const QuantizeRowKernels& isa = kernels();
-  const RowRange range = isa.range(x, K, how.kind == Quantization::kAsymmetric);
+  float scale;
+  const RowCodes codes =
+      row_codes(isa.range(x, K, how.kind == Quantization::kAsymmetric), how, &scale);
+  isa.codes(x, q, K, padded, codes);
+  return {scale, codes.zero};
+}
+
+}  // namespace
+
+RowCodes row_codes(const RowRange& range, const Quantization& how, float* scale) {
   RowCodes codes{0.0f, -127.0f, 127.0f, 0, range.top < 0x7f800000u};
-  float scale = NAN;
+  *scale = NAN;
   if (codes.finite) {
     switch (how.kind) {
       case Quantization::kSymmetric: {
         float amax;
         std::memcpy(&amax, &range.top, sizeof(amax));
         codes.inverse = amax > 0.0f ? 127.0f / amax : 0.0f;
-        scale = amax / 127.0f;
+        *scale = amax / 127.0f;
         break;
       }
       case Quantization::kAsymmetric: {
         // Halved, so that the difference of two large values stays finite.
         const float half = range.high * 0.5f - range.low * 0.5f;
         codes.inverse = half > 0.0f ? 127.5f / half : 0.0f;
-        scale = half / 127.5f;
+        *scale = half / 127.5f;
         const float lowest = range.low * codes.inverse;  // 0 · Inf counts as 0
         codes.zero = -128 - (int)std::nearbyint(lowest < 0.0f ? std::max(lowest, -255.0f) : 0.0f);
         break;
       }
       case Quantization::kStatic:
         codes.inverse = 1.0f / how.scale;
-        scale = how.scale;
+        *scale = how.scale;
         codes.zero = how.zero;
     }
     if (how.kind != Quantization::kSymmetric) {
@@ -51,11 +60,8 @@ RowScale quantize(const float* x, uint8_t* q, int64_t K, int64_t padded, const Q
     }
   }
   codes.zero += how.offset;
-  isa.codes(x, q, K, padded, codes);
-  return {scale, codes.zero};
+  return codes;
 }
-
-}  // namespace
 
 QuantizeRow quantize_row() { return quantize; }
 

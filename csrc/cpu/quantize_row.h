@@ -29,7 +29,7 @@ using QuantizeRow = RowScale (*)(const float* x, uint8_t* q, int64_t K, int64_t 
 // The one that suits the processor.
 QuantizeRow quantize_row();
 
-// What it is made of, one implementation per instruction set.
+// What it is made of, the kernels with one implementation per instruction set.
 struct RowRange {
   uint32_t top;     // the largest bit pattern of |x|: NaN and Inf are above all numbers
   float low, high;  // of x and 0, where asked for
@@ -40,6 +40,8 @@ struct RowCodes {
   int zero;           // added then
   bool finite;        // else all x count as 0
 };
+// How values of a range are quantized, and their scale (NaN where they are not all finite).
+RowCodes row_codes(const RowRange& range, const Quantization& how, float* scale);
 struct QuantizeRowKernels {
   RowRange (*range)(const float* x, int64_t K, bool low_and_high);
   // q[k] = rint(clip(x[k] * inverse)) + zero, with NaN of 0 * Inf as 0; `zero` up to `padded`.

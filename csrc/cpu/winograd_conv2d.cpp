@@ -158,22 +158,6 @@ std::vector<float> padded_bias(const std::optional<Tensor>& bias, const Shape& s
   return out;
 }
 
-bool is_channels_last(const Tensor& x) {
-  if (x.numel() == 0) return false;  // contiguous, whatever its strides
-  int64_t expected = 1;
-  bool last = true, contiguous = true;
-  for (int dim : {1, 3, 2, 0}) {
-    last = last && (x.size(dim) == 1 || x.stride(dim) == expected);
-    expected *= x.size(dim);
-  }
-  expected = 1;
-  for (int dim : {3, 2, 1, 0}) {
-    contiguous = contiguous && (x.size(dim) == 1 || x.stride(dim) == expected);
-    expected *= x.size(dim);
-  }
-  return last && !contiguous;
-}
-
 Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& transformed,
                        const std::optional<Tensor>& bias, std::vector<int64_t> padding,
                        int64_t groups, const std::string& activation_name, int64_t tile) {
@@ -217,12 +201,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
 
   const std::vector<float> biases = padded_bias(bias, shape);
   const int64_t K = weight.size(0);
-  Tensor out = is_channels_last(x)
-                   ? torch::stable::transpose(
-                         torch::stable::transpose(
-                             torch::stable::new_empty(x, {shape.N, shape.OH, shape.OW, K}), 2, 3),
-                         1, 2)
-                   : torch::stable::new_empty(x, {shape.N, K, shape.OH, shape.OW});
+  Tensor out = new_image(x, shape.N, K, shape.OH, shape.OW, is_channels_last(x));
   if (out.numel() == 0) return out;
 
   const Tensor dense = torch::stable::contiguous(transformed);

@@ -1,19 +1,16 @@
-// What winograd_conv2d and winograd_conv2d_grad share: images as the kernels see them, memory,
-// threads.
+// What winograd_conv2d and winograd_conv2d_grad share: images as the kernels see them.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <string>
 #include <vector>
 
 #include "../check.h"
+#include "conv.h"
 #include "cpu_features.h"
 #include "winograd_conv2d.h"
 #include "winograd_conv2d_plan.h"
@@ -41,27 +38,6 @@ inline Element element_of(const char* op, const Tensor& tensor, const char* argu
       fail_argument(op, argument, "of dtype float32, float16 or bfloat16", tensor);
   }
 }
-
-// Memory that a thread keeps from call to call, until it ends: fresh pages for some MB would cost
-// as much as a small convolution. Plans keep it to some 16 MB, except for very many channels.
-class Scratch {
- public:
-  ~Scratch() { std::free(memory_); }
-  float* get(int64_t floats) {
-    if (floats > capacity_) {
-      std::free(memory_);
-      capacity_ = 0;
-      memory_ = static_cast<float*>(std::aligned_alloc(64, round_up(floats, kBlock) * 4));
-      if (memory_ == nullptr) throw std::bad_alloc();
-      capacity_ = floats;
-    }
-    return memory_;
-  }
-
- private:
-  float* memory_ = nullptr;
-  int64_t capacity_ = 0;
-};
 
 struct Image {
   char* data;
@@ -111,17 +87,6 @@ inline Window window_of(const WinogradConv2dKernels& isa, const Image& image, in
     isa.gather(from, image.element, image.strides, channels, h1 - h0, w1 - w0,
                buffer + (h0 - h) * row_stride + (w0 - w) * kBlock, row_stride);
   return {buffer, row_stride, kBlock};
-}
-
-// Calls f(i) for i < count. Threads fetch the next i when they have done one: where another process
-// holds up one of them, the others go on.
-template <typename F>
-void for_each(int64_t count, F&& f) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t i = next++; i < count; i = next++) f(i);
-  });
 }
 
 }  // namespace compressops::cpu

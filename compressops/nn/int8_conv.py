@@ -1,0 +1,100 @@
+"""Convolutions that hold packed weights and run as 8-bit integers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressops import backends, ops
+from compressops.nn.conv import ConvModule
+from compressops.nn.linear import Int8Weight
+from compressops.nn.weight import decode, outside_graphs
+
+
+class Int8ConvWeight(Int8Weight):
+    """A convolution's weight of symmetric 8-bit integers, a scale for each output channel.
+
+    Decoded residency holds the int8 codes as `ops.int8_conv2d_pack` lays them out for ``groups``,
+    ``scales`` float32 ``[K]`` and ``sums`` int32 ``[K]``; no dense float copy.
+    """
+
+    groups: int | None = None
+
+    def for_groups(self, groups: int) -> Int8ConvWeight:
+        """This weight, or its like where another layer has it in another number of groups."""
+        if self.groups not in (None, groups):
+            like = torch.empty_strided(
+                self.shape, self._strides, dtype=self._probe.dtype, device=self.device
+            )
+            return type(self)(self.packed(), self.residency, like).for_groups(groups)
+        if self.groups is None:
+            self.groups = groups
+            self._materialize()
+        return self
+
+    def _materialize(self) -> None:
+        if self.groups is not None:
+            super()._materialize()
+
+    @outside_graphs
+    def _decode_kernel(self) -> tuple[Tensor, Tensor, Tensor]:
+        device, K = self._probe.device, self.shape[0]
+        if device.type == "meta":
+            return (
+                torch.empty(self.shape, dtype=torch.int8, device=device),
+                torch.empty(K, device=device),
+                torch.empty(K, dtype=torch.int32, device=device),
+            )
+        packed = self.packed()
+        codes = packed.dense_codes(decode=decode).view(self.shape)
+        weight, sums = ops.int8_conv2d_pack(codes, self.groups)
+        return weight, packed.params["scales"].reshape(K), sums
+
+
+class Int8Conv2d(ConvModule):
+    """`torch.nn.Conv2d` as W8A8: weight ``Int(bits=8)`` per output channel, activations quantized
+    per image.
+
+    Runs `ops.int8_conv2d`, with a gradient with respect to the input. The result differs from the
+    float layer by the rounding of weight and activations; an image that holds NaN or Inf gives an
+    image of NaN. ``weight`` decodes the dense weight on each access. Under autocast the input is
+    cast as `Conv2d` casts it, and so is the result.
+
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
+    Shape: input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
+    """
+
+    source = nn.Conv2d
+    dimensions = 2
+    weight_type = Int8ConvWeight
+    op = "int8_conv2d"
+
+    def __init__(self, module: nn.Module, weight: Int8ConvWeight) -> None:
+        super().__init__(module, weight)
+        self.packed_weight = weight.for_groups(self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, scales, sums = self.packed_weight.kernel()
+        input, padding = self._padded(self.autocast(self.quantize_input(input)))
+        batched = input if input.dim() == 4 else input.unsqueeze(0)
+        output = ops.int8_conv2d(
+            *(batched, weight, scales, sums, self.bias),
+            *(self.stride, padding, self.dilation, self.groups),
+        )
+        return output if input.dim() == 4 else output.squeeze(0)
+
+    def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """The input with what the op cannot put around it, and the zeros that it can."""
+        around = self._reversed_padding_repeated_twice
+        left, right, top, bottom = around
+        if self.padding_mode == "zeros":
+            # padding="same" of an even reach needs one more after than before.
+            if (left, top) == (right, bottom):
+                return input, (top, left)
+            return F.pad(input, around), (0, 0)
+        return F.pad(input, around, mode=self.padding_mode), (0, 0)
+
+    def backend(self) -> str:
+        return backends.name(self.op, self.packed_weight.device.type)

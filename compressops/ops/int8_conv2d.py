@@ -1,0 +1,311 @@
+"""2-D convolution on int8 weights and int8 activations, quantized image by image (W8A8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ..backends import register
+from .checks import ACTIVATIONS, activate, message, require
+from .int8_linear import (
+    MAX_ASYMMETRIC_IN_FEATURES,
+    MAX_IN_FEATURES,
+    check_quantization,
+    quantize_x,
+)
+from .winograd_domain import memory_format
+
+OP = "int8_conv2d"
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# CPU packing: panels of 16 output channels, 4 input channels side by side, as VNNI multiplies them.
+_PANEL, _DEPTH = 16, 4
+# So that a kernel's reach cannot overflow.
+_MOST = 2**31 - 1
+
+
+def int8_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scales: torch.Tensor,
+    weight_sums: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    activation: str = "none",
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+    symmetric: bool = True,
+) -> torch.Tensor:
+    """``activation(conv2d(x, weight · weight_scales) + bias)``, multiplied in integers.
+
+    Each image of ``x`` is quantized on the fly to int8, as :func:`int8_linear` quantizes a row:
+    symmetric (scale = max|x| / 127), asymmetric or static. The padding is an exact zero, and the
+    sums are exact. An image that holds NaN or Inf gives an image of NaN. The gradient with respect
+    to ``x`` takes the quantization of ``x`` for the identity (straight-through).
+
+    On a CPU the codes of an image lie in memory once, channels last and with their padding, and
+    windows of them are multiplied in place: there is no im2col.
+
+    Args:
+        x: ``[N, C, H, W]`` float32, float16 or bfloat16, any strides, empty in N alone.
+        weight: int8 ``[K, C / groups, R, S]``, or as packed by :func:`int8_conv2d_pack`;
+            C / groups · R · S ≤ 131072, and ≤ 65536 where the quantization is asymmetric or static.
+        weight_scales: float32 ``[K]``.
+        weight_sums: int32 ``[K]``, the sum of each filter of the int8 weight.
+        bias: float ``[K]`` or None.
+        stride, padding, dilation: one integer, or two (rows, columns); padding is on each side.
+        groups: divides C and K.
+        activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
+        x_scale: float32 ``[]``, positive: the static scale of ``x``; None: dynamic.
+        x_zero: int8 ``[]``, the static zero point; goes with ``x_scale``.
+        symmetric: of the dynamic quantization.
+
+    Returns:
+        ``[N, K, OH, OW]`` in the dtype of ``x``, with OH = ⌊(H + 2·padding − dilation·(R − 1) − 1)
+        / stride⌋ + 1; channels last where ``x`` is so and not contiguous too, else contiguous.
+
+    Raises:
+        ValueError: an argument is not of that form; the message names it and its value.
+    """
+    return _call(
+        *(x, weight, weight_scales, weight_sums, bias),
+        *(_pair(stride), _pair(padding), _pair(dilation)),
+        *(groups, activation, x_scale, x_zero, symmetric),
+    )
+
+
+def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prepare an int8 weight ``[K, C / groups, R, S]`` for :func:`int8_conv2d` on its device.
+
+    Returns:
+        The packed weight and the sum of each filter, int32 ``[K]``. Packed is, on a CPU,
+
+        - ``[groups, ceil(K / groups / 16), R, S, ceil(C / groups / 4), 16, 4]`` int8, zero padded;
+        - of a depthwise convolution (groups = K > 1, one input channel each)
+          ``[ceil(K / 16), R, S, 16, 1]``;
+
+        and elsewhere the weight itself, contiguous.
+
+    Raises:
+        ValueError: the weight is not int8 of four dimensions, or groups do not divide K.
+    """
+    op = "int8_conv2d_pack"
+    fits = weight.dtype == torch.int8 and weight.dim() == 4
+    require(fits, op, "weight", "an int8 tensor [K, C / groups, R, S]", weight)
+    K, C, R, S = weight.shape
+    divides = groups >= 1 and K % groups == 0
+    require(divides, op, "groups", f"a divisor of {K} output channels", groups)
+    sums = weight.sum((1, 2, 3), dtype=torch.int32)
+    if weight.device.type != "cpu":
+        return weight.contiguous(), sums
+    if _depthwise(K, C, groups):
+        panels = F.pad(weight.view(K, R, S), (0, 0, 0, 0, 0, -K % _PANEL))
+        return panels.view(-1, _PANEL, R, S).permute(0, 2, 3, 1).unsqueeze(-1).contiguous(), sums
+    one = weight.reshape(groups, K // groups, C, R, S)
+    padded = F.pad(one, (0, 0, 0, 0, 0, -C % _DEPTH, 0, -(K // groups) % _PANEL))
+    blocks = padded.view(groups, -1, _PANEL, -(-C // _DEPTH), _DEPTH, R, S)
+    return blocks.permute(0, 1, 5, 6, 3, 2, 4).contiguous(), sums
+
+
+def _depthwise(K: int, C: int, groups: int) -> bool:
+    """Whether each of several groups has one input (C of a group) and one output channel."""
+    return groups > 1 and groups == K and C == 1
+
+
+def _unpack(weight: torch.Tensor, K: int, C: int) -> torch.Tensor:
+    """``[K, C / groups, R, S]`` of any form; C is that of one group."""
+    if weight.dim() == 4:
+        return weight
+    if weight.dim() == 5:
+        return weight.squeeze(-1).permute(0, 3, 1, 2).flatten(0, 1)[:K].unsqueeze(1)
+    groups = weight.shape[0]
+    rows = weight.permute(0, 1, 5, 4, 6, 2, 3).flatten(3, 4).flatten(1, 2)
+    return rows[:, : K // groups, :C].flatten(0, 1)
+
+
+def _kernel_size(weight: torch.Tensor) -> tuple[int, int]:
+    first = 1 if weight.dim() == 5 else 2
+    return weight.shape[first], weight.shape[first + 1]
+
+
+def _pair(value: int | Sequence[int]) -> list[int]:
+    return [value, value] if isinstance(value, int | torch.SymInt) else list(value)
+
+
+def _output_size(x, weight, stride, padding, dilation) -> list[int]:
+    size = []
+    for i, taps in enumerate(_kernel_size(weight)):
+        room = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (taps - 1) - 1
+        size.append(room // stride[i] + 1)
+    return size
+
+
+def _check_geometry(x, weight, K: int, stride, padding, dilation, groups: int) -> None:
+    for name, values, least in (
+        ("stride", stride, 1),
+        ("padding", padding, 0),
+        ("dilation", dilation, 1),
+    ):
+        fits = len(values) == 2 and all(
+            isinstance(v, int | torch.SymInt) and least <= v <= _MOST for v in values
+        )
+        require(fits, OP, name, f"one or two integers from {least} to 2^31 - 1", list(values))
+    C = x.shape[1]
+    divides = groups >= 1 and C % groups == 0 and K % groups == 0
+    require(divides, OP, "groups", f"a divisor of {C} input and {K} output channels", groups)
+    C, panels = C // groups, -(-(K // groups) // _PANEL)
+    fits = weight.dtype == torch.int8 and weight.dim() in (4, 5, 7)
+    if fits:
+        R, S = _kernel_size(weight)
+        forms = [(K, C, R, S)]
+        if _depthwise(K, C, groups):
+            forms.append((-(-K // _PANEL), R, S, _PANEL, 1))
+        else:
+            forms.append((groups, panels, R, S, -(-C // _DEPTH), _PANEL, _DEPTH))
+        fits = R >= 1 and S >= 1 and tuple(weight.shape) in forms
+    form = f"int8 [{K}, {C}, R, S] or that as int8_conv2d_pack makes it"
+    require(fits, OP, "weight", form, weight)
+    enough = all(size >= 1 for size in _output_size(x, weight, stride, padding, dilation))
+    require(enough, OP, "x", f"at least as large as {R} × {S} taps, padding included", x)
+
+
+def _check(
+    x,
+    weight,
+    weight_scales,
+    weight_sums,
+    bias=None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    activation="none",
+    x_scale=None,
+    x_zero=None,
+    symmetric=True,
+) -> None:
+    fits = x.dim() == 4 and x.dtype in _DTYPES and all(size >= 1 for size in x.shape[1:])
+    form = "float32, float16 or bfloat16 [N, C, H, W], empty in N alone"
+    require(fits, OP, "x", form, x)
+    fits = weight_scales.dtype == torch.float32 and weight_scales.dim() == 1
+    fits = fits and weight_scales.shape[0] >= 1
+    require(fits, OP, "weight_scales", "float32 [K], K >= 1", weight_scales)
+    K = weight_scales.shape[0]
+    _check_geometry(x, weight, K, stride, padding, dilation, groups)
+    R, S = _kernel_size(weight)
+    check_quantization(OP, x, 0, x_scale, x_zero, symmetric)
+    most = MAX_IN_FEATURES if symmetric and x_scale is None else MAX_ASYMMETRIC_IN_FEATURES
+    fits = x.shape[1] // groups * R * S <= most
+    require(fits, OP, "weight", f"of at most {most} inputs an output (int32 sums)", weight)
+    fits = weight_sums.dtype == torch.int32 and tuple(weight_sums.shape) == (K,)
+    require(fits, OP, "weight_sums", f"int32 [{K}]", weight_sums)
+    if bias is not None:
+        fits = bias.dtype in _DTYPES and tuple(bias.shape) == (K,)
+        require(fits, OP, "bias", f"float [{K}] or None", bias)
+    known = f"one of {ACTIVATIONS}"
+    require(activation in ACTIVATIONS, OP, "activation", known, repr(activation))
+    for name, tensor in (
+        ("weight", weight),
+        ("weight_scales", weight_scales),
+        ("weight_sums", weight_sums),
+        ("bias", bias),
+    ):
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(message(OP, name, f"on {x.device}, as x is", tensor))
+
+
+def _eager(
+    x,
+    weight,
+    weight_scales,
+    weight_sums,
+    bias=None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    groups=1,
+    activation="none",
+    x_scale=None,
+    x_zero=None,
+    symmetric=True,
+) -> torch.Tensor:
+    q, scales, zeros = quantize_x(x.flatten(1), x_scale, x_zero, symmetric)
+    filters = _unpack(weight, weight_scales.shape[0], x.shape[1] // groups)
+    # float64 holds every sum below 2^53 exactly, and has a convolution on every device.
+    centred = (q.double() - zeros).view(x.shape)
+    options = (list(stride), list(padding), list(dilation), groups)
+    sums = F.conv2d(centred, filters.double(), None, *options).float()
+    y = sums * (scales * weight_scales)[:, :, None, None]
+    if bias is not None:
+        y = y + bias.float()[:, None, None]
+    y = activate(y, activation).to(x.dtype)
+    return y.contiguous(memory_format=memory_format(x))
+
+
+def _fake(
+    x,
+    weight,
+    weight_scales,
+    weight_sums,
+    bias=None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    *_args,
+    **_options,
+) -> torch.Tensor:
+    out = _output_size(x, weight, stride, padding, dilation)
+    size = (x.shape[0], weight_scales.shape[0], *out)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    x, weight, weight_scales, weight_sums, bias, *geometry = inputs[:9]
+    activation, x_scale, x_zero, symmetric = inputs[9:]
+    ctx.geometry, ctx.activation, ctx.symmetric = geometry, activation, symmetric
+    ctx.x = x.shape, x.dtype, memory_format(x)
+    ctx.save_for_backward(
+        *(weight, weight_scales, weight_sums, bias, x_scale, x_zero),
+        *(() if activation == "none" else (output,) if activation == "relu" else (x,)),
+    )
+
+
+def _backward(ctx, grad):
+    weight, weight_scales, weight_sums, bias, x_scale, x_zero, *saved = ctx.saved_tensors
+    stride, padding, dilation, groups = ctx.geometry
+    if ctx.activation == "relu":
+        grad = torch.where(saved[0] > 0, grad, 0.0)
+    elif ctx.activation == "gelu":
+        before = _call(
+            *(saved[0], weight, weight_scales, weight_sums, bias, *ctx.geometry),
+            *("none", x_scale, x_zero, ctx.symmetric),
+        )
+        grad = torch.ops.aten.gelu_backward(grad, before)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        shape, dtype, form = ctx.x
+        filters = _unpack(weight, weight_scales.shape[0], shape[1] // groups)
+        dequantized = filters.to(dtype) * weight_scales.to(dtype)[:, None, None, None]
+        # Of x its shape and memory format alone matter.
+        like = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=form)
+        grad_x = torch.ops.aten.convolution_backward(
+            *(grad, like, dequantized, None, stride, padding, dilation, False, [0, 0], groups),
+            [True, False, False],
+        )[0]
+    if bias is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad.sum((0, 2, 3)).to(bias.dtype)
+    return (grad_x, None, None, None, grad_bias, *(None,) * 8)
+
+
+_call = register(
+    OP,
+    eager=_eager,
+    fake=_fake,
+    check=_check,
+    setup_context=_setup_context,
+    backward=_backward,
+)
