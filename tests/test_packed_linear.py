@@ -187,20 +187,31 @@ def test_random_shapes(op, m, k, n, group, zeros, seed) -> None:
 
 
 @pytest.mark.parametrize("op", ["int4_linear", "ternary_linear"])
-@pytest.mark.parametrize("flat", [False, True])
-def test_pack_round_trip(op: str, flat: bool) -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_pack_round_trip(op: str, device: str) -> None:
     codes = packed_linear.Codes(op, 4, 8) if op == "int4_linear" else packed_linear.Codes(op, 2, 1)
+    pack = {"cpu": codes.pack_panels, "cuda": codes.pack_fragments}[device]
     for n, k in ((0, 0), (0, 3), (3, 0), (1, 1), (16, 8), (17, 5), (33, 63), (64, 16), (49, 100)):
         values = torch.randint(0, 2**codes.bits - (codes.bits == 2), (n, k), dtype=torch.uint8)
-        if flat:
-            weight = codes.pack(values)
-        else:  # the form of other devices
-            per_byte = 8 // codes.bits
-            padded = F.pad(values, (0, -k % per_byte))
-            weight = packed_linear._joined(padded.unflatten(1, (-1, per_byte)), codes.bits)
-        device = torch.device("cpu" if flat else "cuda")
-        assert weight.shape == codes.packed_shape(n, k, device)
+        weight = pack(values)
+        assert weight.shape == codes.packed_shape(n, k, torch.device(device))
         assert torch.equal(codes.unpack(weight, n, k), values)
+
+
+@pytest.mark.parametrize("op", ["int4_linear", "ternary_linear"])
+def test_fragments_are_those_that_are_documented(op: str) -> None:
+    codes = packed_linear.Codes(op, 4, 8) if op == "int4_linear" else packed_linear.Codes(op, 2, 1)
+    values = torch.randint(0, 2**codes.bits, (70, 200), dtype=torch.uint8)
+    weight = codes.pack_fragments(values)
+    outputs, lane_bytes = (2, 8) if codes.bits == 4 else (4, 4)
+    for n in range(70):
+        for k in range(200):
+            lane, block, i = 4 * (n % 8) + k % 16 // 4, k % 64 // 16, k % 4
+            per_word = 8 // codes.bits
+            at = lane_bytes * (n // 8 % outputs) + 4 * (block // per_word) + i
+            byte = int(weight[n // (8 * outputs), k // 64, 16 * lane + at])
+            shift = codes.bits * (block % per_word)
+            assert byte >> shift & (2**codes.bits - 1) == values[n, k]
 
 
 @pytest.mark.parametrize("op", ["int4_linear", "ternary_linear"])

@@ -19,6 +19,7 @@ from .int8_linear import MAX_IN_FEATURES, quantize_rows
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUP_MULTIPLE = 16  # inputs whose codes share a word of the CPU's packing of 2 bits
 _PANEL, _DEPTH = 32, 4
+_TILE_K = 64  # inputs of a tile of a GPU's packing
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,49 @@ class Codes:
         return -(-in_features // (group_size or max(1, in_features)))
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Unsigned codes ``[N, K]`` as the kernels of their device read them.
+        """Unsigned codes ``[N, K]`` as the kernels of their device read them."""
+        return (self.pack_panels if codes.device.type == "cpu" else self.pack_fragments)(codes)
 
-        On a CPU a flat tensor: panels of 32 outputs (16 in the last where that is enough), in a
-        panel ``[word][output]``, a word as `unpack` reads it, N and K zero padded. Elsewhere
-        ``[N, ceil(K · bits / 8)]``, the first code in the lowest bits.
+    def pack_panels(self, codes: torch.Tensor) -> torch.Tensor:
+        """As the CPU's kernels read them: flat, panels of 32 outputs (16 in the last where that is
+        enough), in a panel ``[word][output]``, N and K zero padded. Byte i of a word holds the
+        inputs i, 4 + i, 8 + i, … of its block, the first in the lowest bits."""
+        K = codes.shape[1]
+        padded = F.pad(codes, (0, -K % self.inputs, 0, -codes.shape[0] % 16))
+        shape = (padded.shape[0], -(-K // self.inputs), 8 // self.bits, _DEPTH)
+        return to_panels(_joined(padded.view(shape).transpose(2, 3), self.bits))
+
+    def pack_fragments(self, codes: torch.Tensor) -> torch.Tensor:
+        """As a GPU's kernels read them: ``[ceil(N / rows), ceil(K / 64), 512]``, N and K zero
+        padded; rows is 16 of 4 bits, 32 of 2 bits.
+
+        A tile of 512 bytes is what a warp reads at once, 16 bytes a lane. Lane 4g + t has, one
+        after the other, the outputs g, 8 + g, … of the tile, and of each the inputs 4t + i, 16 +
+        4t + i, 32 + 4t + i, 48 + 4t + i (i < 4) of the tile's 64: 8 bytes of 4 bits, 4 of 2 bits,
+        in words as `pack_panels` has them (byte i: its i, the first input in the lowest bits).
         """
+        outputs, words, per_byte = self._fragment_shape
         N, K = codes.shape
-        per_byte = 8 // self.bits
-        if codes.device.type != "cpu":
-            padded = F.pad(codes, (0, -K % per_byte)).view(N, -(-K // per_byte), per_byte)
-            return _joined(padded, self.bits)
-        padded = F.pad(codes, (0, -K % self.inputs, 0, -N % 16))
-        # Byte i of a word holds the inputs i, 4 + i, 8 + i, … of its block.
-        words = padded.view(padded.shape[0], -(-K // self.inputs), per_byte, _DEPTH).transpose(2, 3)
-        return to_panels(_joined(words, self.bits))
+        padded = F.pad(codes, (0, -K % _TILE_K, 0, -N % (8 * outputs)))
+        tiles = len(padded) // (8 * outputs)
+        # [tile of N, output of a lane, g, tile of K, word, block of 16 in the word, t, i]
+        view = padded.view(tiles, outputs, 8, -(-K // _TILE_K), words, per_byte, 4, _DEPTH)
+        parts = view.permute(0, 3, 2, 6, 1, 4, 7, 5)
+        return _joined(parts, self.bits).flatten(2)
+
+    @property
+    def _fragment_shape(self) -> tuple[int, int, int]:
+        """Outputs of a lane in a tile, their words each, and codes in a byte."""
+        words = _TILE_K // 4 // self.inputs
+        return 4 // words, words, 8 // self.bits
 
     def unpack(self, packed: torch.Tensor, N: int, K: int) -> torch.Tensor:
         """The unsigned codes ``[N, K]`` of either form."""
-        if packed.dim() == 2:
-            return _split(packed, self.bits).flatten(1)[:, :K]
+        if packed.dim() == 3:
+            outputs, words, _ = self._fragment_shape
+            parts = packed.view(*packed.shape[:2], 8, 4, outputs, words, _DEPTH)
+            view = _split(parts, self.bits).permute(0, 4, 2, 1, 5, 7, 3, 6)
+            return view.flatten(3).flatten(0, 2)[:N, :K]
         blocks = -(-K // self.inputs)
         words = from_panels(packed, N, blocks, _DEPTH).view(N, blocks, _DEPTH)
         return _split(words, self.bits).transpose(2, 3).flatten(1)[:, :K]
@@ -72,7 +96,7 @@ class Codes:
     def packed_shape(self, N: int, K: int, device: torch.device) -> tuple[int, ...]:
         """Of `pack`'s result."""
         if device.type != "cpu":
-            return (N, -(-K * self.bits // 8))
+            return (-(-N // (8 * self._fragment_shape[0])), -(-K // _TILE_K), 512)
         return (padded_outputs(N) * -(-K // self.inputs) * 4,)
 
 
@@ -120,12 +144,13 @@ def from_panels(flat: torch.Tensor, N: int, columns: int, item: int = 1) -> torc
 
 def pack_group_values(values: torch.Tensor) -> torch.Tensor:
     """Scales or zero points ``[N, groups]`` as the kernels of their device read them: on a CPU in
-    panels, beside the codes'."""
-    return to_panels(values) if values.device.type == "cpu" else values.contiguous()
+    panels, beside the codes'; elsewhere ``[groups, N]``, so that a warp's outputs are side by
+    side."""
+    return to_panels(values) if values.device.type == "cpu" else values.t().contiguous()
 
 
 def _group_values(packed: torch.Tensor, N: int, groups: int) -> torch.Tensor:
-    return packed if packed.dim() == 2 else from_panels(packed, N, groups)
+    return packed.t() if packed.dim() == 2 else from_panels(packed, N, groups)
 
 
 def check_codes(op: str, name: str, codes: torch.Tensor, low: int, high: int) -> None:
@@ -158,7 +183,7 @@ def check(
     kind.check_group_size(op, group_size)
     groups = kind.groups(K, group_size)
     flat = x.device.type == "cpu"
-    values = (padded_outputs(N) * groups,) if flat else (N, groups)
+    values = (padded_outputs(N) * groups,) if flat else (groups, N)
     forms = {
         "weight": (weight, torch.uint8, kind.packed_shape(N, K, x.device)),
         "scales": (scales, torch.float32, values),
