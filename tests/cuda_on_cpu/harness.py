@@ -122,6 +122,43 @@ def int8_linear(
     return y
 
 
+PACKED_LINEAR_KERNELS = {"auto": -1, "narrow": 0, "wide": 1}
+
+
+def packed_linear(
+    library: ctypes.CDLL,
+    kind,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int | None,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    quantize_x: bool = True,
+    *,
+    kernel: str = "auto",
+    splits: int = 0,
+    order: str = "forward",
+) -> torch.Tensor:
+    """The op of ``kind`` (its `Codes`) on ``x`` ``[M, K]`` (dense rows) and a weight as GPUs have
+    it: `pack_fragments`, scales and zeros ``[groups, N]``. ``splits``: 0, or so many of K."""
+    (M, K), N = x.shape, scales.shape[1]
+    y = torch.full((M, N), 77.0, dtype=x.dtype)
+    sizes = (M, N, K, x.stride(0), min(group_size or K, K))
+    _call(
+        library.run_packed_linear,
+        *map(ctypes.c_int, (kind.bits, quantize_x, DTYPES[x.dtype])),
+        (c_int64 * len(sizes))(*sizes),
+        *map(_pointer, (x, weight, scales, zeros, bias, y)),
+        ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(PACKED_LINEAR_KERNELS[kernel]),
+        c_int64(splits),
+        order=order,
+    )
+    return y
+
+
 WINOGRAD_KERNELS = {"auto": -1, "fused": 0, "small": 1, "large": 2, "shallow": 3}
 
 
