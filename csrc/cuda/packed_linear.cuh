@@ -8,7 +8,7 @@
 //       unpack them takes 1 instruction of a thread a code in 16 bits (a shift for two words, and
 //       a logical and a subtraction for two codes), of 128 a clock, and the 16 padded rows 40 · 16
 //       of 1024 multiply-adds a clock. 20 bytes a clock over 1000 clocks of latency are 20 KB under
-//       way; three stages of 8 KB of each of three blocks are 72 KB.
+//       way; three stages of 8 KB of each of two blocks are 48 KB.
 //   wide: 64 × 128 outputs a block, and each code is unpacked once in it. Per 64 inputs come in
 //       8 KB of 16-bit x (4 KB of int8) and 4 KB of 4-bit codes (2 KB) for 524,288 multiply-adds.
 //
@@ -29,6 +29,9 @@ namespace compressops {
 constexpr int kStepK = 64;  // inputs of a tile of codes
 // Groups are a multiple of it, as ops/packed_linear.py asks.
 constexpr int64_t kGroupMultiple = 16;
+// The sums of |q| ≤ 127 times |code − zero| ≤ 15 must fit 31 bits; the ops ask for no more.
+constexpr int64_t kPackedLinearMaxK = 131072;
+static_assert(kPackedLinearMaxK * 127 * 15 <= 0x7fffffff);
 
 enum class FloatType : int { kFloat, kHalf, kBfloat16 };
 
@@ -226,8 +229,9 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
   struct Group {
     int index = -1;
     float scales[kTilesN][2];
-    uint32_t zeros[kTilesN];
+    uint32_t zeros[kTilesN / 4] = {};  // four in a word: this much is in registers twice
   } current, ahead;
+  uint32_t zeros[kTilesN];
   const auto fetch = [&](Group& group, int index) {
     group.index = index;
     const int64_t row = int64_t{index} * args.N;
@@ -242,7 +246,7 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
       const int64_t column = n + lane / 4;
       const bool given = args.zeros != nullptr && column < args.N;
       const uint32_t zero = given ? load_nc<uint8_t>(args.zeros, row + column) : kMiddleCode<kBits>;
-      group.zeros[j] = Operands::zero_word(zero);
+      group.zeros[j / 4] = (j % 4 ? group.zeros[j / 4] : 0) | zero << 8 * (j % 4);
     }
   };
   // Where a unit of a step begins; past the last input all counts 0 times, whatever its group.
@@ -297,6 +301,10 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
       if (ahead.index != current.index) {
         if (current.index >= 0) fold();
         current = ahead;
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+          zeros[j] = Operands::zero_word(current.zeros[j / 4] >> 8 * (j % 4) & 0xffu);
+        }
       }
       const bool last = unit + 1 == kStepK / kUnit;
       const int next_step = last ? step + kWarpsK : step;
@@ -316,7 +324,7 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
 #pragma unroll
           for (int i = 0; i < kTilesM; ++i) {
             Operands::template multiply<kBits, kBlocks>(sums[i][j], left[i], word, shift, block,
-                                                        current.zeros[j]);
+                                                        zeros[j]);
           }
         }
       }

@@ -20,10 +20,9 @@ struct PackedLinearChoice {
   int64_t least_steps;  // of 64 inputs that a split has
 };
 
-// The first row that fits; from counting bytes, not yet from measurements. Narrow: as many blocks
-// as shared memory holds at once keep the most bytes under way, and each has four warps to feed.
+// The first row that fits; from counting bytes, not yet from measurements. Narrow: a
+// multiprocessor's registers hold two blocks at once. Rows for later architectures go first.
 constexpr PackedLinearChoice kPackedLinearChoices[] = {
-    {90, 16, PackedLinearKernel::kNarrow, 16, 64, 3, 8},
     {80, 16, PackedLinearKernel::kNarrow, 16, 64, 2, 8},
     {80, INT64_MAX, PackedLinearKernel::kWide, 64, 128, 1, 8},
 };

@@ -101,6 +101,9 @@ def int8_linear(
     weight_scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "none",
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+    symmetric: bool = True,
     *,
     kernel: str = "auto",
     max_blocks: int = 2**31 - 1,
@@ -108,13 +111,15 @@ def int8_linear(
 ) -> torch.Tensor:
     """The op on ``x`` ``[M, K]`` (dense rows), with its second kernel forced if named."""
     (M, K), N = x.shape, weight.shape[0]
+    sums = weight.sum(1, dtype=torch.int32)
     y = torch.full((M, N), 77.0, dtype=x.dtype)
     _call(
         library.run_int8_linear,
         ctypes.c_int(DTYPES[x.dtype]),
         *(ctypes.c_int64(size) for size in (M, N, K, x.stride(0))),
-        *map(_pointer, (x, weight, weight_scales, bias, y)),
+        *map(_pointer, (x, weight, weight_scales, sums, bias, x_scale, x_zero, y)),
         ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(2 if x_scale is not None else not symmetric),
         ctypes.c_int(INT8_LINEAR_KERNELS[kernel]),
         ctypes.c_int64(max_blocks),
         order=order,
