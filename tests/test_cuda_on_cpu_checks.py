@@ -122,7 +122,7 @@ INT8_PLANTS = {
         'race on shared array "warp_bits"',
     ),
     "out-of-bounds shared write": (
-        Plant(INT8, "return row * 4 +", "return (row + 1) * 4 +"),
+        Plant("tiles.cuh", "return row * 4 +", "return (row + 1) * 4 +"),
         'shared array "shared".* out of bounds',
     ),
     "wait that ends too early": (

@@ -167,7 +167,7 @@ def test_choice_of_kernel(library):
         )
         return tuple(out)
 
-    assert plan(1, 4096, 4096) == (0, 6, 64 * 6 * 1024)
+    assert plan(1, 4096, 4096) == (0, 4, 64 * 4 * 1024)
     assert plan(16, 16384, 16384) == (0, 1, 0)
     assert plan(17, 4096, 4096)[0] == 1
     assert plan(4096, 4096, 4096) == (1, 1, 0)

@@ -123,17 +123,18 @@ __global__ void __launch_bounds__(kRowsWarps* kWarpSize) int8_linear_rows(Int8Li
       }
     }
   }
+  // Another lane for each, so that their epilogues run side by side.
+  static_assert(kRows * kRowsColumns <= kWarpSize);
+  int mine = 0;
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-    for (int column = 0; column < kRowsColumns; ++column) {
-      const int sum = warp_sum(sums[row][column]);
-      const int64_t n = first_n + column;
-      // Another lane for each, so that their epilogues run side by side.
-      if (lane == row * kRowsColumns + column && row < args.M && n < args.N) {
-        int8_linear_store(args, row, n, sum);
-      }
-    }
+  for (int i = 0; i < kRows * kRowsColumns; ++i) {
+    const int sum = warp_sum(sums[i / kRowsColumns][i % kRowsColumns]);
+    mine = lane == i ? sum : mine;
+  }
+  const int row = lane / kRowsColumns;
+  const int64_t n = first_n + lane % kRowsColumns;
+  if (lane < kRows * kRowsColumns && row < args.M && n < args.N) {
+    int8_linear_store(args, row, n, mine);
   }
 }
 
