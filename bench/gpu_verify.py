@@ -16,6 +16,7 @@ named. Rows of an earlier run of the same file are kept with `--merge`.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import os
 import shutil
@@ -91,11 +92,62 @@ def int8_arguments(m: int, k: int, n: int, dtype: torch.dtype, activation: str =
     return x, weight, scales, sums, torch.randn(n, device=DEVICE), activation
 
 
+def int8_quantizations() -> tuple[tuple, ...]:
+    """x_scale, x_zero and symmetric of `int8_linear` besides the dynamic symmetric ones."""
+    scale = torch.tensor(0.02, device=DEVICE)
+    zero = torch.tensor(-77, dtype=torch.int8, device=DEVICE)
+    return (None, None, False), (scale, None, True), (scale, zero, True)
+
+
 def int8_cases(small: bool) -> Iterator[Check]:
     for m, k, n in itertools.product((1, 17, 65) if small else SIZES, repeat=3):
         yield Check("int8_linear", int8_arguments(m, k, n, torch.float32))
     for dtype, activation in itertools.product(FLOATS, ("none", "relu", "gelu")):
         yield Check("int8_linear", int8_arguments(130, 208, 140, dtype, activation))
+    for m, k, quantization in itertools.product((5, 66), (100, 96), int8_quantizations()):
+        yield Check("int8_linear", (*int8_arguments(m, k, 70, torch.float32), *quantization))
+
+
+def packed_arguments(
+    op: str,
+    m: int,
+    k: int,
+    n: int,
+    group: int | None,
+    dtype: torch.dtype,
+    zeros: bool = False,
+    activation: str = "none",
+) -> tuple:
+    """Of `int4_linear`, less quantize_x, and of `ternary_linear`."""
+    ternary = op == "ternary_linear"
+    low, high = (-1, 2) if ternary else (-8, 8)
+    groups = -(-k // (group or max(1, k)))
+    codes = torch.randint(low, high, (n, k), dtype=torch.int8, device=DEVICE)
+    scales = torch.rand(n, groups, device=DEVICE) / 8 / max(k, 1) ** 0.5
+    x, bias = torch.randn(m, k, device=DEVICE).to(dtype), torch.randn(n, device=DEVICE)
+    if ternary:
+        packed = co.ops.ternary_linear_pack(codes, scales, group)
+    else:
+        points = torch.randint(low, high, (n, groups), dtype=torch.int8, device=DEVICE)
+        packed = co.ops.int4_linear_pack(codes, scales, points if zeros else None, group)
+    return x, *packed, n, group, bias, activation
+
+
+# Of outputs of about 1: sums in float32, and the last rounding.
+PACKED_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+def packed_cases(op: str, small: bool) -> Iterator[Check]:
+    shapes = [(1, 200, 70, 16), (17, 136, 65, 32), (5, 1100, 130, 128), (65, 96, 129, None)]
+    shapes += [] if small else [(16, 4096, 4096, 128), (300, 1024, 1031, 64), (0, 8, 8, None)]
+    # As they are, 4-bit weights' activations are multiplied on a GPU alone.
+    modes = (True, False) if op == "int4_linear" and GPU else (True,)
+    for (m, k, n, group), dtype, quantize_x in itertools.product(shapes, FLOATS, modes):
+        activation = ("none", "relu", "gelu")[(m + k) % 3]
+        arguments = packed_arguments(op, m, k, n, group, dtype, k % 3 == 0, activation)
+        mode = () if op == "ternary_linear" else (quantize_x,)
+        bound = PACKED_BOUNDS[dtype]
+        yield Check(op, (*arguments, *mode), bound, bound)
 
 
 def huffman_arguments(count: int, chunk_size: int, bits: int = 6) -> tuple:
@@ -165,6 +217,8 @@ def winograd_grad_cases(small: bool) -> Iterator[Check]:
 
 CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
     "int8_linear": int8_cases,
+    "int4_linear": functools.partial(packed_cases, "int4_linear"),
+    "ternary_linear": functools.partial(packed_cases, "ternary_linear"),
     "huffman_decode": huffman_cases,
     "winograd_conv2d": winograd_cases,
     "winograd_conv2d_grad": winograd_grad_cases,
@@ -280,6 +334,38 @@ def int8_rows(backend: str, rounds: int) -> Iterator[dict]:
         }
 
 
+def packed_rows(op: str, quantize_x: bool, backend: str, rounds: int) -> Iterator[dict]:
+    """Groups of 128; bytes are those of codes, scales, x and y."""
+    bits, call = 2 if op == "ternary_linear" else 4, getattr(torch.ops.compressops, op)
+    for m, size in itertools.product((1, 16, 256, 4096), (4096, 8192, 16384)):
+        cache = torch.cuda.get_device_properties(0).L2_cache_size
+        copies = max(1, min(64, 2 * cache * 8 // (bits * size**2)))
+        mode = () if op == "ternary_linear" else (quantize_x,)
+        sets = [
+            (*packed_arguments(op, m, size, size, 128, torch.bfloat16), *mode)
+            for _ in range(copies)
+        ]
+        dense = [
+            torch.randn(size, size, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies)
+        ]
+        with co.backend(backend):
+            ours = graph_seconds([functools.partial(call, *s) for s in sets], rounds)
+        peers = [functools.partial(F.linear, s[0], w) for s, w in zip(sets, dense, strict=True)]
+        peer = graph_seconds(peers, rounds)
+        traffic = size**2 * (bits / 8 + 4 / 128) + 4 * m * size
+        yield {
+            **{"op": op, "backend": backend},
+            "case": f"{m}×{size}×{size} bf16, {'A8' if quantize_x else 'A16'}",
+            **{"µs": ours * 1e6, "TOP/s": 2 * m * size**2 / ours / 1e12},
+            **{"GB/s": traffic / ours / 1e9, "× peer": peer / ours, "peer": "torch bf16 linear"},
+        }
+
+
+def int4_rows(backend: str, rounds: int) -> Iterator[dict]:
+    for quantize_x in (False, True):
+        yield from packed_rows("int4_linear", quantize_x, backend, rounds)
+
+
 def huffman_rows(backend: str, rounds: int) -> Iterator[dict]:
     for bits in (4, 6, 8):
         arguments = huffman_arguments(32_000_000, 4096, bits)
@@ -315,6 +401,8 @@ def winograd_rows(backend: str, rounds: int) -> Iterator[dict]:
 
 FIGURES: dict[str, Callable[[str, int], Iterator[dict]]] = {
     "int8_linear": int8_rows,
+    "int4_linear": int4_rows,
+    "ternary_linear": functools.partial(packed_rows, "ternary_linear", True),
     "huffman_decode": huffman_rows,
     "winograd_conv2d": winograd_rows,
 }

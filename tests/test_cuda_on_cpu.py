@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from cuda_on_cpu import harness
 from cuda_on_cpu.huffman_streams import decode_chunk, encode, lengths_for
 
+from compressops import backend
+from compressops.ops import int8_linear
+
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="needs a C++20 compiler")
 ORDERS = tuple(harness.ORDERS)
 
@@ -137,6 +140,35 @@ def test_int8_linear_of_special_values(int8_library, kernel):
         assert_same(y, reference(x, weight, scales, bias, activation), activation)
         assert y[:3].isnan().all()
         assert not y[3:].isnan().any()
+
+
+@pytest.mark.parametrize("kernel", ["rows16", "tile64"])
+@pytest.mark.parametrize("how", ["asymmetric", "static", "static with a zero point"])
+def test_int8_linear_of_other_quantizations(int8_library, how, kernel):
+    """Bit for bit the result of the op's reference."""
+    x, weight, scales, bias = make(Case(14, 19, 100))
+    x[0] += 3  # low is 0
+    x[1] -= 3
+    x[2], x[3] = 0, x[3] * 1e-38  # 127.5 / range overflows
+    x[4], x[4, 5] = 0, -1e-45
+    x[5] *= 1e38
+    x[6, 3], x[7, 95], x[8, 0] = torch.nan, torch.inf, -torch.inf
+    x[9] = torch.arange(100) * 0.5 - 20
+    quantization = {
+        "asymmetric": (None, None, False),
+        "static": (torch.tensor(0.02), None, True),
+        "static with a zero point": (torch.tensor(0.02), torch.tensor(-77, dtype=torch.int8), True),
+    }[how]
+    for dtype, columns in itertools.product(harness.DTYPES, (100, 96)):
+        args = (x[:, :columns].to(dtype), weight[:, :columns].contiguous(), scales)
+        y = harness.int8_linear(
+            int8_library, *args, bias, "relu", *quantization, kernel=kernel, max_blocks=5
+        )
+        with backend("eager"):
+            sums = args[1].sum(1, dtype=torch.int32)
+            expected = int8_linear(*args, sums, bias, "relu", *quantization)
+        assert_same(y, expected, "relu")
+        assert y[6:9].isnan().all()
 
 
 def test_choice_of_kernel(int8_library):

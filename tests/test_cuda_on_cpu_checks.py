@@ -15,6 +15,9 @@ from test_cuda_on_cpu import make_stream, reference
 from test_cuda_on_cpu_winograd import Case, make
 from test_cuda_on_cpu_winograd import run as run_winograd
 
+from compressops.ops.int8_linear import quantize_rows
+from compressops.ops.packed_linear import Codes
+
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="needs a C++20 compiler")
 ALL_ORDERS = pytest.mark.parametrize("order", harness.ORDERS)
 
@@ -116,10 +119,10 @@ INT8_PLANTS = {
     ),
     "missing __syncthreads between rows": (
         Plant(QUANTIZE, "__syncthreads();  // the next row", "// the next row"),
-        'race on shared array "warp_amax"',
+        'race on shared array "warp_bits"',
     ),
     "out-of-bounds shared write": (
-        Plant(INT8, "return row * 4 +", "return (row + 1) * 4 +"),
+        Plant("tiles.cuh", "return row * 4 +", "return (row + 1) * 4 +"),
         'shared array "shared".* out of bounds',
     ),
     "wait that ends too early": (
@@ -132,6 +135,41 @@ INT8_PLANTS = {
     ),
     "shuffle over half a warp": (
         Plant("warp.cuh", "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
+        "wrong result",
+    ),
+}
+PACKED = "packed_linear.cuh"
+PACKED_PLANTS = {
+    "off by one": (
+        Plant(PACKED, "m < args.M && k < args.x_columns", "m <= args.M && k < args.x_columns"),
+        'global array "q".* out of bounds',
+    ),
+    "missing __syncthreads": (
+        Plant(PACKED, "__syncthreads();  // everyone's x", "// everyone's x"),
+        'race on shared array "shared"|never written|before its cp.async',
+    ),
+    "missing __syncthreads before the stages are used again": (
+        Plant(PACKED, "__syncthreads();  // the stages are free", "// the stages are free"),
+        'race on shared array "shared"',
+    ),
+    "wait that ends too early": (
+        Plant(PACKED, "cp_async_wait<kStages - 2>", "cp_async_wait<kStages - 1>"),
+        "before its cp.async is waited for",
+    ),
+    "a group's scale kept": (
+        Plant(PACKED, "if (next != current.index) fetch(ahead, next);", ""),
+        "wrong result",
+    ),
+    "the last of a step's groups": (
+        Plant(PACKED, "unit * kUnit, K - 1) / group_size", "unit * kUnit, K - 1) / 64"),
+        'global array "scales".* out of bounds|wrong result',
+    ),
+    "a borrow between codes": (
+        Plant(PACKED, "((word >> shift & kMask) | 0x80808080u)", "((word >> shift & kMask))"),
+        "wrong result",
+    ),
+    "a block that comes first adds": (
+        Plant(PACKED, "1u) + 1 == args.splits", "1u) == 0"),
         "wrong result",
     ),
 }
@@ -204,6 +242,7 @@ def planted():
             (op, name): pool.submit(harness.build, op, plant, defines)
             for op, plants, defines in (
                 ("int8_linear", INT8_PLANTS, ("CUDA_ON_CPU_FLOAT_ONLY",)),
+                ("packed_linear", PACKED_PLANTS, ("CUDA_ON_CPU_INT8_ONLY",)),
                 ("huffman_decode", HUFFMAN_PLANTS, ()),
                 ("winograd_conv2d", WINOGRAD_PLANTS, ("CUDA_ON_CPU_HALF_ONLY",)),
             )
@@ -236,6 +275,29 @@ def test_mistakes_planted_in_int8_linear_are_found(planted, name, order):
 
     message = INT8_PLANTS[name][1]
     with pytest.raises(AssertionError, match=message):
+        raise AssertionError(verdict(check))
+
+
+@ALL_ORDERS
+@pytest.mark.parametrize("name", PACKED_PLANTS)
+def test_mistakes_planted_in_packed_linear_are_found(planted, name, order):
+    x, kind = torch.randn(5, 1104), Codes("ternary_linear", 2, 1)
+    codes = torch.randint(0, 3, (70, 1104), dtype=torch.uint8)
+    scales = torch.rand(35, 70)  # groups of 32
+    q, x_scales = quantize_rows(x)
+    dense = (codes.double() - 1) * scales.double().t().repeat_interleave(32, 1)[:, :1104]
+    expected = (q.double() @ dense.t()) * x_scales.double()
+
+    def check() -> bool:
+        y = harness.packed_linear(
+            *(planted["packed_linear", name], kind, x, kind.pack_fragments(codes)),
+            *(scales, None, 32),
+            splits=3,
+            order=order,
+        )
+        return bool(((y.double() - expected).abs() < 1e-3).all())
+
+    with pytest.raises(AssertionError, match=PACKED_PLANTS[name][1]):
         raise AssertionError(verdict(check))
 
 

@@ -1,7 +1,7 @@
-// int8_linear: y[M, N] = activation((q[M, K] @ weight[N, K].T) · x_scale[M] · weight_scale[N] +
-// bias)
+// int8_linear: y[M, N] = activation((q[M, K] @ weight[N, K].T − x_zero[M] · weight_sum[N]) ·
+// x_scale[M] · weight_scale[N] + bias)
 //
-// Kernel 1 quantizes each row of x to int8, x_scale = amax / 127. Kernel 2 is one of
+// Kernel 1 quantizes each row of x to int8. Kernel 2 is one of
 //   rows   M ≤ 16: the weight's N·K bytes are all the traffic that counts, so each is read once, by
 //          the warp that owns its row, and multiplied with dp4a;
 //   tile   an int8 GEMM on the tensor cores (mma.sync m16n8k32, sm_80 and newer): per block and
@@ -15,12 +15,16 @@
 #include "device.cuh"
 #include "ptx.cuh"
 #include "quantize_rows.cuh"
+#include "tiles.cuh"
 
 namespace compressops {
 
 // The sums of |q| ≤ 127 times |weight| ≤ 128 must fit 31 bits.
 constexpr int64_t kInt8LinearMaxK = 131072;
 static_assert(kInt8LinearMaxK * 127 * 128 <= 0x7fffffff);
+// With zero points |q − zero| ≤ 255.
+constexpr int64_t kInt8LinearMaxAsymmetricK = 65536;
+static_assert(kInt8LinearMaxAsymmetricK * 255 * 128 <= 0x7fffffff);
 
 // Which kernel serves a shape. The tests force each.
 enum class Int8LinearKernel : int { kAuto = -1, kRows1, kRows4, kRows16, kTile64, kTile128 };
@@ -32,11 +36,14 @@ struct Int8LinearArgs {
   int64_t x_row_stride;
   Global<const int8_t> weight;        // [N, K]
   Global<const float> weight_scales;  // [N]
+  Global<const int> weight_sums;      // [N], read where there are zero points
   Global<const float> bias;           // [N] or null
   Activation activation;
   Global<int8_t> q;        // scratch [M, padded_to_16(K)]
   Global<float> x_scales;  // scratch [M]
-  Global<T> y;             // [M, N]
+  RowScaling scaling;
+  RowZeros x_zeros;  // zeros: scratch [M], or null if symmetric
+  Global<T> y;       // [M, N]
 };
 
 __device__ __forceinline__ int warp_sum(int value) {
@@ -68,10 +75,13 @@ __device__ __forceinline__ int4 load_16_weights(Global<const int8_t> row, int64_
 
 // Separate roundings of product and sum, so that every backend gives the same bits.
 template <class T>
-__device__ __forceinline__ T int8_linear_epilogue(int sum, float scale, float bias,
-                                                  Activation activation) {
+__device__ __forceinline__ void int8_linear_store(const Int8LinearArgs<T>& args, int64_t m,
+                                                  int64_t n, int sum) {
+  const float scale = __fmul_rn(args.x_scales[m], args.weight_scales[n]);
+  const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
+  if (args.x_zeros.zeros != nullptr) sum -= args.x_zeros.zeros[m] * args.weight_sums[n];
   const float value = __fadd_rn(__fmul_rn(__int2float_rn(sum), scale), bias);
-  return from_float<T>(activate(value, activation));
+  args.y[m * args.N + n] = from_float<T>(activate(value, args.activation));
 }
 
 // A warp owns two rows of the weight: q is read half as often as with one, and with M ≤ 16 the 32
@@ -113,19 +123,18 @@ __global__ void __launch_bounds__(kRowsWarps* kWarpSize) int8_linear_rows(Int8Li
       }
     }
   }
+  // Another lane for each, so that their epilogues run side by side.
+  static_assert(kRows * kRowsColumns <= kWarpSize);
+  int mine = 0;
 #pragma unroll
-  for (int row = 0; row < kRows; ++row) {
-#pragma unroll
-    for (int column = 0; column < kRowsColumns; ++column) {
-      const int sum = warp_sum(sums[row][column]);
-      const int64_t n = first_n + column;
-      // Another lane for each, so that their epilogues run side by side.
-      if (lane == row * kRowsColumns + column && row < args.M && n < args.N) {
-        const float scale = __fmul_rn(args.x_scales[row], args.weight_scales[n]);
-        const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
-        args.y[row * args.N + n] = int8_linear_epilogue<T>(sum, scale, bias, args.activation);
-      }
-    }
+  for (int i = 0; i < kRows * kRowsColumns; ++i) {
+    const int sum = warp_sum(sums[i / kRowsColumns][i % kRowsColumns]);
+    mine = lane == i ? sum : mine;
+  }
+  const int row = lane / kRowsColumns;
+  const int64_t n = first_n + lane % kRowsColumns;
+  if (lane < kRows * kRowsColumns && row < args.M && n < args.N) {
+    int8_linear_store(args, row, n, mine);
   }
 }
 
@@ -142,25 +151,6 @@ struct Int8LinearTile {
   static constexpr int kSharedBytes = kStages * (kBlockM + kBlockN) * kStepK;
   static_assert(kBlockM * kChunks % kThreads == 0 && kBlockN * kChunks % kThreads == 0);
 };
-
-// Where chunk `chunk` of row `row` lies in a stage. Two rows share a 128-byte line of shared
-// memory; the XOR makes the eight rows that one ldmatrix matrix reads fall in eight different bank
-// groups.
-__device__ __forceinline__ int swizzled(int row, int chunk) {
-  return row * 4 + (chunk ^ (row / 2 % 4));
-}
-
-// Blocks that run at the same time should share rows of q and of the weight in L2: they take the
-// tiles in groups of 8 tile rows, down each column of a group first.
-__device__ __forceinline__ void tile_of_block(int64_t block_index, int64_t tiles_m, int64_t tiles_n,
-                                              int64_t* tile_m, int64_t* tile_n) {
-  constexpr int64_t kGroup = 8;
-  const int64_t group = block_index / (kGroup * tiles_n);
-  const int64_t rows = min(kGroup, tiles_m - group * kGroup);
-  const int64_t in_group = block_index - group * kGroup * tiles_n;
-  *tile_m = group * kGroup + in_group % rows;
-  *tile_n = in_group / rows;
-}
 
 template <class Tile, bool kAligned, class T>
 __device__ __forceinline__ void int8_linear_load_stage(const Int8LinearArgs<T>& args,
@@ -272,17 +262,13 @@ __global__ void __launch_bounds__(Tile::kThreads) int8_linear_tile(Int8LinearArg
     for (int half = 0; half < 2; ++half) {
       const int64_t m = first_m + warp_m + 16 * i + 8 * half + lane / 4;
       if (m >= args.M) continue;
-      const float x_scale = args.x_scales[m];
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
           const int64_t n = first_n + warp_n + 8 * j + 2 * (lane % 4) + odd;
           if (n >= args.N) continue;
-          const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
-          args.y[m * args.N + n] = int8_linear_epilogue<T>(
-              sums[i][j][2 * half + odd], __fmul_rn(x_scale, args.weight_scales[n]), bias,
-              args.activation);
+          int8_linear_store(args, m, n, sums[i][j][2 * half + odd]);
         }
       }
     }
@@ -343,8 +329,12 @@ cudaError_t launch_int8_linear(const Int8LinearArgs<T>& args, int64_t multiproce
                                Int8LinearKernel kernel = Int8LinearKernel::kAuto,
                                int64_t max_blocks = 0x7fffffff) {
   if (args.M == 0 || args.N == 0) return cudaSuccess;
-  const cudaError_t error = launch_quantize_rows<T>(args.x, args.x_row_stride, args.M, args.K,
-                                                    args.q, args.x_scales, stream, max_blocks);
+  const auto quantize =
+      args.scaling == RowScaling::kSymmetric    ? launch_quantize_rows<T, RowScaling::kSymmetric>
+      : args.scaling == RowScaling::kAsymmetric ? launch_quantize_rows<T, RowScaling::kAsymmetric>
+                                                : launch_quantize_rows<T, RowScaling::kStatic>;
+  const cudaError_t error = quantize(args.x, args.x_row_stride, args.M, args.K, args.q,
+                                     args.x_scales, stream, max_blocks, args.x_zeros);
   if (error != cudaSuccess) return error;
 
   if (kernel == Int8LinearKernel::kAuto) {

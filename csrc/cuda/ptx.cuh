@@ -65,6 +65,41 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// c[16, 8] += a[16, 16] @ b[8, 16].T in int8 with exact int32 sums.
+__device__ __forceinline__ void mma_m16n8k16_s8(int (&c)[4], uint32_t a_low, uint32_t a_high,
+                                                uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 "
+      "{%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a_low), "r"(a_high), "r"(b));
+}
+
+// Both numbers of a word less those of another.
+template <class T>
+__device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t subtract_pair<__half>(uint32_t a, uint32_t b) {
+  uint32_t difference;
+  asm("sub.f16x2 %0, %1, %2;\n" : "=r"(difference) : "r"(a), "r"(b));
+  return difference;
+}
+template <>
+__device__ __forceinline__ uint32_t subtract_pair<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  // a · 1 − b: sm_80 has no subtraction of bfloat16.
+  uint32_t difference;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n"
+      : "=r"(difference)
+      : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
+  return difference;
+}
+
+// Reads from L2: what another block wrote during the launch.
+template <class T>
+__device__ __forceinline__ T load_cg(Global<const T> array, int64_t index) {
+  return __ldcg(array + index);
+}
+
 // c[16, 8] += a[16, 16] @ b[8, 16].T in float16 or bfloat16 with float32 sums.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4],
@@ -131,6 +166,22 @@ inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t 
       }
     }
   }
+}
+
+inline void mma_m16n8k16_s8(int (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b) {
+  // The second halves of the fragments of 32 inputs are zero.
+  mma_m16n8k32_s8(c, {a_low, a_high, 0, 0}, {b, 0});
+}
+
+template <class T>
+uint32_t subtract_pair(uint32_t a, uint32_t b) {
+  return pack_word<T>({word_element<T>(a, 0) - word_element<T>(b, 0),
+                       word_element<T>(a, 1) - word_element<T>(b, 1)});
+}
+
+template <class T>
+T load_cg(Global<const T> array, int64_t index) {
+  return array[index];
 }
 
 template <class T>

@@ -101,6 +101,9 @@ def int8_linear(
     weight_scales: torch.Tensor,
     bias: torch.Tensor | None = None,
     activation: str = "none",
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+    symmetric: bool = True,
     *,
     kernel: str = "auto",
     max_blocks: int = 2**31 - 1,
@@ -108,15 +111,54 @@ def int8_linear(
 ) -> torch.Tensor:
     """The op on ``x`` ``[M, K]`` (dense rows), with its second kernel forced if named."""
     (M, K), N = x.shape, weight.shape[0]
+    sums = weight.sum(1, dtype=torch.int32)
     y = torch.full((M, N), 77.0, dtype=x.dtype)
     _call(
         library.run_int8_linear,
         ctypes.c_int(DTYPES[x.dtype]),
         *(ctypes.c_int64(size) for size in (M, N, K, x.stride(0))),
-        *map(_pointer, (x, weight, weight_scales, bias, y)),
+        *map(_pointer, (x, weight, weight_scales, sums, bias, x_scale, x_zero, y)),
         ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(2 if x_scale is not None else not symmetric),
         ctypes.c_int(INT8_LINEAR_KERNELS[kernel]),
         ctypes.c_int64(max_blocks),
+        order=order,
+    )
+    return y
+
+
+PACKED_LINEAR_KERNELS = {"auto": -1, "narrow": 0, "wide": 1}
+
+
+def packed_linear(
+    library: ctypes.CDLL,
+    kind,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    group_size: int | None,
+    bias: torch.Tensor | None = None,
+    activation: str = "none",
+    quantize_x: bool = True,
+    *,
+    kernel: str = "auto",
+    splits: int = 0,
+    order: str = "forward",
+) -> torch.Tensor:
+    """The op of ``kind`` (its `Codes`) on ``x`` ``[M, K]`` (dense rows) and a weight as GPUs have
+    it: `pack_fragments`, scales and zeros ``[groups, N]``. ``splits``: 0, or so many of K."""
+    (M, K), N = x.shape, scales.shape[1]
+    y = torch.full((M, N), 77.0, dtype=x.dtype)
+    sizes = (M, N, K, x.stride(0), min(group_size or K, K))
+    _call(
+        library.run_packed_linear,
+        *map(ctypes.c_int, (kind.bits, quantize_x, DTYPES[x.dtype])),
+        (c_int64 * len(sizes))(*sizes),
+        *map(_pointer, (x, weight, scales, zeros, bias, y)),
+        ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(PACKED_LINEAR_KERNELS[kernel]),
+        c_int64(splits),
         order=order,
     )
     return y

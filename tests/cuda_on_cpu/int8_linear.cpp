@@ -15,17 +15,21 @@ struct Buffers {
   const void* x;
   const int8_t* weight;
   const float* weight_scales;
+  const int* weight_sums;
   const float* bias;
+  const float* x_scale;
+  const int8_t* x_zero;
   void* y;
 };
 
 template <class T>
-cudaError_t run(const Buffers& b, int activation, int kernel, int64_t max_blocks) {
+cudaError_t run(const Buffers& b, int activation, int scaling, int kernel, int64_t max_blocks) {
   const int64_t x_count = b.M ? (b.M - 1) * b.x_row_stride + b.K : 0;
   const int64_t q_count = b.M * padded_to_16(b.K);
   // Vectors, so that the scratch is as aligned as torch's.
   const std::unique_ptr<int4[]> q(new int4[q_count / 16 + 1]);
   const std::unique_ptr<float[]> x_scales(new float[b.M + 1]);
+  const std::unique_ptr<int[]> x_zeros(new int[b.M + 1]);
   Int8LinearArgs<T> args;
   args.M = b.M;
   args.N = b.N;
@@ -34,6 +38,13 @@ cudaError_t run(const Buffers& b, int activation, int kernel, int64_t max_blocks
   args.x_row_stride = b.x_row_stride;
   args.weight = Global<const int8_t>(b.weight, b.N * b.K, "weight");
   args.weight_scales = Global<const float>(b.weight_scales, b.N, "weight_scales");
+  args.weight_sums = Global<const int>(b.weight_sums, b.N, "weight_sums");
+  args.scaling = static_cast<RowScaling>(scaling);
+  if (b.x_scale) args.x_zeros.static_scale = Global<const float>(b.x_scale, 1, "x_scale");
+  if (b.x_zero) args.x_zeros.static_zero = Global<const int8_t>(b.x_zero, 1, "x_zero");
+  if (args.scaling != RowScaling::kSymmetric) {
+    args.x_zeros.zeros = Global<int>(x_zeros.get(), b.M, "x_zeros");
+  }
   if (b.bias) args.bias = Global<const float>(b.bias, b.N, "bias");
   args.activation = static_cast<Activation>(activation);
   args.q = Global<int8_t>(reinterpret_cast<int8_t*>(q.get()), q_count, "q");
@@ -47,15 +58,18 @@ cudaError_t run(const Buffers& b, int activation, int kernel, int64_t max_blocks
 
 CUDA_ON_CPU_EXPORT int run_int8_linear(int dtype, int64_t M, int64_t N, int64_t K,
                                        int64_t x_row_stride, const void* x, const int8_t* weight,
-                                       const float* weight_scales, const float* bias, void* y,
-                                       int activation, int kernel, int64_t max_blocks, int order,
-                                       unsigned seed, char* message) {
+                                       const float* weight_scales, const int* weight_sums,
+                                       const float* bias, const float* x_scale,
+                                       const int8_t* x_zero, void* y, int activation, int scaling,
+                                       int kernel, int64_t max_blocks, int order, unsigned seed,
+                                       char* message) {
   return cuda_on_cpu::guarded(order, seed, message, [&] {
-    const Buffers buffers = {M, N, K, x_row_stride, x, weight, weight_scales, bias, y};
-    if (dtype == 0) return run<float>(buffers, activation, kernel, max_blocks);
+    const Buffers buffers = {M,           N,    K,       x_row_stride, x, weight, weight_scales,
+                             weight_sums, bias, x_scale, x_zero,       y};
+    if (dtype == 0) return run<float>(buffers, activation, scaling, kernel, max_blocks);
 #ifndef CUDA_ON_CPU_FLOAT_ONLY  // compiles in half the time
-    if (dtype == 1) return run<__half>(buffers, activation, kernel, max_blocks);
-    if (dtype == 2) return run<__nv_bfloat16>(buffers, activation, kernel, max_blocks);
+    if (dtype == 1) return run<__half>(buffers, activation, scaling, kernel, max_blocks);
+    if (dtype == 2) return run<__nv_bfloat16>(buffers, activation, scaling, kernel, max_blocks);
 #endif
     throw cuda_on_cpu::Error("no dtype " + std::to_string(dtype));
   });

@@ -127,6 +127,8 @@ inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
 inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((static_cast<uint64_t>(high) << 32 | low) << (shift & 31) >> 32);
 }
+// Blocks run one after the other, so that all of them see what was written.
+inline void __threadfence() {}
 template <class T>
 T __ldg(compressops::Global<const T> address) {
   return *address;

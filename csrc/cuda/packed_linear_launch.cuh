@@ -1,0 +1,119 @@
+// Which kernel of packed_linear.cuh serves a shape, its scratch, and its launch.
+#pragma once
+
+#include "packed_linear.cuh"
+
+namespace compressops {
+
+// The tests force each.
+enum class PackedLinearKernel : int { kAuto = -1, kNarrow, kWide };
+
+using PackedLinearNarrow = PackedLinearTile<1, 8, 4, 1, 4>;
+using PackedLinearWide = PackedLinearTile<4, 4, 1, 4, 4>;
+
+struct PackedLinearChoice {
+  int capability;  // from this compute capability on, as 10 major + minor
+  int64_t max_m;   // serves M up to this
+  PackedLinearKernel kernel;
+  int64_t block_m, block_n;
+  int64_t blocks;       // of a multiprocessor, that inputs are split for
+  int64_t least_steps;  // of 64 inputs that a split has
+};
+
+// The first row that fits; from counting bytes, not yet from measurements. Narrow: a
+// multiprocessor's registers hold two blocks at once. Rows for later architectures go first.
+constexpr PackedLinearChoice kPackedLinearChoices[] = {
+    {80, 16, PackedLinearKernel::kNarrow, 16, 64, 2, 8},
+    {80, INT64_MAX, PackedLinearKernel::kWide, 64, 128, 1, 8},
+};
+
+struct PackedLinearPlan {
+  PackedLinearKernel kernel;
+  int64_t tiles, splits;
+  int64_t partials;  // floats of scratch
+};
+
+inline PackedLinearPlan plan_packed_linear(int64_t M, int64_t N, int64_t K, int64_t parts,
+                                           int64_t multiprocessors, int capability,
+                                           PackedLinearKernel forced = PackedLinearKernel::kAuto,
+                                           int64_t forced_splits = 0) {
+  for (const PackedLinearChoice& choice : kPackedLinearChoices) {
+    const bool fits =
+        forced == PackedLinearKernel::kAuto ? M <= choice.max_m : forced == choice.kernel;
+    if (!fits || capability < choice.capability) continue;
+    const int64_t tiles = ceil_div(M, choice.block_m) * ceil_div(N, choice.block_n);
+    const int64_t steps = ceil_div<int64_t>(K, kStepK) * parts;
+    int64_t splits = choice.blocks * multiprocessors / (tiles > 0 ? tiles : 1);
+    splits = splits < steps / choice.least_steps ? splits : steps / choice.least_steps;
+    if (forced_splits > 0) splits = forced_splits;
+    if (splits < 1) splits = 1;
+    const int64_t partials = splits > 1 ? tiles * splits * choice.block_m * choice.block_n : 0;
+    return {choice.kernel, tiles, splits, partials};
+  }
+  return {PackedLinearKernel::kAuto, 0, 0, 0};  // before sm_80
+}
+
+template <class Input, int kBits, class Tile>
+cudaError_t launch_packed_linear_tile(const PackedLinearArgs<Input>& args, int64_t tiles,
+                                      cudaStream_t stream) {
+  if (tiles * args.splits > 0x7fffffff) return cudaErrorInvalidValue;
+  // A row's only group may end anywhere.
+  const bool whole = args.group_size >= args.K || args.group_size % kStepK == 0;
+  return launch(whole ? packed_linear<Input, kBits, Tile, kStepK>
+                      : packed_linear<Input, kBits, Tile, static_cast<int>(kGroupMultiple)>,
+                dim3(static_cast<unsigned>(tiles * args.splits)), dim3(Tile::kThreads),
+                Tile::template kSharedBytes<Input, kBits>, stream, args);
+}
+
+template <int kBits, class Input>
+cudaError_t launch_packed_linear(const PackedLinearArgs<Input>& args, const PackedLinearPlan& plan,
+                                 cudaStream_t stream) {
+  if (args.M == 0 || args.N == 0) return cudaSuccess;
+  switch (plan.kernel) {
+    case PackedLinearKernel::kNarrow:
+      return launch_packed_linear_tile<Input, kBits, PackedLinearNarrow>(args, plan.tiles, stream);
+    case PackedLinearKernel::kWide:
+      return launch_packed_linear_tile<Input, kBits, PackedLinearWide>(args, plan.tiles, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+// Rows as the kernels read them: x[M, K], rows row_stride elements apart, to parts[..][M, columns],
+// zero padded. float32 becomes the exact sum of three bfloat16, its 24 bits in eights; numbers
+// below 2^-110 lose their last bits, and what is not finite stays in the first part.
+template <class From, class To>
+__global__ void pack_rows(Global<const From> x, int64_t row_stride, int64_t M, int64_t K,
+                          int64_t columns, Global<To> parts) {
+  const int64_t stride = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < M * columns; i += stride) {
+    const int64_t m = i / columns, k = i % columns;
+    float value = k < K ? to_float(load_nc<From>(x, m * row_stride + k)) : 0.0f;
+    if constexpr (std::is_same_v<From, To>) {
+      parts[i] = from_float<To>(value);
+    } else {
+#pragma unroll
+      for (int part = 0; part < 3; ++part) {
+        const uint32_t bits = __float_as_uint(value);
+        const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
+        const float top = finite ? __uint_as_float(bits & 0xffff0000u) : value;
+        parts[part * M * columns + i] = from_float<To>(top);
+        value = finite ? value - top : 0.0f;
+      }
+    }
+  }
+}
+
+constexpr int kPackRowsThreads = 256;
+
+template <class From, class To>
+cudaError_t launch_pack_rows(Global<const From> x, int64_t row_stride, int64_t M, int64_t K,
+                             int64_t columns, Global<To> parts, int64_t multiprocessors,
+                             cudaStream_t stream) {
+  if (M == 0 || columns == 0) return cudaSuccess;
+  const int64_t blocks = min(ceil_div<int64_t>(M * columns, kPackRowsThreads), 8 * multiprocessors);
+  return launch(pack_rows<From, To>, dim3(static_cast<unsigned>(blocks)), dim3(kPackRowsThreads), 0,
+                stream, x, row_stride, M, K, columns, parts);
+}
+
+}  // namespace compressops

@@ -1,0 +1,175 @@
+"""The CUDA kernels of int4_linear and ternary_linear, run on a CPU, against exact sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cuda_on_cpu import harness
+
+from compressops.ops.int8_linear import quantize_rows
+from compressops.ops.packed_linear import Codes
+
+pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="needs a C++20 compiler")
+ORDERS = tuple(harness.ORDERS)
+KINDS = {4: Codes("int4_linear", 4, 8), 2: Codes("ternary_linear", 2, 1)}
+
+
+@pytest.fixture(scope="module")
+def library():
+    return harness.build("packed_linear")
+
+
+@dataclass(frozen=True)
+class Case:
+    M: int
+    N: int
+    K: int
+    group: int | None = None
+    bits: int = 4
+    zeros: bool = False
+    quantize_x: bool = False
+    dtype: torch.dtype = torch.float16
+    bias: bool = True
+    activation: str = "none"
+    kernel: str = "auto"
+    splits: int = 0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight as integers and scales; ``dense`` in float64."""
+
+    case: Case
+    codes: torch.Tensor  # unsigned
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @staticmethod
+    def make(case: Case) -> Layer:
+        groups = -(-case.K // (case.group or max(1, case.K)))
+        codes = torch.randint(0, 2**case.bits - (case.bits == 2), (case.N, case.K))
+        zeros = torch.randint(0, 16, (case.N, groups)) if case.zeros else None
+        scales = torch.rand(case.N, groups) / 8 + 1e-3
+        bias = torch.randn(case.N) if case.bias else None
+        return Layer(case, codes.to(torch.uint8), scales, zeros, bias)
+
+    def dense(self) -> torch.Tensor:
+        K = self.case.K
+        size = min(self.case.group or K, K) or 1
+        zeros = KINDS[self.case.bits].zero
+        if self.zeros is not None:
+            zeros = self.zeros.double().repeat_interleave(size, 1)[:, :K]
+        return (self.codes.double() - zeros) * self.scales.double().repeat_interleave(size, 1)[
+            :, :K
+        ]
+
+    def run(self, library, x: torch.Tensor, order: str = "forward") -> torch.Tensor:
+        case, kind = self.case, KINDS[self.case.bits]
+        zeros = None if self.zeros is None else self.zeros.to(torch.uint8).t().contiguous()
+        return harness.packed_linear(
+            *(library, kind, x, kind.pack_fragments(self.codes), self.scales.t().contiguous()),
+            *(zeros, case.group, self.bias, case.activation, case.quantize_x),
+            kernel=case.kernel,
+            splits=case.splits,
+            order=order,
+        )
+
+    def check(self, actual: torch.Tensor, x: torch.Tensor) -> None:
+        """Rounding alone may differ: of sums in float32, and the last one to the dtype."""
+        q, x_scales = quantize_rows(x) if self.case.quantize_x else (x, torch.ones(()))
+        y = (q.double() @ self.dense().t()) * x_scales.double()
+        size = (q.double().abs() @ self.dense().abs().t()) * x_scales.double() + 1e-30
+        if self.bias is not None:
+            y, size = y + self.bias.double(), size + self.bias.double().abs()
+        exact = {"none": lambda v: v, "relu": torch.relu, "gelu": F.gelu}[self.case.activation](y)
+        assert actual.shape == exact.shape
+        allowed = torch.finfo(x.dtype).eps / 2 * exact.abs() + 2**-21 * size
+        assert ((actual.double() - exact).abs() <= allowed).all()
+
+
+def kinds(*arguments, **options) -> list[Case]:
+    """W4A16 with and without zero points, W4A8 with them, W2A8."""
+    return [
+        Case(*arguments, zeros=False, **options),
+        Case(*arguments, zeros=True, **{"dtype": torch.bfloat16, **options}),
+        Case(*arguments, zeros=True, quantize_x=True, **options),
+        Case(*arguments, bits=2, quantize_x=True, **options),
+    ]
+
+
+CASES = [
+    *(
+        case
+        for M, N, K in ((0, 3, 64), (3, 0, 64), (2, 5, 0), (1, 1, 1))
+        for case in kinds(M, N, K)
+    ),
+    *(case for K in (7, 63, 64, 72, 200) for case in kinds(3, 33, K)),
+    *(case for M, N in ((9, 64), (16, 65), (17, 130), (65, 129)) for case in kinds(M, N, 136, 32)),
+    *(case for group in (16, 48, 64, 128, 2**62) for case in kinds(2, 17, 328, group)),
+    *(case for group in (16, 64) for case in kinds(18, 20, 200, group)),
+    # More steps than stages; splits, of which the last may be empty or one step.
+    *(case for splits in (1, 2, 3, 7) for case in kinds(5, 70, 1100, 128, splits=splits)),
+    *(case for splits in (1, 3) for case in kinds(66, 40, 456, 64, splits=splits)),
+    *(case for splits in (2, 5) for case in kinds(3, 20, 130, 16, kernel="wide", splits=splits)),
+    *(case for name in ("relu", "gelu") for case in kinds(3, 18, 80, activation=name)),
+    *(case for dtype in harness.DTYPES for case in kinds(5, 18, 200, 64, dtype=dtype)),
+    *(case for case in kinds(4, 24, 96, 32, bias=False)),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_packed_linear(library, case):
+    layer = Layer.make(case)
+    x = torch.randn(case.M, case.K).to(case.dtype)
+    order = ORDERS[(case.M + case.N + case.K) % len(ORDERS)]
+    layer.check(layer.run(library, x, order), x)
+
+
+@pytest.mark.parametrize("kernel", ["narrow", "wide"])
+def test_bits_do_not_depend_on_the_order(library, kernel):
+    """The blocks that share an output arrive in any order, and are added in one."""
+    for case in kinds(6, 40, 1024, 64, kernel=kernel, splits=4):
+        layer, x = Layer.make(case), torch.randn(6, 1024).to(case.dtype)
+        first, *others = (layer.run(library, x, order) for order in ORDERS)
+        assert all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("dtype", list(harness.DTYPES))
+def test_misaligned_and_strided_rows(library, dtype):
+    for columns, first in ((64, 0), (65, 1), (80, 8), (72, 3)):
+        for case in kinds(5, 18, 64, 32, dtype=dtype):
+            layer = Layer.make(case)
+            x = torch.randn(5, columns + 16).to(dtype)[:, first : first + 64]
+            layer.check(layer.run(library, x), x)
+
+
+@pytest.mark.parametrize("dtype", list(harness.DTYPES))
+def test_special_values(library, dtype):
+    for case in kinds(6, 18, 72, 16, dtype=dtype):
+        layer, x = Layer.make(case), torch.randn(6, 72).to(dtype)
+        x[0, 3], x[1, 71], x[2, 0], x[3] = torch.nan, torch.inf, -torch.inf, 0
+        y = layer.run(library, x)
+        assert y[0].isnan().all()
+        assert not y[1:3].isfinite().any()
+        assert not y[3:].isnan().any()
+        assert torch.equal(y[3], layer.bias.to(dtype))
+
+
+def test_choice_of_kernel(library):
+    def plan(M, N, K, capability=90):
+        out = (harness.c_int64 * 3)()
+        library.plan_packed_linear_of(
+            *map(harness.c_int64, (M, N, K, 132)), harness.ctypes.c_int(capability), out
+        )
+        return tuple(out)
+
+    assert plan(1, 4096, 4096) == (0, 4, 64 * 4 * 1024)
+    assert plan(16, 16384, 16384) == (0, 1, 0)
+    assert plan(17, 4096, 4096)[0] == 1
+    assert plan(4096, 4096, 4096) == (1, 1, 0)
+    assert plan(1, 64, 64)[1] == 1  # one step cannot be split
+    assert plan(1, 4096, 4096, 75)[0] == -1
