@@ -39,6 +39,7 @@ class Plan:
         params: the number's parameters as recorded; ``None`` fits them to the weight.
         mask: bool, of the weight's shape: the entries that pruning kept; ``None``: all.
         post_training: the number (or a low rank) comes from the config: the weight changes now.
+        asked: the number comes from the config, though the weight may have it already.
         recorded: the layer was compressed, and its parametrizations are the record.
         shared: the weight also belongs to a layer of another type.
         shape: of the weight.
@@ -50,6 +51,7 @@ class Plan:
     params: dict[str, Tensor] | None = None
     mask: Tensor | None = None
     post_training: bool = False
+    asked: bool = False
     recorded: bool = False
     shared: bool = False
     shape: tuple[int, ...] = ()
@@ -111,6 +113,7 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
             choice.number or plain,
             choice.coding or Raw(),
             post_training=choice.number is not None or low_rank,
+            asked=choice.number is not None,
             shape=shape,
         )
     number, params, post_training = record.number, record.params, low_rank
@@ -128,6 +131,7 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
         params,
         record.mask,
         post_training,
+        asked=choice.number is not None,
         recorded=True,
         shape=shape,
     )
