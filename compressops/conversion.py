@@ -11,13 +11,15 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compressops import kernels
+from compressops import calibration, kernels
 from compressops import plan as plans
+from compressops.calibrate import Calibrate
+from compressops.calibration import Calibration
 from compressops.compress import record
 from compressops.compress.quantize import InputQuantizer, quantize_first_input
 from compressops.formats import Number, PackedTensor
 from compressops.measure import captured_inputs, median_times
-from compressops.nn import PackedModule, PackedWeight, Winograd
+from compressops.nn import Int8Linear, PackedModule, PackedWeight, Winograd
 from compressops.plan import Choice, Plan, naming
 from compressops.registry import Rule, refusals, rules_for, why_not
 
@@ -45,6 +47,7 @@ class Conversion:
         self.built: dict[str, nn.Module] = {}
         self.whys: dict[str, list[str]] = {}
         self.untouchable: set[str] = set()
+        self.calibration = Calibration()
         self.weights: dict[int, list[PackedWeight]] = defaultdict(list)
 
     def stay(self, name: str, module: nn.Module, why: str) -> None:
@@ -113,6 +116,16 @@ class Conversion:
         firsts = [self._rules_for(name)[0] for name in sharing]
         return self.prefer == "size" and len({rule.target.weight_type for rule in firsts}) == 1
 
+    def calibrate(self, config: Calibrate, example_inputs: Any) -> None:
+        """Fit the integers of the planned layers, see `calibration.fit`."""
+        static = [n for n in self.plans if any(r.target is Int8Linear for r in self._rules_for(n))]
+        weights = {name: id(_weight_of(self.modules[name])) for name in self.plans}
+        found = calibration.fit(
+            self.model, self.modules, self.plans, weights, static, config, example_inputs
+        )
+        self.calibration = found
+        self.plans = {name: found.plan(name, plan) for name, plan in self.plans.items()}
+
     def build(self, example_inputs: Any) -> None:
         """Pack every planned layer and make its module."""
         self._fit_to_network()
@@ -123,15 +136,18 @@ class Conversion:
             inputs = captured_inputs(self.model, rivals, example_inputs) if rivals else {}
         for name, plan in list(self.plans.items()):
             module, new = self.modules[name], None
-            whys = [_reason(plan, module), *refusals(_kind(module), plan)]
+            whys = [_reason(plan, module), *self.calibration.whys(name)]
+            whys += refusals(_kind(module), plan)
             with naming(name):
                 packed = plans.pack(module, plan)
                 for rule in rules[name]:
                     candidate = self._make(module, rule.target, packed)
+                    activations = self.calibration.set_activations(name, candidate)
                     taken, why = self._judge(rule, module, candidate, inputs.get(name))
                     whys += [why] if why else []
                     if taken:
                         new = candidate
+                        whys += activations
                         whys += [DENSE] if rule.runs_dense else []
                         break
             if new is None:
@@ -197,9 +213,9 @@ class Conversion:
         if self.prefer == "size":
             return True, f"{name}: prefer='size'"
         if inputs is None:
-            if new.op is None:
-                return False, f"{name} not used: prefer='size' asks for it, or a measurement"
             backend = new.backend()
+            if backend == "torch":
+                return False, f"{name} not used: prefer='size' asks for it, or a measurement"
             if backend == "eager":
                 return False, f"{name} not used: its op has no compiled kernel here"
             return True, f"{name}: its {backend} kernel is assumed faster, not measured"

@@ -43,6 +43,8 @@ class Plan:
         recorded: the layer was compressed, and its parametrizations are the record.
         shared: the weight also belongs to a layer of another type.
         shape: of the weight.
+        weight: what is packed in place of the layer's own weight: float32, on the grid of
+            ``params``; ``None``: its own.
     """
 
     layout: Layout
@@ -55,6 +57,7 @@ class Plan:
     recorded: bool = False
     shared: bool = False
     shape: tuple[int, ...] = ()
+    weight: Tensor | None = None
 
 
 def resolve(config: Config | Mapping[str, Config], layers: Mapping[str, Any]) -> dict[str, Choice]:
@@ -147,8 +150,9 @@ def pack(module: nn.Module, plan: Plan) -> PackedTensor:
         return _repack(module.packed_weight.packed().to("cpu"), plan)
     if module.weight.is_meta:
         raise ValueError("its weight is on the meta device, and has no values")
-    return PackedTensor.pack(
-        module.weight.detach().cpu(),
+    own = module.weight.detach()
+    packed = PackedTensor.pack(
+        (own if plan.weight is None else plan.weight).cpu(),
         plan.layout,
         plan.number,
         plan.coding,
@@ -156,6 +160,7 @@ def pack(module: nn.Module, plan: Plan) -> PackedTensor:
         mask=None if plan.mask is None else plan.mask.cpu(),
         lossy=plan.post_training,
     )
+    return replace(packed, dtype=own.dtype)
 
 
 def _repack(before: PackedTensor, plan: Plan) -> PackedTensor:

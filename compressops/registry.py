@@ -154,9 +154,11 @@ def _on_integers(
         if not concerns(plan.number):
             return ""
         if rounds_inputs and not plan.asked:
-            why = f"it may round activations, and training did not; config={plan.number} asks for it"
+            why = (
+                f"it may round activations, and training did not; config={plan.number} asks for it"
+            )
         elif plan.shared:
-            why = "the weight is shared with a layer of another type, which needs it dense"
+            why = "the weight is shared with a layer of another type, and held in one form"
         else:
             why = target.weight_type.refusal(plan.layout, plan.number, plan.shape)
         return why and f"{target.__name__} not used: {why}"

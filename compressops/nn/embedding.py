@@ -56,6 +56,7 @@ class TernaryEmbedding(PackedEmbedding):
     """
 
     weight_type = TernaryWeight
+    op = "ternary_linear_rows"
 
     def forward(self, input: Tensor) -> Tensor:
         held = self.packed_weight

@@ -151,9 +151,7 @@ def from_panels(flat: torch.Tensor, N: int, columns: int, item: int = 1) -> torc
     return torch.cat([part.flatten(0, 1) for part in parts])[:N]
 
 
-def _panel_rows(
-    flat: torch.Tensor, rows: torch.Tensor, N: int, columns: int
-) -> torch.Tensor:
+def _panel_rows(flat: torch.Tensor, rows: torch.Tensor, N: int, columns: int) -> torch.Tensor:
     """Of what `to_panels` made of ``[N, columns]`` the ``rows``: ``[..., columns]``."""
     panel = rows // _PANEL
     width = torch.where(panel < padded_outputs(N) // _PANEL, _PANEL, 16)
