@@ -54,7 +54,7 @@ class KernelLinear(PackedModule):
 def under_autocast(input: Tensor) -> Tensor:
     """``input`` as autocast, where it is on, treats the arguments of F.linear: float64 stays."""
     kind = input.device.type
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return input
     casts = input.is_floating_point() and input.dtype != torch.float64
     return input.to(torch.get_autocast_dtype(kind)) if casts else input

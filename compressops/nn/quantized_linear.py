@@ -66,9 +66,9 @@ class Int8Linear(KernelLinear):
 
     def set_dynamic(self, symmetric: bool = True) -> None:
         """Quantize each row of the activations to its own range from now on."""
-        self.symmetric, self.static = flag("symmetric", symmetric, True), False
-        if not symmetric:
+        if not flag("symmetric", symmetric, True):
             self._check_width()
+        self.symmetric, self.static = symmetric, False
         self.x_scale = self.x_zero = None
 
     def _hold(self, scale: float | Tensor, zero: int | Tensor) -> None:
