@@ -57,7 +57,7 @@ def runs(number: Int, in_features: int) -> bool:
 def test_runs_the_op(shape: tuple[int, int], number: Int, residency: str) -> None:
     layer = layer_of(*shape)
     if not runs(number, shape[0]):
-        with pytest.raises(ValueError, match="multiple of 16, got Int.*group_size=50"):
+        with pytest.raises(ValueError, match=r"multiple of 16, got Int.*group_size=50"):
             Int4Linear.from_float(layer, Dense(), number)
         return
     module = Int4Linear.from_float(layer, Dense(), number, residency=residency)
@@ -110,7 +110,7 @@ def test_state_config_and_copies(residency: str) -> None:
     again.load_state_dict(other.state_dict())
     assert torch.equal(again(x), other(x))
     wrong = PackedLinear.from_float(layer_of(96, 20), Dense(), Int(bits=8))
-    with pytest.raises(RuntimeError, match="needs Int of 2 to 4 bits, got Int\\(bits=8\\)"):
+    with pytest.raises(RuntimeError, match=r"needs Int of 2 to 4 bits, got Int\(bits=8\)"):
         again.load_state_dict(wrong.state_dict())
     assert torch.equal(again.weight, other.weight)
 
@@ -142,13 +142,19 @@ def test_casts_and_autocast(dtype: torch.dtype) -> None:
         assert torch.equal(part, parts[name])
 
 
-def test_gradient_and_compile() -> None:
-    module = Int4Linear.from_float(layer_of(64, 10), Dense(), Int(bits=4, group_size=16))
-    x, grad = torch.randn(6, 64, requires_grad=True), torch.randn(6, 10)
-    module(x).backward(grad)
-    torch.testing.assert_close(x.grad, grad @ module.weight)
-    torch.testing.assert_close(module.bias.grad, grad.sum(0))
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradient_and_compile(bias: bool) -> None:
+    number = Int(bits=4, group_size=16)
+    module = Int4Linear.from_float(layer_of(64, 10, bias), Dense(), number)
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, grad = torch.randn(6, 64, requires_grad=True), torch.randn(6, 10)
+    for run in (module, compiled):
+        module.zero_grad()
+        x.grad = None
+        run(x).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ module.weight)
+        if bias:
+            torch.testing.assert_close(module.bias.grad, grad.sum(0))
     assert torch.equal(compiled(x), module(x))
 
 
@@ -264,8 +270,8 @@ def test_int8_bad_ranges_are_named(scale: float, zero: int | None, message: str)
 
 def test_int8_wide_layers_stay_symmetric() -> None:
     module = Int8Linear.from_float(layer_of(65537, 1), None, Int(bits=8))
-    with pytest.raises(ValueError, match="at most 65536 .*got 65537"):
+    with pytest.raises(ValueError, match=r"at most 65536 .*got 65537"):
         module.set_dynamic(symmetric=False)
-    with pytest.raises(ValueError, match="at most 65536 .*got 65537"):
+    with pytest.raises(ValueError, match=r"at most 65536 .*got 65537"):
         module.set_static(0.1)
     assert module(torch.randn(2, 65537)).isfinite().all()

@@ -162,27 +162,39 @@ def test_casts_and_autocast(dtype: torch.dtype) -> None:
     assert torch.equal(table(torch.arange(9)), table.weight)
 
 
-def test_gradient_and_compile() -> None:
-    module = TernaryLinear.from_float(layer_of(nn.Linear, 10, 64), None, Ternary("group", 32))
-    x, grad = torch.randn(6, 64, requires_grad=True), torch.randn(6, 10)
-    module(x).backward(grad)
-    torch.testing.assert_close(x.grad, grad @ module.weight)
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradient_and_compile(bias: bool) -> None:
+    layer = layer_of(nn.Linear, 10, 64, bias=bias)
+    module = TernaryLinear.from_float(layer, None, Ternary("group", 32))
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    x, grad = torch.randn(6, 64, requires_grad=True), torch.randn(6, 10)
+    for run in (module, compiled):
+        module.zero_grad()
+        x.grad = None
+        run(x).backward(grad)
+        torch.testing.assert_close(x.grad, grad @ module.weight)
+        if bias:
+            torch.testing.assert_close(module.bias.grad, grad.sum(0))
     assert torch.equal(compiled(x), module(x))
+
+
+def test_look_ups_compile() -> None:
     table = TernaryEmbedding.from_float(layer_of(nn.Embedding, 40, 64), None, Ternary("row"))
     compiled = torch.compile(table, fullgraph=True, backend="aot_eager")
-    index = torch.tensor([[3, 39], [0, 0]])
-    assert torch.equal(compiled(index), table(index))
+    for index in (torch.tensor([[3, 39], [0, 0]]), torch.tensor([7])):
+        assert torch.equal(compiled(index), table(index))
+    with pytest.raises(IndexError):
+        compiled(torch.tensor([40]))
 
 
 def test_what_does_not_fit_is_named() -> None:
     layer = layer_of(nn.Linear, 10, 64)
     with pytest.raises(ValueError, match=r"ternary_linear needs Ternary, got Int\(bits=4\)"):
         TernaryLinear.from_float(layer, None, Int(bits=4))
-    with pytest.raises(ValueError, match="multiple of 16, got Ternary.*group_size=24"):
+    with pytest.raises(ValueError, match=r"multiple of 16, got Ternary.*group_size=24"):
         TernaryLinear.from_float(layer, None, Ternary("group", 24))
     table = nn.Embedding(4, 16, max_norm=1.0)
-    with pytest.raises(ValueError, match="max_norm=1.0"):
+    with pytest.raises(ValueError, match=r"max_norm=1.0"):
         TernaryEmbedding.from_float(table, None, Ternary())
     module = TernaryEmbedding.from_float(nn.Embedding(4, 16), None, Ternary())
     with pytest.raises(ValueError, match="'rows' must be int32 or int64, got"):

@@ -138,11 +138,10 @@ def _inverse_root(hessian: Tensor, damping: float) -> Tensor:
     if not bool(hessian.isfinite().all()):
         raise ValueError(f"hessian holds {int((~hessian.isfinite()).sum())} NaN or infinite values")
     h = hessian.double()
-    mean = h.diagonal().mean() if len(h) else h.new_zeros(())
-    if not bool(mean > 0):
+    if not bool(h.any()):
         # No input was ever other than 0: no error can be seen, none be taken back.
         return torch.eye(len(h), device=h.device)
-    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * mean)
+    h = h + torch.eye(len(h), dtype=h.dtype, device=h.device) * (damping * h.diagonal().mean())
     factor, info = torch.linalg.cholesky_ex(h)
     if int(info):
         raise ValueError(

@@ -9,6 +9,8 @@ from compressops.calibrate.config import Calibrate
 
 # Values that percentiles and errors are computed from: a percentile of 99.9 then has 262 beyond it.
 SAMPLE = 2**18
+# One that nobody takes for data: keys from the seed of the data would go with their values.
+_SEED = 0x63616C6962726174
 # Parts of the range that are tried for the least error: all of it, down to a tenth.
 _PARTS = 91
 _TINY = torch.finfo(torch.float32).tiny
@@ -50,7 +52,7 @@ class Range:
         if not self._sample:
             return
         if self._generator is None:
-            self._generator = torch.Generator(x.device).manual_seed(0)
+            self._generator = torch.Generator(x.device).manual_seed(_SEED)
             self._values, self._keys = x[:0], x[:0]
         # Of all values ever seen those with the smallest random keys.
         keys = torch.rand(x.shape, generator=self._generator, device=x.device)
