@@ -73,21 +73,20 @@ def assert_empty(module: TernaryEmbedding, shape: tuple[int, int]) -> None:
         module(torch.tensor(0))
 
 
-def test_rows_of_either_form() -> None:
-    """Row-major, as GPUs hold codes, and in a CPU's panels."""
-    codes = torch.randint(-1, 2, (45, 70), dtype=torch.int8)
+@pytest.mark.parametrize("columns", [70, 128, 1])
+def test_rows_of_either_form(columns: int) -> None:
+    """In a GPU's fragments, and in a CPU's panels."""
+    codes = torch.randint(-1, 2, (45, columns), dtype=torch.int8)
     unsigned = (codes + 1).to(torch.uint8)
-    padded = F.pad(unsigned, (0, 2)).view(45, 18, 4)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    rows = torch.tensor([[0, 44], [13, 13]])
-    scales = torch.rand(45, 3)
-    expected = codes[rows] * scales.repeat_interleave(32, 1)[:, :70][rows]
+    rows = torch.tensor([[0, 44, 7], [13, 13, 35]])
+    scales = torch.rand(45, -(-columns // 32))
+    expected = codes[rows] * scales.repeat_interleave(32, 1)[:, :columns][rows]
     for packed, values in (
-        ((padded << shifts).sum(2, dtype=torch.uint8), scales),
-        (CODES.pack(unsigned), packed_linear.pack_group_values(scales)),
+        (CODES.pack_fragments(unsigned), scales.t().contiguous()),
+        (CODES.pack_panels(unsigned), packed_linear.to_panels(scales)),
     ):
-        assert torch.equal(CODES.unpack_rows(packed, rows, 45, 70), unsigned[rows])
-        found = packed_linear.dequantize_rows(CODES, packed, values, rows, 45, 70, 32)
+        assert torch.equal(CODES.unpack_rows(packed, rows, 45, columns), unsigned[rows])
+        found = packed_linear.dequantize_rows(CODES, packed, values, rows, 45, columns, 32)
         assert torch.equal(found, expected)
 
 

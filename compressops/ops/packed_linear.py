@@ -96,8 +96,14 @@ class Codes:
     def unpack_rows(self, packed: torch.Tensor, rows: torch.Tensor, N: int, K: int) -> torch.Tensor:
         """The unsigned codes ``[..., K]`` of the outputs ``rows`` (int64 ``[...]``), and nothing
         else of either form is read."""
-        if packed.dim() == 2:
-            return _split(packed[rows], self.bits).flatten(-2)[..., :K]
+        if packed.dim() == 3:
+            outputs, count, _ = self._fragment_shape
+            parts = packed.view(*packed.shape[:2], 8, 4, outputs, count, _DEPTH)
+            inside = rows % (8 * outputs)
+            # [..., tile of K, t, word, i, block of 16 in the word]
+            found = parts[rows // (8 * outputs), :, inside % 8, :, inside // 8]
+            view = _split(found, self.bits).movedim((-3, -1), (-4, -3))
+            return view.flatten(-5)[..., :K]
         words = _panel_rows(packed.view(torch.int32), rows, N, -(-K // self.inputs))
         parts = words.view(torch.uint8).unflatten(-1, (-1, _DEPTH))
         return _split(parts, self.bits).transpose(-1, -2).flatten(-3)[..., :K]
@@ -264,7 +270,7 @@ def dequantize_rows(
     rows = rows + checked.index_select(0, rows.flatten()).view(rows.shape)
     size, groups = min(group_size or K, max(1, K)) or 1, kind.groups(K, group_size)
     codes = kind.unpack_rows(weight, rows, N, K).float() - kind.zero
-    spread = scales[rows] if scales.dim() == 2 else _panel_rows(scales, rows, N, groups)
+    spread = scales.t()[rows] if scales.dim() == 2 else _panel_rows(scales, rows, N, groups)
     if groups == 1:
         return codes * spread
     return codes * spread.repeat_interleave(size, -1)[..., :K]
