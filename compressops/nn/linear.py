@@ -44,17 +44,12 @@ class KernelLinear(PackedModule):
     def backend(self) -> str:
         return backends.name(self.op, self.packed_weight.device.type)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self._run(under_autocast(self.quantize_input(input)))
-
-    def _run(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-def under_autocast(input: Tensor) -> Tensor:
-    """``input`` as autocast, where it is on, treats the arguments of F.linear: float64 stays."""
-    kind = input.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
-        return input
-    casts = input.is_floating_point() and input.dtype != torch.float64
-    return input.to(torch.get_autocast_dtype(kind)) if casts else input
+    def taken(self, input: Tensor) -> Tensor:
+        """``input`` as the op is to take it: through the layer's quantizer, and cast as autocast,
+        where it is on, casts the arguments of F.linear: float64 stays."""
+        input = self.quantize_input(input)
+        kind = input.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return input
+        casts = input.is_floating_point() and input.dtype != torch.float64
+        return input.to(torch.get_autocast_dtype(kind)) if casts else input

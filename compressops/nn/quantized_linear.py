@@ -94,11 +94,10 @@ class Int8Linear(KernelLinear):
             self._buffers[name] = as_bytes(fn, buffer)
         return self
 
-    def _run(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         quantization = (self.x_scale, self.x_zero, self.symmetric or self.static)
-        return ops.int8_linear(
-            input, *self.packed_weight.kernel(), self.bias, "none", *quantization
-        )
+        arguments = self.packed_weight.kernel()
+        return ops.int8_linear(self.taken(input), *arguments, self.bias, "none", *quantization)
 
 
 class Int4Linear(KernelLinear):
@@ -127,10 +126,10 @@ class Int4Linear(KernelLinear):
         super().__init__(module, weight, **settings)
         self.quantize_x = flag("quantize_x", self.quantize_x, None)
 
-    def _run(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         held, quantize_x = self.packed_weight, self.quantize_x
         return ops.int4_linear(
-            input,
+            self.taken(input),
             *held.kernel(),
             self.out_features,
             held.group_size,
@@ -155,11 +154,10 @@ class TernaryLinear(KernelLinear):
 
     weight_type = TernaryWeight
 
-    def _run(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         held = self.packed_weight
-        return ops.ternary_linear(
-            input, *held.kernel(), self.out_features, held.group_size, self.bias
-        )
+        arguments = (*held.kernel(), self.out_features, held.group_size, self.bias)
+        return ops.ternary_linear(self.taken(input), *arguments)
 
 
 def flag(name: str, value: Any, default: bool | None) -> bool | None:
