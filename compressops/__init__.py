@@ -6,6 +6,7 @@ result into drop-in modules on packed weights, ``save`` and ``load`` move it to 
 
 from . import backends, ops
 from .backends import BackendError, backend
+from .calibrate import Calibrate
 from .compress import (
     Encode,
     Equalize,
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BlockSparse",
+    "Calibrate",
     "Dense",
     "DynamicFixedPoint",
     "Encode",

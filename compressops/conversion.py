@@ -11,15 +11,17 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compressops import kernels
+from compressops import calibration, kernels
 from compressops import plan as plans
+from compressops.calibrate import Calibrate
+from compressops.calibration import Calibration
 from compressops.compress import record
 from compressops.compress.quantize import InputQuantizer, quantize_first_input
 from compressops.formats import Number, PackedTensor
 from compressops.measure import captured_inputs, median_times
-from compressops.nn import PackedModule, PackedWeight, Winograd
+from compressops.nn import Int8Linear, PackedModule, PackedWeight, Winograd
 from compressops.plan import Choice, Plan, naming
-from compressops.registry import Rule, rules_for, why_not
+from compressops.registry import Rule, refusals, rules_for, why_not
 
 # That a packed layer takes less room does not make it faster.
 DENSE = "runs the dense kernel on decoded weights"
@@ -45,6 +47,7 @@ class Conversion:
         self.built: dict[str, nn.Module] = {}
         self.whys: dict[str, list[str]] = {}
         self.untouchable: set[str] = set()
+        self.calibration = Calibration()
         self.weights: dict[int, list[PackedWeight]] = defaultdict(list)
 
     def stay(self, name: str, module: nn.Module, why: str) -> None:
@@ -102,8 +105,26 @@ class Conversion:
                 if staying:
                     self.stay(name, module, f"shares its weight with {staying[0]!r}, which stays")
                     settled = False
-                elif len({_kind(self.modules[other]) for other in sharing}) > 1:
+                elif not self._in_one_form(sharing):
                     self.plans[name] = replace(self.plans[name], shared=True)
+
+    def _in_one_form(self, sharing: list[str]) -> bool:
+        """Whether modules of layers that share a weight will read it in the same form."""
+        if len({_kind(self.modules[name]) for name in sharing}) == 1:
+            return True
+        # With prefer="speed" it is measured, layer by layer, which module is taken.
+        firsts = [self._rules_for(name)[0] for name in sharing]
+        return self.prefer == "size" and len({rule.target.weight_type for rule in firsts}) == 1
+
+    def calibrate(self, config: Calibrate, example_inputs: Any) -> None:
+        """Fit the integers of the planned layers, see `calibration.fit`."""
+        static = [n for n in self.plans if any(r.target is Int8Linear for r in self._rules_for(n))]
+        weights = {name: id(_weight_of(self.modules[name])) for name in self.plans}
+        found = calibration.fit(
+            self.model, self.modules, self.plans, weights, static, config, example_inputs
+        )
+        self.calibration = found
+        self.plans = {name: found.plan(name, plan) for name, plan in self.plans.items()}
 
     def build(self, example_inputs: Any) -> None:
         """Pack every planned layer and make its module."""
@@ -114,15 +135,19 @@ class Conversion:
             rivals = {n: self.modules[n] for n in rules if not all(r.runs_dense for r in rules[n])}
             inputs = captured_inputs(self.model, rivals, example_inputs) if rivals else {}
         for name, plan in list(self.plans.items()):
-            module, whys, new = self.modules[name], [_reason(plan, self.modules[name])], None
+            module, new = self.modules[name], None
+            whys = [_reason(plan, module), *self.calibration.whys(name)]
+            whys += refusals(_kind(module), plan)
             with naming(name):
                 packed = plans.pack(module, plan)
                 for rule in rules[name]:
                     candidate = self._make(module, rule.target, packed)
+                    activations = self.calibration.set_activations(name, candidate)
                     taken, why = self._judge(rule, module, candidate, inputs.get(name))
                     whys += [why] if why else []
                     if taken:
                         new = candidate
+                        whys += activations
                         whys += [DENSE] if rule.runs_dense else []
                         break
             if new is None:
@@ -175,7 +200,7 @@ class Conversion:
     def _rules_for(self, name: str) -> list[Rule]:
         kind, plan = _kind(self.modules[name]), self.plans[name]
         if issubclass(kind, PackedModule):
-            return [Rule(kind, kind, lambda plan: True, runs_dense=True)]
+            return [Rule(kind, kind, lambda plan: None, runs_dense=True)]
         return rules_for(kind, plan)
 
     def _judge(
@@ -189,6 +214,8 @@ class Conversion:
             return True, f"{name}: prefer='size'"
         if inputs is None:
             backend = new.backend()
+            if backend == "torch":
+                return False, f"{name} not used: prefer='size' asks for it, or a measurement"
             if backend == "eager":
                 return False, f"{name} not used: its op has no compiled kernel here"
             return True, f"{name}: its {backend} kernel is assumed faster, not measured"
@@ -200,13 +227,13 @@ class Conversion:
         return ours < theirs, f"{name}{'' if ours < theirs else ' not used'}: measured {times}"
 
     def _make(
-        self, module: nn.Module, target: type[PackedModule], packed: PackedTensor
+        self, module: nn.Module, target: type[PackedModule], packed: PackedTensor, **settings: Any
     ) -> PackedModule:
         """The packed module; a weight that an equal layer already holds is shared."""
         for weight in self.weights[id(_weight_of(module))]:
             if type(weight) is target.weight_type and _same(weight.packed(), packed):
-                return target.from_module(module, weight)
-        return target.from_module(module, packed, self.residency)
+                return target.from_module(module, weight, **settings)
+        return target.from_module(module, packed, self.residency, **settings)
 
     def load(
         self,
@@ -230,7 +257,8 @@ class Conversion:
             raise ValueError(f"the file has a {target.__name__}, the model a {kind.__name__}")
         options = {option: getattr(stored, option) for option in target.options}
         _check_options({**options, "bias": config["bias"]}, module)
-        new = self._make(module, target, packed["weight"])
+        settings = {setting: getattr(stored, setting) for setting in target.settings}
+        new = self._make(module, target, packed["weight"], **settings)
         new.input_quantizer = quantizer
         if hasattr(new, "run_winograd"):
             new.run_winograd(stored.winograd)

@@ -10,6 +10,7 @@ from torch import nn
 
 from compressops import kernels
 from compressops import plan as plans
+from compressops.calibrate import Calibrate
 from compressops.conversion import Conversion
 from compressops.measure import as_normal, normal_tensors
 from compressops.nn.weight import check_residency
@@ -27,6 +28,7 @@ def convert(
     prefer: str = "speed",
     residency: str = "decoded",
     inplace: bool = False,
+    calibration: Calibrate | None = None,
 ) -> nn.Module:
     """Replace layers by drop-in modules that hold their weights packed.
 
@@ -41,22 +43,27 @@ def convert(
             take the residency, and the layout or coding of the config, if any.
         config: post-training conversion. A number quantizes the weights of every supported layer
             (rounded to nearest, not retrained), a layout or coding repacks them without loss; a
-            tuple combines up to one of each. A mapping gives one of these per glob on layer names
-            (first match wins; ``None`` leaves a layer as it is).
+            tuple combines up to one of each. Linear layers of some integers then round their
+            activations too (`Int8Linear`, `Int4Linear`, `TernaryLinear`): so does a layer that was
+            trained with the number, if the config names it again. A mapping gives one of these per
+            glob on layer names (first match wins; ``None`` leaves a layer as it is).
         filter_fn: ``filter_fn(module, name)`` false: the layer stays.
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
         prefer: ``"speed"``: no layer ends slower than the dense layer that it replaces. With
             decoded weights packed modules run the dense kernel; modules that run another one
-            (`Int8Linear`, `Int8Conv2d`, Winograd) are used only where interleaved medians on
-            ``example_inputs`` show them faster. Without ``example_inputs`` a compiled integer
-            kernel is assumed faster and an eager one slower, and no convolution becomes
-            Winograd's. ``"size"``: modules that need least memory, without measuring.
+            (linear layers of integers, `Int8Conv2d`, `TernaryEmbedding`, Winograd) are used only
+            where interleaved medians on ``example_inputs`` show them faster. Without
+            ``example_inputs`` a compiled integer kernel is assumed faster and an eager one slower,
+            no embedding stays in 2 bits, and no convolution becomes Winograd's. ``"size"``: modules
+            that need least memory, without measuring.
         residency: ``"decoded"`` keeps a decoded weight beside the packed one; ``"packed"``
             decodes on every use: least memory, and slower; not for ``torch.compile`` with
             ``fullgraph=True``, because decoding stays out of graphs.
         inplace: change ``model`` itself. On an error nothing was changed. References to its
             layers or their weights that are held outside its tree of modules (a list, an
             optimizer) go on naming the old ones.
+        calibration: how integers (`Int`) are fitted to the weights and to data; ``None``: to the
+            range of each row or group, activations to each row's.
 
     Returns:
         The converted model, with the reasons for `report`. Unless ``inplace``, ``model`` is
@@ -64,11 +71,14 @@ def convert(
 
     Raises:
         ValueError: a glob that matches nothing, a number for a layer that has one, a weight that
-            does not fit; the message names the layer and the value.
-        TypeError: ``config`` is none of the above.
+            does not fit, calibration without data or layers; the message names the layer and the
+            value.
+        TypeError: ``config`` or ``calibration`` is none of the above.
     """
     if prefer not in ("speed", "size"):
         raise ValueError(f"prefer must be 'speed' or 'size', got {prefer!r}")
+    if calibration is not None and not isinstance(calibration, Calibrate):
+        raise TypeError(f"calibration must be a Calibrate or None, got {calibration!r}")
     example_inputs = as_normal(example_inputs)
     if not inplace and any(parameter.is_inference() for parameter in model.parameters()):
         model = copy.deepcopy(model)
@@ -81,6 +91,8 @@ def convert(
         else:
             job.consider(name, module, choices[name])
     job.settle_shared()
+    if calibration is not None:
+        job.calibrate(calibration, example_inputs)
     job.build(example_inputs)
     if example_inputs is not None and prefer == "speed":
         job.choose_kernels(example_inputs, inplace)

@@ -96,8 +96,10 @@ def observe(
     layers: Mapping[str, nn.Module],
     inputs: Any,
     see: Callable[[str, tuple[Any, ...]], None],
+    every: bool = False,
 ) -> None:
-    """Run ``model`` once, in eval mode; before a layer's first call, call ``see(name, args)``.
+    """Run ``model`` once, in eval mode; before a layer's first call, or before ``every`` one, call
+    ``see(name, args)``.
 
     Layers that are not called, or are called with keyword arguments, are left out. The model's
     mode is restored.
@@ -106,7 +108,7 @@ def observe(
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and name not in seen:
+            if args and (every or name not in seen):
                 seen.add(name)
                 see(name, args)
 

@@ -39,9 +39,12 @@ class Plan:
         params: the number's parameters as recorded; ``None`` fits them to the weight.
         mask: bool, of the weight's shape: the entries that pruning kept; ``None``: all.
         post_training: the number (or a low rank) comes from the config: the weight changes now.
+        asked: the number comes from the config, though the weight may have it already.
         recorded: the layer was compressed, and its parametrizations are the record.
         shared: the weight also belongs to a layer of another type.
         shape: of the weight.
+        weight: what is packed in place of the layer's own weight: float32, on the grid of
+            ``params``; ``None``: its own.
     """
 
     layout: Layout
@@ -50,9 +53,11 @@ class Plan:
     params: dict[str, Tensor] | None = None
     mask: Tensor | None = None
     post_training: bool = False
+    asked: bool = False
     recorded: bool = False
     shared: bool = False
     shape: tuple[int, ...] = ()
+    weight: Tensor | None = None
 
 
 def resolve(config: Config | Mapping[str, Config], layers: Mapping[str, Any]) -> dict[str, Choice]:
@@ -111,6 +116,7 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
             choice.number or plain,
             choice.coding or Raw(),
             post_training=choice.number is not None or low_rank,
+            asked=choice.number is not None,
             shape=shape,
         )
     number, params, post_training = record.number, record.params, low_rank
@@ -128,6 +134,7 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
         params,
         record.mask,
         post_training,
+        asked=choice.number is not None,
         recorded=True,
         shape=shape,
     )
@@ -143,8 +150,9 @@ def pack(module: nn.Module, plan: Plan) -> PackedTensor:
         return _repack(module.packed_weight.packed().to("cpu"), plan)
     if module.weight.is_meta:
         raise ValueError("its weight is on the meta device, and has no values")
-    return PackedTensor.pack(
-        module.weight.detach().cpu(),
+    own = module.weight.detach()
+    packed = PackedTensor.pack(
+        (own if plan.weight is None else plan.weight).cpu(),
         plan.layout,
         plan.number,
         plan.coding,
@@ -152,6 +160,7 @@ def pack(module: nn.Module, plan: Plan) -> PackedTensor:
         mask=None if plan.mask is None else plan.mask.cpu(),
         lossy=plan.post_training,
     )
+    return replace(packed, dtype=own.dtype)
 
 
 def _repack(before: PackedTensor, plan: Plan) -> PackedTensor:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressops.formats import LowRank
+from compressops.formats import Int, Number, Ternary
 from compressops.nn import (
+    Int4Linear,
     Int8Conv2d,
     Int8Linear,
     PackedConv1d,
@@ -18,21 +18,25 @@ from compressops.nn import (
     PackedEmbedding,
     PackedLinear,
     PackedModule,
+    TernaryEmbedding,
+    TernaryLinear,
     WinogradConv1d,
     WinogradConv2d,
 )
-from compressops.nn.linear import fits_int8
-from compressops.ops.int8_linear import MAX_IN_FEATURES
 from compressops.plan import Plan
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the registry: a ``source`` layer whose plan is accepted becomes a ``target``."""
+    """One line of the registry: a ``source`` layer whose plan is not refused becomes a ``target``.
+
+    ``refuses`` gives the reason for the report, ``""`` where the plan has nothing to do with the
+    target, or ``None``: the target can run it.
+    """
 
     source: type[nn.Module]
     target: type[PackedModule]
-    accepts: Callable[[Plan], bool]
+    refuses: Callable[[Plan], str | None]
     runs_dense: bool
 
 
@@ -46,6 +50,7 @@ def register(
     target: type[PackedModule],
     accepts: Callable[[Plan], bool] | None = None,
     *,
+    refuses: Callable[[Plan], str | None] | None = None,
     runs_dense: bool = True,
 ) -> None:
     """Add a rule to the registry of `convert`; later rules are asked first.
@@ -54,13 +59,15 @@ def register(
         source: the float layer's type; exactly this type, a subclass may compute anything.
         target: the packed module. Files name it by its class name, which must be unique.
         accepts: whether the target can run this `Plan`; ``None``: any.
+        refuses: instead of ``accepts``: ``None`` if the target can run it, or else the reason, for
+            the report; ``""`` where there is nothing to be said.
         runs_dense: the target runs the same dense kernel as ``source``. Others are taken under
             ``prefer="speed"`` only where they are faster (measured on ``example_inputs``; without
             those, where their op has a compiled kernel).
 
     Raises:
         TypeError: ``source`` or ``target`` is no such class.
-        ValueError: another target has this class name.
+        ValueError: another target has this class name, or both ``accepts`` and ``refuses``.
     """
     if not (isinstance(source, type) and issubclass(source, nn.Module)):
         raise TypeError(f"source must be a subclass of nn.Module, got {source!r}")
@@ -69,7 +76,15 @@ def register(
     known = targets().get(target.__name__)
     if known not in (None, target):
         raise ValueError(f"target: the name {target.__name__!r} already belongs to {known!r}")
-    _rules.append(Rule(source, target, accepts or (lambda plan: True), runs_dense))
+    if accepts is not None and refuses is not None:
+        raise ValueError(f"accepts and refuses of {target.__name__} say the same: give one of them")
+    if refuses is None:
+        refuses = (lambda plan: None) if accepts is None else _unless(accepts)
+    _rules.append(Rule(source, target, refuses, runs_dense))
+
+
+def _unless(accepts: Callable[[Plan], bool]) -> Callable[[Plan], str | None]:
+    return lambda plan: None if accepts(plan) else ""
 
 
 def targets() -> dict[str, type[nn.Module]]:
@@ -84,8 +99,13 @@ def rules_for(source: type[nn.Module], plan: Plan | None = None) -> list[Rule]:
     return [
         rule
         for rule in reversed(_rules)
-        if rule.source is source and (plan is None or rule.accepts(plan))
+        if rule.source is source and (plan is None or rule.refuses(plan) is None)
     ]
+
+
+def refusals(source: type[nn.Module], plan: Plan) -> list[str]:
+    """Why modules that one could expect do not take layers of this type and plan."""
+    return [why for rule in rules_for(source) if (why := rule.refuses(plan))]
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -122,29 +142,69 @@ def why_not(module: nn.Module) -> str | None:
     return None
 
 
-def _runs_int8(plan: Plan) -> bool:
-    """Its activations are quantized too, which a network trained otherwise was not asked about."""
-    return (
-        plan.post_training
-        and not plan.shared
-        and fits_int8(plan.number)
-        and not isinstance(plan.layout, LowRank)
-        and math.prod(plan.shape[1:]) <= MAX_IN_FEATURES
-    )
+def _on_integers(
+    target: type[PackedModule], concerns: Callable[[Number], bool], *, rounds_inputs: bool = True
+) -> Callable[[Plan], str | None]:
+    """``refuses`` of a module that computes with the codes of certain numbers.
+
+    ``rounds_inputs``: activations are quantized too, which a network that was trained with such
+    weights was not asked about. Naming the number in the config asks for it.
+    """
+
+    def refuses(plan: Plan) -> str | None:
+        if not concerns(plan.number):
+            return ""
+        if rounds_inputs and not plan.asked:
+            why = (
+                f"it may round activations, and training did not; config={plan.number} asks for it"
+            )
+        elif plan.shared:
+            why = "the weight is shared with a layer of another type, and held in one form"
+        else:
+            why = target.weight_type.refusal(plan.layout, plan.number, plan.shape)
+        return why and f"{target.__name__} not used: {why}"
+
+    return refuses
 
 
-def _runs_int8_conv(plan: Plan) -> bool:
+def _few_bits(number: Number) -> bool:
+    return isinstance(number, Int) and number.bits <= 4
+
+
+def _many_bits(number: Number) -> bool:
+    return isinstance(number, Int) and number.bits > 4
+
+
+def _ternary(number: Number) -> bool:
+    return isinstance(number, Ternary)
+
+
+def _refuses_int8_conv(plan: Plan) -> str | None:
     """Quantizing a channel takes longer than the few products of a depthwise convolution do."""
-    return _runs_int8(plan) and plan.shape[1] > 1
+    why = _on_integers(Int8Conv2d, _many_bits)(plan)
+    if why is None and plan.shape[1] == 1:
+        return "Int8Conv2d not used: a depthwise convolution is slower so"
+    return why
 
 
 register(nn.Linear, PackedLinear)
-register(nn.Linear, Int8Linear, _runs_int8, runs_dense=False)
+for _target, _concerns in (
+    (Int8Linear, _many_bits),
+    (Int4Linear, _few_bits),
+    (TernaryLinear, _ternary),
+):
+    register(nn.Linear, _target, refuses=_on_integers(_target, _concerns), runs_dense=False)
 # The output projection of nn.MultiheadAttention, which reads .weight and .bias itself.
 register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
 register(nn.Conv1d, PackedConv1d)
 register(nn.Conv2d, PackedConv2d)
-register(nn.Conv2d, Int8Conv2d, _runs_int8_conv, runs_dense=False)
+register(nn.Conv2d, Int8Conv2d, refuses=_refuses_int8_conv, runs_dense=False)
 register(WinogradConv1d, PackedConv1d)
 register(WinogradConv2d, PackedConv2d)
 register(nn.Embedding, PackedEmbedding)
+register(
+    nn.Embedding,
+    TernaryEmbedding,
+    refuses=_on_integers(TernaryEmbedding, _ternary, rounds_inputs=False),
+    runs_dense=False,
+)

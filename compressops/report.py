@@ -259,7 +259,7 @@ def _run_time(layers: tuple[Layer, ...]) -> str:
     for residency, what in _EACH_CALL.items():
         if held[residency]:
             text += f" {held[residency]} of {len(layers)} {what} on each call: slower than before."
-    if all(backend == "eager" for _, backend in others):
+    if all(backend in ("eager", "torch") for _, backend in others):
         text += " No layer runs a faster kernel."
     return text
 

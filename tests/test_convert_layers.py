@@ -62,7 +62,7 @@ def test_subclasses_are_not_replaced() -> None:
             return 2 * super().forward(x)
 
     model = nn.Sequential(Doubled(4, 4), nn.Linear(4, 4))
-    packed = convert(model, Int(bits=4))
+    packed = convert(model, Int(bits=6))
     assert [type(m).__name__ for m in packed] == ["Doubled", "PackedLinear"]
     assert "Doubled" in packed.conversion_notes["0"].why
 
@@ -144,7 +144,7 @@ def test_hooks_go_along() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     calls = []
     model[0].register_forward_hook(lambda m, i, o: calls.append(type(m).__name__))
-    convert(model, Int(bits=4))(torch.randn(1, 4))
+    convert(model, Int(bits=6))(torch.randn(1, 4))
     assert calls == ["PackedLinear"]
 
 
@@ -172,7 +172,7 @@ def test_a_parametrization_of_another_kind_is_packed_over() -> None:
 def test_the_notes_say_where_no_speed_is_gained() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
     dense = "runs the dense kernel on decoded weights"
-    packed = convert(model, {"0": Int(bits=8), "1": Int(bits=4)}, prefer="size")
+    packed = convert(model, {"0": Int(bits=8), "1": Int(bits=6)}, prefer="size")
     assert dense not in packed.conversion_notes["0"].why
     assert packed.conversion_notes["1"].why.endswith(dense)
     (_, second) = report(packed).layers

@@ -115,8 +115,8 @@ def test_what_to_expect_is_said_plainly() -> None:
         dense + "No layer runs a faster kernel.",
         "Memory: not smaller than before (49.92 KB, 49.92 KB dense).",
     ]
-    config = {"0": Int(bits=4), "2": Int(bits=4), "3": Int(bits=8)}
-    found = report(convert(model, Int(bits=4)))
+    config = {"0": Int(bits=6), "2": Int(bits=6), "3": Int(bits=8)}
+    found = report(convert(model, Int(bits=6)))
     assert found.remarks()[0] == plain[0]
     assert "not smaller than before" in found.remarks()[1]
     assert "keeps the packed parts beside the dense weights" in found.remarks()[1]

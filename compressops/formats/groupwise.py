@@ -67,6 +67,10 @@ class Int(Number):
         if not isinstance(self.symmetric, bool):
             raise ValueError(f"Int: symmetric must be true or false, got {self.symmetric!r}")
 
+    def by_group(self, weight: Tensor) -> Tensor:
+        """``weight`` as float32 ``[rows, groups, inputs]``, a ragged last group filled with 0."""
+        return _grouped(weight, self.group_size)
+
     def param_shapes(
         self, shape: tuple[int, ...]
     ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -2,14 +2,16 @@
 
 from compressops.nn.base import PackedModule
 from compressops.nn.conv import PackedConv1d, PackedConv2d
-from compressops.nn.embedding import PackedEmbedding
+from compressops.nn.embedding import PackedEmbedding, TernaryEmbedding
 from compressops.nn.int8_conv import Int8Conv2d
-from compressops.nn.linear import Int8Linear, PackedLinear
+from compressops.nn.linear import PackedLinear
+from compressops.nn.quantized_linear import Int4Linear, Int8Linear, TernaryLinear
 from compressops.nn.weight import PackedWeight
 from compressops.nn.winograd import Winograd
 from compressops.nn.winograd_conv import WinogradConv1d, WinogradConv2d
 
 __all__ = [
+    "Int4Linear",
     "Int8Conv2d",
     "Int8Linear",
     "PackedConv1d",
@@ -18,6 +20,8 @@ __all__ = [
     "PackedLinear",
     "PackedModule",
     "PackedWeight",
+    "TernaryEmbedding",
+    "TernaryLinear",
     "Winograd",
     "WinogradConv1d",
     "WinogradConv2d",

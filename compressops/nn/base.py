@@ -19,17 +19,29 @@ class PackedModule(nn.Module):
     raises.
 
     A subclass names its float layer (``source``), the constructor arguments that it takes over
-    (``options``), and has a ``forward``.
+    (``options``) and those of its own (``settings``), and has a ``forward``.
     """
 
     source: ClassVar[type[nn.Module]]
     options: ClassVar[tuple[str, ...]]
+    # How to run, of JSON values. Keyword arguments of the constructor, from_float, from_module;
+    # one that is not given is the replaced module's, or None.
+    settings: ClassVar[tuple[str, ...]] = ()
     weight_type: ClassVar[type[PackedWeight]] = PackedWeight
     # The op that runs instead of the float layer's own kernel, if one does.
-    op: ClassVar[str | None] = None
+    op: str | None = None
 
-    def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
+    def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         super().__init__()
+        if unknown := settings.keys() - set(self.settings):
+            raise TypeError(
+                f"{type(self).__name__} has the settings {self.settings}, got {sorted(unknown)}"
+            )
+        if not isinstance(weight, self.weight_type):
+            raise TypeError(
+                f"weight: {type(self).__name__} needs a {self.weight_type.__name__}, got a "
+                f"{type(weight).__name__}"
+            )
         if tuple(weight.shape) != tuple(module.weight.shape):
             raise ValueError(
                 f"weight: {type(self).__name__} needs shape {tuple(module.weight.shape)}, got a "
@@ -37,6 +49,8 @@ class PackedModule(nn.Module):
             )
         for name in self.options:
             setattr(self, name, getattr(module, name))
+        for name in self.settings:
+            setattr(self, name, settings.get(name, getattr(module, name, None)))
         self.packed_weight = weight
         bias = getattr(module, "bias", None)
         if bias is not None and bias.device.type == "meta":
@@ -56,6 +70,7 @@ class PackedModule(nn.Module):
         *,
         residency: str = "decoded",
         lossy: bool = True,
+        **settings: Any,
     ) -> PackedModule:
         """Pack a float layer's weight.
 
@@ -66,6 +81,7 @@ class PackedModule(nn.Module):
             coding: ``None`` is ``Raw()``.
             residency: ``"decoded"`` or ``"packed"``.
             lossy: quantize the weight; ``False`` demands that it already is on the number's grid.
+            settings: those of the class.
 
         Raises:
             TypeError: ``module`` is of another type.
@@ -79,11 +95,15 @@ class PackedModule(nn.Module):
             coding or Raw(),
             lossy=lossy,
         )
-        return cls.from_module(module, packed, residency)
+        return cls.from_module(module, packed, residency, **settings)
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, packed: PackedTensor | PackedWeight, residency: str = "decoded"
+        cls,
+        module: nn.Module,
+        packed: PackedTensor | PackedWeight,
+        residency: str = "decoded",
+        **settings: Any,
     ) -> PackedModule:
         """A layer with ``module``'s options and bias that runs ``packed`` as its weight."""
         if not isinstance(module, (cls, cls.source)):
@@ -93,7 +113,7 @@ class PackedModule(nn.Module):
             )
         if not isinstance(packed, PackedWeight):
             packed = cls.weight_type(packed, residency, like=module.weight.detach())
-        return cls(module, packed)
+        return cls(module, packed, **settings)
 
     @classmethod
     def from_packed(
@@ -123,6 +143,7 @@ class PackedModule(nn.Module):
             )
         config.pop("input_quantizer", None)
         expected = {"type", "bias", *cls.options}
+        settings = {name: config.pop(name) for name in cls.settings if name in config}
         if set(config) != expected:
             raise ValueError(
                 f"config of {cls.__name__}: expected the keys {sorted(expected)}, got "
@@ -135,7 +156,7 @@ class PackedModule(nn.Module):
         except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"config of {cls.__name__}: {config}: {error}") from error
         weight = packed["weight"]
-        new = cls(module.to(weight.dtype), cls.weight_type(weight, residency))
+        new = cls(module.to(weight.dtype), cls.weight_type(weight, residency), **settings)
         new.input_quantizer = input_quantizer
         return new
 
@@ -151,6 +172,8 @@ class PackedModule(nn.Module):
         for name in self.options:
             value = getattr(self, name)
             config[name] = list(value) if isinstance(value, tuple) else value
+        given = {name: getattr(self, name) for name in self.settings}
+        config |= {name: value for name, value in given.items() if value is not None}
         config["bias"] = self.bias is not None
         if self.input_quantizer is not None:
             config["input_quantizer"] = self.input_quantizer.get_extra_state()
@@ -178,17 +201,15 @@ class PackedModule(nn.Module):
         """``input`` through the quantizer that the compressed layer had, if it had one."""
         return input if self.input_quantizer is None else self.input_quantizer(input)
 
-    @staticmethod
-    def autocast(input: Tensor) -> Tensor:
-        """``input`` as autocast casts the arguments of torch's own kernel: float64 stays."""
+    def taken(self, input: Tensor) -> Tensor:
+        """``input`` as an op is to take it: through the layer's quantizer, and cast as autocast,
+        where it is on, casts the arguments of torch's own kernel: float64 stays."""
+        input = self.quantize_input(input)
         kind = input.device.type
-        if (
-            torch.is_autocast_enabled(kind)
-            and input.is_floating_point()
-            and input.dtype != torch.float64
-        ):
-            return input.to(torch.get_autocast_dtype(kind))
-        return input
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return input
+        casts = input.is_floating_point() and input.dtype != torch.float64
+        return input.to(torch.get_autocast_dtype(kind)) if casts else input
 
     def backend(self) -> str:
         """What runs the layer: ``"torch"``, or the backend of its op."""

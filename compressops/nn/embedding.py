@@ -1,4 +1,4 @@
-"""An embedding that holds a packed table."""
+"""Embeddings that hold a packed table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compressops import ops
 from compressops.nn.base import PackedModule
+from compressops.nn.kernel_weight import TernaryWeight
 from compressops.nn.weight import PackedWeight
 
 
@@ -25,10 +27,10 @@ class PackedEmbedding(PackedModule):
     source = nn.Embedding
     options = ("num_embeddings", "embedding_dim", "padding_idx")
 
-    def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
+    def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         if getattr(module, "max_norm", None) is not None:
             raise ValueError(f"module: max_norm={module.max_norm} needs a weight that can change")
-        super().__init__(module, weight)
+        super().__init__(module, weight, **settings)
 
     @classmethod
     def _template(cls, config: dict[str, Any]) -> nn.Module:
@@ -38,3 +40,27 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.embedding(input, self.weight, self.padding_idx)
+
+
+class TernaryEmbedding(PackedEmbedding):
+    """`torch.nn.Embedding` on a table −α, 0 and α that stays in 2 bits.
+
+    Only the rows that are asked for are decoded, on each call: bit for bit the rows of the decoded
+    table (one α for the table, a row, or a group of a multiple of 16). The table may be the weight
+    of a `TernaryLinear` too, in memory once.
+
+    Packed residency packs the whole table anew on each call, and breaks compiled graphs, see
+    `PackedModule`.
+
+    Shape: input integer ``[...]``, output ``[..., embedding_dim]`` in the dtype of the layer.
+    """
+
+    weight_type = TernaryWeight
+    op = "ternary_linear_rows"
+
+    def forward(self, input: Tensor) -> Tensor:
+        held = self.packed_weight
+        rows = ops.ternary_linear_rows(
+            input, *held.kernel(), self.num_embeddings, self.embedding_dim, held.group_size
+        )
+        return rows.to(held._probe.dtype)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from compressops import backends, ops
 from compressops.nn.conv import ConvModule
-from compressops.nn.linear import Int8Weight
-from compressops.nn.weight import decode, outside_graphs
+from compressops.nn.kernel_weight import Int8Weight
 
 
 class Int8ConvWeight(Int8Weight):
@@ -19,6 +18,7 @@ class Int8ConvWeight(Int8Weight):
     ``scales`` float32 ``[K]`` and ``sums`` int32 ``[K]``; no dense float copy.
     """
 
+    op = "int8_conv2d"
     groups: int | None = None
 
     def for_groups(self, groups: int) -> Int8ConvWeight:
@@ -37,19 +37,11 @@ class Int8ConvWeight(Int8Weight):
         if self.groups is not None:
             super()._materialize()
 
-    @outside_graphs
-    def _decode_kernel(self) -> tuple[Tensor, Tensor, Tensor]:
-        device, K = self._probe.device, self.shape[0]
-        if device.type == "meta":
-            return (
-                torch.empty(self.shape, dtype=torch.int8, device=device),
-                torch.empty(K, device=device),
-                torch.empty(K, dtype=torch.int32, device=device),
-            )
-        packed = self.packed()
-        codes = packed.dense_codes(decode=decode).view(self.shape)
-        weight, sums = ops.int8_conv2d_pack(codes, self.groups)
-        return weight, packed.params["scales"].reshape(K), sums
+    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        weight, sums = ops.int8_conv2d_pack(codes.view(self.shape), self.groups)
+        scales = params["scales"]
+        # A filter of no inputs has no scale either, and nothing to scale.
+        return weight, scales.reshape(-1) if scales.numel() else scales.new_zeros(len(codes)), sums
 
 
 class Int8Conv2d(ConvModule):
@@ -77,7 +69,7 @@ class Int8Conv2d(ConvModule):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, scales, sums = self.packed_weight.kernel()
-        input, padding = self._padded(self.autocast(self.quantize_input(input)))
+        input, padding = self._padded(self.taken(input))
         batched = input if input.dim() == 4 else input.unsqueeze(0)
         output = ops.int8_conv2d(
             *(batched, weight, scales, sums, self.bias),

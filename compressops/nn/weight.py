@@ -221,6 +221,7 @@ class PackedWeight(nn.Module):
                 packed = PackedTensor.from_spec(spec, parts, max_entries=_NO_LIMIT)
                 if tuple(packed.shape) != tuple(self.shape):
                     raise ValueError(f"shape {tuple(packed.shape)}, expected {tuple(self.shape)}")
+                self._set_packed(packed)
             except (ValueError, KeyError, TypeError) as error:
                 error_msgs.append(f"{prefix.rstrip('.')}: no valid packed weight: {error}")
                 return
@@ -228,7 +229,6 @@ class PackedWeight(nn.Module):
             if device.type == "meta" and local_metadata.get("assign_to_params_buffers"):
                 device = next(iter(parts.values())).device
                 self._buffers["_probe"] = torch.zeros_like(self._probe, device=device)
-            self._set_packed(packed)
             for name in self._parts:
                 self._buffers[name] = torch.empty_like(self._buffers[name], device=device)
         super()._load_from_state_dict(

@@ -4,7 +4,7 @@ from .huffman_decode import huffman_decode
 from .int4_linear import int4_linear, int4_linear_pack
 from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
-from .ternary_linear import ternary_linear, ternary_linear_pack
+from .ternary_linear import ternary_linear, ternary_linear_pack, ternary_linear_rows
 from .winograd_conv2d import (
     winograd_conv1d,
     winograd_conv2d,
@@ -29,6 +29,7 @@ __all__ = [
     "quantize_rows",
     "ternary_linear",
     "ternary_linear_pack",
+    "ternary_linear_rows",
     "winograd_conv1d",
     "winograd_conv2d",
     "winograd_conv2d_grad",

@@ -93,6 +93,21 @@ class Codes:
         words = from_panels(packed, N, blocks, _DEPTH).view(N, blocks, _DEPTH)
         return _split(words, self.bits).transpose(2, 3).flatten(1)[:, :K]
 
+    def unpack_rows(self, packed: torch.Tensor, rows: torch.Tensor, N: int, K: int) -> torch.Tensor:
+        """The unsigned codes ``[..., K]`` of the outputs ``rows`` (int64 ``[...]``), and nothing
+        else of either form is read."""
+        if packed.dim() == 3:
+            outputs, count, _ = self._fragment_shape
+            parts = packed.view(*packed.shape[:2], 8, 4, outputs, count, _DEPTH)
+            inside = rows % (8 * outputs)
+            # [..., tile of K, t, word, i, block of 16 in the word]
+            found = parts[rows // (8 * outputs), :, inside % 8, :, inside // 8]
+            view = _split(found, self.bits).movedim((-3, -1), (-4, -3))
+            return view.flatten(-5)[..., :K]
+        words = _panel_rows(packed.view(torch.int32), rows, N, -(-K // self.inputs))
+        parts = words.view(torch.uint8).unflatten(-1, (-1, _DEPTH))
+        return _split(parts, self.bits).transpose(-1, -2).flatten(-3)[..., :K]
+
     def packed_shape(self, N: int, K: int, device: torch.device) -> tuple[int, ...]:
         """Of `pack`'s result."""
         if device.type != "cpu":
@@ -140,6 +155,15 @@ def from_panels(flat: torch.Tensor, N: int, columns: int, item: int = 1) -> torc
         )
     ]
     return torch.cat([part.flatten(0, 1) for part in parts])[:N]
+
+
+def _panel_rows(flat: torch.Tensor, rows: torch.Tensor, N: int, columns: int) -> torch.Tensor:
+    """Of what `to_panels` made of ``[N, columns]`` the ``rows``: ``[..., columns]``."""
+    panel = rows // _PANEL
+    width = torch.where(panel < padded_outputs(N) // _PANEL, _PANEL, 16)
+    start = panel * (_PANEL * columns) + rows % _PANEL
+    column = torch.arange(columns, device=flat.device)
+    return flat[start[..., None] + column * width[..., None]]
 
 
 def pack_group_values(values: torch.Tensor) -> torch.Tensor:
@@ -223,6 +247,33 @@ def dequantize(
         zero = spread.repeat_interleave(size, 1)[:, :K]
     spread = group_values(scales, N, groups).to(dtype).repeat_interleave(size, 1)[:, :K]
     return (codes - zero) * spread
+
+
+def dequantize_rows(
+    kind: Codes,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    rows: torch.Tensor,
+    N: int,
+    K: int,
+    group_size: int | None,
+) -> torch.Tensor:
+    """Rows ``[..., K]`` of a symmetric weight, float32, for row numbers ``[...]`` below N.
+
+    Raises:
+        IndexError: a row number is negative or not below N (on a GPU an assertion of the device).
+    """
+    # Panels are padded, so that a row too high would read something. This reads nothing of a table
+    # that takes no memory, and checks as any index does.
+    checked = torch.zeros(1, dtype=torch.int64, device=rows.device).expand(N)
+    rows = rows.long()
+    rows = rows + checked.index_select(0, rows.flatten()).view(rows.shape)
+    size, groups = min(group_size or K, max(1, K)) or 1, kind.groups(K, group_size)
+    codes = kind.unpack_rows(weight, rows, N, K).float() - kind.zero
+    spread = scales.t()[rows] if scales.dim() == 2 else _panel_rows(scales, rows, N, groups)
+    if groups == 1:
+        return codes * spread
+    return codes * spread.repeat_interleave(size, -1)[..., :K]
 
 
 def eager(

@@ -70,6 +70,44 @@ def ternary_linear_pack(
     return weight, packed_linear.pack_group_values(scales.expand(groups))
 
 
+def ternary_linear_rows(
+    rows: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """Rows of a weight of :func:`ternary_linear`, each value exactly its code times its α.
+
+    Only the codes of these rows are read, and they are read from the kernel's own form: a table of
+    embeddings can also be the weight of an output layer.
+
+    Args:
+        rows: int32 or int64 ``[...]``, from 0 to out_features − 1.
+        weight, scales: as `ternary_linear_pack` makes them.
+        out_features, in_features: N and K.
+        group_size: as for :func:`ternary_linear`.
+
+    Returns:
+        float32 ``[..., K]``.
+
+    Raises:
+        ValueError: an argument is not of that form; the message names it and its value.
+        IndexError: a row number is not from 0 to N − 1 (on a GPU an assertion of the device).
+    """
+    op = f"{OP}_rows"
+    require(rows.dtype in (torch.int32, torch.int64), op, "rows", "int32 or int64", rows)
+    # For the checks of everything else, an input of no rows.
+    x = scales.new_empty(0, in_features)
+    packed_linear.check(CODES, x, weight, scales, None, out_features, group_size, None, "none")
+    fits = rows.device == weight.device
+    require(fits, op, "rows", f"on {weight.device}, as weight is", rows)
+    return packed_linear.dequantize_rows(
+        CODES, weight, scales, rows, out_features, in_features, group_size
+    )
+
+
 def _check(x, weight, scales, out_features, group_size=None, bias=None, activation="none") -> None:
     packed_linear.check(CODES, x, weight, scales, None, out_features, group_size, bias, activation)
 
@@ -92,7 +130,8 @@ def _backward(ctx, grad):
     def call(x, weight, scales, zeros, bias):
         return ternary_linear(x, weight, scales, ctx.out_features, ctx.group_size, bias)
 
-    ctx.needs_bias_grad = ctx.needs_input_grad[5]
+    # Compiled graphs leave out arguments at the end that have their default.
+    ctx.needs_bias_grad = any(ctx.needs_input_grad[5:6])
     grad_x, grad_bias = packed_linear.backward(CODES, ctx, grad, call)
     return grad_x, None, None, None, None, grad_bias, None
 

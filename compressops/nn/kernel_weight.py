@@ -1,0 +1,181 @@
+"""Packed weights that are kept as the kernel of an op reads them, with no dense float copy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from compressops import ops
+from compressops.formats import Int, Layout, LowRank, Number, PackedTensor, Ternary
+from compressops.nn.weight import PackedWeight, as_bytes, decode, outside_graphs
+from compressops.ops.int8_linear import MAX_IN_FEATURES
+from compressops.ops.packed_linear import GROUP_MULTIPLE
+
+
+class KernelWeight(PackedWeight):
+    """A weight whose integer codes an op multiplies with.
+
+    Decoded residency holds what the op's packing makes of the codes (on a CPU its own blocking),
+    packed residency packs anew on each use. A subclass names the op and the arguments that `_pack`
+    gives, and says which numbers the op computes with.
+
+    Raises:
+        ValueError: the op has no such weight; the message says what it needs.
+    """
+
+    op: ClassVar[str]
+    arguments: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def needs(cls, number: Number, columns: int) -> str | None:
+        """What the op needs of a number and is not there, for a message; ``None``: nothing."""
+        raise NotImplementedError
+
+    @classmethod
+    def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
+        """Why the op cannot compute with such a weight, for a message; ``None``: it can."""
+        columns = math.prod(shape[1:])
+        if isinstance(layout, LowRank):
+            return f"{cls.op} needs a weight of one matrix, got {layout}"
+        if (needed := cls.needs(number, columns)) is not None:
+            return f"{cls.op} needs {needed}, got {number}"
+        if columns > MAX_IN_FEATURES:
+            return f"{cls.op} needs at most {MAX_IN_FEATURES} inputs (int32 sums), got {columns}"
+        return None
+
+    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        """The op's arguments from int8 codes ``[rows, columns]`` and the number's parameters."""
+        raise NotImplementedError
+
+    def _set_packed(self, packed: PackedTensor) -> None:
+        why = self.refusal(packed.layout, packed.number, packed.shape)
+        if why is not None:
+            raise ValueError(f"weight: {why}")
+        super()._set_packed(packed)
+        self.group_size = group_size(packed.number, math.prod(packed.shape[1:]))
+
+    def _resident(self) -> tuple[str, ...]:
+        return tuple(f"kernel_{name}" for name in self.arguments)
+
+    def _materialize(self) -> None:
+        if self.residency != "decoded":
+            return
+        for name, value in zip(self._resident(), self._decode_kernel(), strict=True):
+            # Of a weight that was loaded: it may have fewer arguments than the one before.
+            self._buffers.pop(name, None)
+            if value is not None:
+                self.register_buffer(name, value, persistent=False)
+
+    @outside_graphs
+    def _decode_kernel(self) -> tuple[Tensor | None, ...]:
+        device = self._probe.device
+        if device.type == "meta":
+            codes = torch.empty(self.shape, dtype=torch.int8, device=device)
+            shapes = Number.from_spec(self._spec["number"]).param_shapes(tuple(self.shape))
+            params = {
+                name: torch.empty(size, dtype=dtype, device=device)
+                for name, (dtype, size) in shapes.items()
+            }
+        else:
+            packed = self.packed()
+            codes, params = packed.dense_codes(decode=decode), packed.params
+        return self._pack(codes.flatten(1), params)
+
+    def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
+        return as_bytes(fn, resident)
+
+    def _stays_valid(self, before: Tensor, after: Tensor) -> bool:
+        # The kernel's layout is the device's; a dtype only concerns the activations.
+        return before.device.type == after.device.type
+
+    def forward(self) -> Tensor:
+        return self._decode()
+
+    def kernel(self) -> tuple[Tensor | None, ...]:
+        """The weight as the op takes it: `arguments`, ``None`` for one that this weight lacks."""
+        if self.residency == "decoded":
+            return tuple(self._buffers.get(name) for name in self._resident())
+        return self._decode_kernel()
+
+
+class Int8Weight(KernelWeight):
+    """A weight of row-wise symmetric 8-bit integers for `ops.int8_linear`.
+
+    Its arguments: the int8 codes in the kernel's layout, ``scales`` float32 ``[out]`` and ``sums``
+    int32 ``[out]``.
+    """
+
+    op = "int8_linear"
+    arguments = ("weight", "scales", "sums")
+
+    @classmethod
+    def needs(cls, number: Number, columns: int) -> str | None:
+        fits = number == Int(bits=8, group_size=None, symmetric=True)
+        return None if fits else "Int(bits=8, group_size=None, symmetric=True)"
+
+    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        weight, sums = ops.int8_linear_pack(codes)
+        scales = params["scales"]
+        # A row of no inputs has no scale either, and nothing to scale.
+        scales = scales.reshape(-1) if scales.numel() else scales.new_zeros(len(codes))
+        return weight, scales, sums
+
+
+class Int4Weight(KernelWeight):
+    """A weight of integers of at most 4 bits for `ops.int4_linear`.
+
+    Its arguments: two codes a byte in the kernel's layout, ``scales`` and, unless the number is
+    symmetric, ``zeros``, as `ops.int4_linear_pack` makes them.
+    """
+
+    op = "int4_linear"
+    arguments = ("weight", "scales", "zeros")
+
+    @classmethod
+    def needs(cls, number: Number, columns: int) -> str | None:
+        if not isinstance(number, Int) or number.bits > 4:
+            return "Int of 2 to 4 bits"
+        return _needed_groups(number, columns)
+
+    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        zeros = params.get("zeros")
+        return ops.int4_linear_pack(codes, params["scales"], zeros, self.group_size)
+
+
+class TernaryWeight(KernelWeight):
+    """A weight of −α, 0 and α for `ops.ternary_linear`, and for look-ups of its rows.
+
+    Its arguments: four codes a byte in the kernel's layout, and ``scales``, as
+    `ops.ternary_linear_pack` makes them.
+    """
+
+    op = "ternary_linear"
+    arguments = ("weight", "scales")
+
+    @classmethod
+    def needs(cls, number: Number, columns: int) -> str | None:
+        return _needed_groups(number, columns) if isinstance(number, Ternary) else "Ternary"
+
+    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        scales, (rows, columns) = params["scales"], codes.shape
+        # One α for all is [1, 1], which is also the shape of a single row's only group.
+        if scales.shape == (1, 1) and columns:
+            scales = scales.reshape(())
+        elif not columns:
+            scales = scales.new_zeros(rows, 0)
+        return ops.ternary_linear_pack(codes, scales, self.group_size)
+
+
+def group_size(number: Any, columns: int) -> int | None:
+    """The inputs that share a scale, ``None`` where they are the whole row."""
+    size = getattr(number, "group_size", None)
+    return None if size is None or size >= columns else size
+
+
+def _needed_groups(number: Any, columns: int) -> str | None:
+    fits = (group_size(number, columns) or 0) % GROUP_MULTIPLE == 0
+    return None if fits else f"a group_size that is a multiple of {GROUP_MULTIPLE}"
