@@ -161,7 +161,9 @@ PACKED_PLANTS = {
         "wrong result",
     ),
     "the last of a step's groups": (
-        Plant(PACKED, "unit * kUnit, K - 1) / group_size", "unit * kUnit, K - 1) / 64"),
+        Plant(
+            PACKED, "unit * kUnit, K - 1) / group_size", "unit * kUnit, K - 1) / (2 * group_size)"
+        ),
         'global array "scales".* out of bounds|wrong result',
     ),
     "a borrow between codes": (
