@@ -138,7 +138,7 @@ INT8_PLANTS = {
         "wrong result",
     ),
 }
-PACKED = "packed_linear.cuh"
+PACKED, OPERANDS = "packed_linear.cuh", "packed_linear_operands.cuh"
 PACKED_PLANTS = {
     "off by one": (
         Plant(PACKED, "m < args.M && k < args.x_columns", "m <= args.M && k < args.x_columns"),
@@ -157,15 +157,17 @@ PACKED_PLANTS = {
         "before its cp.async is waited for",
     ),
     "a group's scale kept": (
-        Plant(PACKED, "if (next != current.index) fetch(ahead, next);", ""),
+        Plant(PACKED, "if (next != current.index)", "if (next < 0)"),
         "wrong result",
     ),
     "the last of a step's groups": (
-        Plant(PACKED, "unit * kUnit, K - 1) / group_size", "unit * kUnit, K - 1) / 64"),
+        Plant(
+            PACKED, "unit * kUnit, K - 1) / group_size", "unit * kUnit, K - 1) / (2 * group_size)"
+        ),
         'global array "scales".* out of bounds|wrong result',
     ),
     "a borrow between codes": (
-        Plant(PACKED, "((word >> shift & kMask) | 0x80808080u)", "((word >> shift & kMask))"),
+        Plant(OPERANDS, "((word >> shift & kMask) | 0x80808080u)", "((word >> shift & kMask))"),
         "wrong result",
     ),
     "a block that comes first adds": (

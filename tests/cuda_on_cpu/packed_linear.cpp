@@ -47,6 +47,8 @@ cudaError_t run(const Buffers& b, Global<const Input> x, int64_t x_row_stride, i
   const Scratch<float> partials(plan.partials, "partials");
   const Scratch<unsigned> tickets(plan.tiles, "tickets");
   for (int64_t i = 0; i < plan.tiles; ++i) tickets.array()[i] = 0;
+  // An earlier launch may have left the right ones there.
+  for (int64_t i = 0; i < plan.partials; ++i) partials.array()[i] = NAN;
   PackedLinearArgs<Input> args;
   args.M = b.M;
   args.N = b.N;
