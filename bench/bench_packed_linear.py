@@ -1,10 +1,11 @@
-"""int4_linear and ternary_linear, quantization of x included, against what torch has.
+"""int4_linear and ternary_linear, quantization of x included, against what a PyTorch user can call.
 
-    python bench/bench_packed_linear.py
+    python bench/bench_packed_linear.py                     # torch alone
+    python bench/bench_packed_linear.py --layers 4096 --m 1 8 128 --threads 2
 
-Peers: torch's float32 linear (MKL-packed where that is there), its 4-bit weights of groups of 128
-(`_weight_int4pack_mm_for_cpu`, bfloat16 activations), and this project's int8_linear. "cold"
-rotates through weights that together exceed the caches; its GB/s are those of the packed weights.
+`linear_peers.py` says what each peer's figure includes, and which packages they are of; groups of
+128. "cold" rotates through weights that together exceed the caches; its GB/s are those of the
+packed weights, beside the machine's read bandwidth.
 """
 
 from __future__ import annotations
@@ -14,97 +15,103 @@ import statistics
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from common import interleaved, measured_read_bandwidth, median_ratio, parser, report
+from bench_int8_linear import ours as int8
+from common import interleaved, measured_read_bandwidth, median_ratio, parser
+from linear_bench import LAYERS, Layer, contestants, options, run
+from linear_peers import FLOAT, INT4, Case, symmetric
+from peers import Peer
 
 import compressops as co
 
-SHAPES = [
-    *((m, k, n) for k, n in ((384, 1536), (768, 3072), (4096, 4096)) for m in (1, 8, 64, 512)),
-]
-GROUP = 128
-COLD_BYTES = 512 * 1024**2
+COLD_WEIGHTS = 64
 
 
-def int4(k: int, n: int) -> tuple[Callable, int]:
-    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
-    weight, scales, _ = co.ops.int4_linear_pack(codes, torch.rand(n, -(-k // GROUP)), None, GROUP)
-    size = weight.numel() + 4 * scales.numel()
-    return lambda x: co.ops.int4_linear(x, weight, scales, None, n, GROUP), size
+def int4(case: Case, quantize_x: bool = True) -> Peer:
+    N, K = case.weight.shape
+    codes, scales = symmetric(case.weight.view(N, -1, case.group), 4)
+    weight, scales, _ = co.ops.int4_linear_pack(
+        codes.view(N, K), scales[..., 0].contiguous(), None, case.group
+    )
+
+    def run() -> torch.Tensor:
+        return co.ops.int4_linear(
+            case.x, weight, scales, None, N, case.group, quantize_x=quantize_x
+        )
+
+    return Peer(run, run, f"{weight.numel() + 4 * scales.numel()} bytes")
 
 
-def ternary(k: int, n: int) -> tuple[Callable, int]:
-    codes = torch.randint(-1, 2, (n, k), dtype=torch.int8)
-    weight, scales = co.ops.ternary_linear_pack(codes, torch.rand(n, 1))
-    return lambda x: co.ops.ternary_linear(x, weight, scales, n), weight.numel()
+def ternary(case: Case) -> Peer:
+    N = len(case.weight)
+    threshold = 0.7 * case.weight.abs().mean(1, keepdim=True)
+    codes = (case.weight.sign() * (case.weight.abs() > threshold)).to(torch.int8)
+    kept = codes.abs().sum(1, keepdim=True).clamp(min=1)
+    scales = (case.weight.abs() * codes.abs()).sum(1, keepdim=True) / kept
+    weight, scales = co.ops.ternary_linear_pack(codes, scales)
+
+    def run() -> torch.Tensor:
+        return co.ops.ternary_linear(case.x, weight, scales, N)
+
+    return Peer(run, run, f"{weight.numel() + 4 * scales.numel()} bytes")
 
 
-def torch_int4(k: int, n: int) -> Callable:
-    codes = torch.randint(0, 16, (n, k), dtype=torch.int32)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-    scales = torch.rand(k // GROUP, n, 2).bfloat16()
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x.bfloat16(), packed, GROUP, scales)
+OURS: dict[str, Callable[[Case], Peer]] = {
+    "int4": int4,
+    "int4, x in float32": lambda case: int4(case, quantize_x=False),
+    "ternary": ternary,
+    "int8": int8,
+}
 
 
-def run_shape(m: int, k: int, n: int, rounds: int) -> dict:
-    x, weight = torch.randn(m, k), torch.randn(n, k)
-    int8_weight, sums = co.ops.int8_linear_pack(torch.randint(-127, 128, (n, k), dtype=torch.int8))
-    scales = torch.rand(n)
-    contestants = {
-        "int4": int4(k, n)[0],
-        "ternary": ternary(k, n)[0],
-        "int8": lambda x: co.ops.int8_linear(x, int8_weight, scales, sums),
-        "torch fp32": lambda x: F.linear(x, weight),
-    }
-    if k % GROUP == 0:
-        contestants["torch int4"] = torch_int4(k, n)
-    if torch.backends.mkl.is_available():
-        mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, m)
-        contestants["torch fp32"] = lambda x: torch.ops.mkl._mkl_linear(x, mkl, weight, None, m)
-    seconds = interleaved({name: lambda c=call: c(x) for name, call in contestants.items()}, rounds)
-    row = {"M": m, "K": k, "N": n}
+def row(layer: Layer, case: Case, seconds: dict[str, list[float]]) -> dict:
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    found: dict = {}
     for op in ("int4", "ternary"):
-        median = statistics.median(seconds[op])
-        row |= {f"{op} µs": median * 1e6, f"{op} GOP/s": 2 * m * k * n / median / 1e9}
-        for peer in ("int8", "torch fp32", "torch int4"):
+        found |= {
+            f"{op} µs": medians[op] * 1e6,
+            f"{op} GOP/s": case.operations / medians[op] / 1e9,
+        }
+        for peer in ("int8", *FLOAT, *INT4):
             if peer in seconds:
-                row[f"{op} × {peer}"] = median_ratio(seconds[peer], seconds[op])
-    return row
+                found[f"{op} × {peer}"] = median_ratio(seconds[peer], seconds[op])
+    found["int4, x in float32 µs"] = medians["int4, x in float32"] * 1e6
+    return found
 
 
-def run_cold(k: int, n: int, rounds: int, total: int) -> dict:
-    row, sizes, contestants = {"M": "1 cold", "K": k, "N": n}, {}, {}
-    x = torch.randn(1, k)
-    for op, make in (("int4", int4), ("ternary", ternary)):
-        size = make(k, n)[1]
-        copies = [make(k, n)[0] for _ in range(max(2, total // size))]
-        rotation = itertools.cycle(copies)
-        sizes[op], contestants[op] = size, lambda r=rotation: next(r)(x)
-    seconds = interleaved(contestants, rounds)
-    for op in contestants:
-        median = statistics.median(seconds[op])
-        row |= {f"{op} µs": median * 1e6, f"{op} GB/s": sizes[op] / median / 1e9}
-    return row
+def cold(layer: Layer, threads: int, rounds: int, smoke: bool) -> dict:
+    """One row of activations, each call on other weights than the last 63."""
+    rotations, sizes = {}, {}
+    makers = {"int4": int4, "ternary": ternary, "onnxruntime int4": INT4["onnxruntime int4"]}
+    for _ in range(2 if smoke else COLD_WEIGHTS):
+        case = layer.case(1, threads)
+        for name, peer in contestants(makers, case, 1.0)[0].items():
+            rotations.setdefault(name, []).append(peer.run)
+            if peer.note.endswith(" bytes"):
+                sizes[name] = int(peer.note.split()[0])
+    cycles = {name: itertools.cycle(calls) for name, calls in rotations.items()}
+    seconds = interleaved({n: lambda c=c: next(c)() for n, c in cycles.items()}, rounds)
+    found = {"layer": layer.name, "M": "1 cold", "K": layer.K, "N": layer.N, "threads": threads}
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        found[f"{name} µs"] = median * 1e6
+        if name in sizes:
+            found[f"{name} GB/s"] = sizes[name] / median / 1e9
+    found["int4 × onnxruntime int4"] = (
+        median_ratio(seconds["onnxruntime int4"], seconds["int4"])
+        if "onnxruntime int4" in seconds
+        else None
+    )
+    found["ternary × int4"] = median_ratio(seconds["int4"], seconds["ternary"])
+    found["read GB/s"] = None if smoke else measured_read_bandwidth()
+    return found
 
 
-@torch.no_grad()
 def main() -> None:
-    arguments = parser(__doc__.splitlines()[0], "packed_linear-cpu").parse_args()
-    shapes = [(2, 128, 64)] if arguments.smoke else SHAPES
-    rounds = 2 if arguments.smoke else max(15, arguments.rounds)
-    rows = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for shape in shapes:
-            rows.append({"threads": threads, **run_shape(*shape, rounds)})
-        cold = (64, 64, 1) if arguments.smoke else (4096, 4096, COLD_BYTES)
-        found = run_cold(*cold[:2], rounds, cold[2])
-        if not arguments.smoke:
-            found["read GB/s"] = measured_read_bandwidth()
-        rows.append({"threads": threads, **found})
-    columns = dict.fromkeys(itertools.chain.from_iterable(rows))
-    rows = [{column: row.get(column, "–") for column in columns} for row in rows]
-    report("int4_linear, ternary_linear (CPU), × = times faster than the peer", rows, arguments)
+    arguments = options(parser(__doc__, "packed_linear-cpu"), LAYERS).parse_args()
+    makers = {**OURS, **FLOAT, **INT4}
+    title = "int4_linear, ternary_linear (CPU), × = times faster than the peer"
+    # The rounding of weights to 2 bits.
+    run(title, makers, row, 0.7, arguments, cold)
 
 
 if __name__ == "__main__":

