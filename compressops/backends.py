@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from . import schema
 
@@ -25,6 +27,8 @@ ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 
 Kernel = Callable[..., torch.Tensor]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 class BackendError(RuntimeError):
@@ -223,4 +227,26 @@ def register(
         torch.library.register_autograd(
             f"{schema.PUBLIC}::{op}", backward, setup_context=setup_context
         )
-    return public
+
+    def call(*args) -> torch.Tensor:
+        # The dispatcher's way through a Python op with a gradient takes 10 µs, more than a small
+        # layer's kernel. Nobody who has no gradient to take and nothing to record needs it.
+        if torch.compiler.is_compiling() or _is_watched(args):
+            return public(*args)
+        return run(*args)
+
+    return call
+
+
+def _is_watched(args: tuple) -> bool:
+    """Whether autograd, a mode or a tensor's own class has a say in a call."""
+    if _len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return True
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        return True
+    records = torch.is_grad_enabled()
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            if type(value) not in _PLAIN or (records and value.requires_grad):
+                return True
+    return False

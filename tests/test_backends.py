@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import compressops as co
 from compressops import backends, schema
@@ -124,3 +126,38 @@ def test_isa_limit() -> None:
         _C.limit_isa("native")
     with pytest.raises(ValueError, match="got 'sse9'"):
         _C.limit_isa("sse9")
+
+
+def _watched_call(x: torch.Tensor) -> torch.Tensor:
+    weight, sums = co.ops.int8_linear_pack(torch.ones(3, 4, dtype=torch.int8))
+    return co.ops.int8_linear(x, weight, torch.ones(3), sums)
+
+
+def test_calls_that_somebody_watches_take_the_dispatchers_way() -> None:
+    """All others go straight to the kernel."""
+    seen: list[str] = []
+
+    class Dispatch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 4)
+    with Dispatch():
+        _watched_call(x)
+    assert "compressops.int8_linear.default" in seen
+
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(f"own {func}")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    _watched_call(x.as_subclass(Own))
+    assert "own compressops.int8_linear.default" in seen
+    y = _watched_call(x.requires_grad_())
+    assert y.grad_fn is not None
+    with torch.no_grad():
+        assert _watched_call(x).grad_fn is None
+    graph = make_fx(_watched_call)(x.detach())
+    assert any(node.target is schema.public_op("int8_linear") for node in graph.graph.nodes)
