@@ -246,7 +246,8 @@ def _is_watched(args: tuple) -> bool:
         return True
     records = torch.is_grad_enabled()
     for value in args:
-        if isinstance(value, torch.Tensor):
-            if type(value) not in _PLAIN or (records and value.requires_grad):
-                return True
+        if isinstance(value, torch.Tensor) and (
+            type(value) not in _PLAIN or (records and value.requires_grad)
+        ):
+            return True
     return False

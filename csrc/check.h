@@ -2,6 +2,7 @@
 // argument, what it must be, and the value that was given.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -14,6 +15,11 @@ namespace compressops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// The tensor itself where it is contiguous: asking the dispatcher for that costs half a microsecond.
+inline Tensor as_contiguous(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
 
 inline std::string describe(const Tensor& tensor) {
   std::ostringstream out;

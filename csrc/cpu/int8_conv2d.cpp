@@ -261,7 +261,7 @@ struct Job {
 
 // Weights [K, C / groups, R, S] are packed for this call; others are taken as they are.
 Tensor packed_weight(const Tensor& weight, const ConvShape& s) {
-  const Tensor dense = torch::stable::contiguous(weight);
+  const Tensor dense = as_contiguous(weight);
   if (weight.dim() != 4) return dense;
   const int64_t groups = s.depthwise() ? 1 : s.groups, K = s.K / groups, C = s.group_C();
   const int64_t depth = s.depthwise() ? 1 : kConvDepth, blocks = (C + depth - 1) / depth;
@@ -363,12 +363,12 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   if (out.numel() == 0) return out;
 
   // Swapped dimensions make channels last contiguous, and nothing is copied then.
-  const Tensor dense_x = channels_last ? torch::stable::contiguous(torch::stable::transpose(
+  const Tensor dense_x = channels_last ? as_contiguous(torch::stable::transpose(
                                              torch::stable::transpose(x, 1, 2), 2, 3))
-                                       : torch::stable::contiguous(x);
+                                       : as_contiguous(x);
   const Tensor panels = packed_weight(weight, shape);
-  const Tensor scales = torch::stable::contiguous(weight_scales);
-  const Tensor sums = torch::stable::contiguous(weight_sums);
+  const Tensor scales = as_contiguous(weight_scales);
+  const Tensor sums = as_contiguous(weight_sums);
   const ConvPlan plan(shape, layout);
   with_element_type(kOp, x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

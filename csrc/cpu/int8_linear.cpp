@@ -44,8 +44,8 @@ struct Weight {
 // Row-major [N, K] weights are packed for this call; 4-D ones are taken as they are.
 Weight packed_weight(const Tensor& weight, int64_t N, int64_t K) {
   const int64_t panels = (N + kColumns - 1) / kColumns, k_blocks = (K + kDepth - 1) / kDepth;
-  if (weight.dim() == 4) return {torch::stable::contiguous(weight), k_blocks};
-  const Tensor rows = torch::stable::contiguous(weight);
+  if (weight.dim() == 4) return {as_contiguous(weight), k_blocks};
+  const Tensor rows = as_contiguous(weight);
   Tensor out = torch::stable::new_zeros(rows, {panels, k_blocks, kColumns, kDepth});
   const int8_t* from = static_cast<const int8_t*>(rows.const_data_ptr());
   int8_t* to = static_cast<int8_t*>(out.mutable_data_ptr());
@@ -94,10 +94,10 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const std::vector<float> biases = bias ? to_float(kOp, *bias, "bias") : std::vector<float>();
   if (M == 0 || N == 0) return out;
 
-  const Tensor dense_x = torch::stable::contiguous(x);
+  const Tensor dense_x = as_contiguous(x);
   const Weight packed = packed_weight(weight, N, K);
-  const Tensor dense_scales = torch::stable::contiguous(weight_scales);
-  const Tensor dense_sums = torch::stable::contiguous(weight_sums);
+  const Tensor dense_scales = as_contiguous(weight_scales);
+  const Tensor dense_sums = as_contiguous(weight_sums);
   const float* scales = static_cast<const float*>(dense_scales.const_data_ptr());
   const int32_t* sums = static_cast<const int32_t*>(dense_sums.const_data_ptr());
   const int8_t* panels_start = static_cast<const int8_t*>(packed.panels.const_data_ptr());
@@ -112,7 +112,6 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     const T* input = static_cast<const T*>(dense_x.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());
     const Gelu gelu_kernel = gelu();
-    const bool relu = activation == Activation::kRelu;
     quantize_rows(input, M, K, q_stride, how, q.get(), q_stride,
                   [&](int64_t m, RowScale row) { x_rows[m] = {row.scale, row.zero}; });
 
@@ -125,28 +124,37 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
         std::min(M, kTaskRows) * kMaxPanels * kColumns * std::max<int64_t>(1, K);
     const int64_t grain = std::max<int64_t>(1, (1 << 18) / task_work);
     torch::stable::parallel_for(0, groups * row_tasks, grain, [&](int64_t begin, int64_t end) {
-      alignas(64) int32_t accumulators[kMaxRows * kMaxPanels * kColumns];
-      alignas(64) float values[kMaxPanels * kColumns];
+      // GELU, and other types than float32, are made of finished rows of these.
+      alignas(64) float values[kMaxRows * kMaxPanels * kColumns];
+      Int8Block block{};
+      block.q_stride = q_stride, block.k_blocks = packed.k_blocks;
+      block.one_zero = how.kind != Quantization::kAsymmetric;
+      block.relu = activation == Activation::kRelu;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t first_panel = task / row_tasks * kMaxPanels;
-        const int panel_count = (int)std::min<int64_t>(kMaxPanels, panels - first_panel);
-        const int64_t first_row = task % row_tasks * kTaskRows;
-        const int64_t end_row = std::min(M, first_row + kTaskRows);
-        const int64_t n0 = first_panel * kColumns;
-        const int64_t columns = std::min<int64_t>(panel_count * kColumns, N - n0);
-        for (int64_t m = first_row; m < end_row; m += kMaxRows) {
-          const int rows = (int)std::min<int64_t>(kMaxRows, end_row - m);
-          isa.multiply(q.get() + m * q_stride, q_stride,
-                       panels_start + first_panel * packed.k_blocks * kColumns * kDepth,
-                       packed.k_blocks, rows, panel_count, accumulators);
-          for (int r = 0; r < rows; ++r) {
-            T* out_row = output + (m + r) * N + n0;
-            float* y = values;
-            if constexpr (std::is_same_v<T, float>) y = out_row;
-            isa.finish(accumulators + r * panel_count * kColumns, columns, x_rows[m + r], sums + n0,
-                       scales + n0, biases.empty() ? nullptr : biases.data() + n0, relu, y);
-            if (activation == Activation::kGelu) gelu_kernel(y, columns);
-            if constexpr (!std::is_same_v<T, float>) std::copy(y, y + columns, out_row);
+        const int64_t part = task % row_tasks, n0 = first_panel * kColumns;
+        // Evenly: 97 rows as 49 and 48.
+        const int64_t first_row = part * M / row_tasks, end_row = (part + 1) * M / row_tasks;
+        block.panels = panels_start + first_panel * packed.k_blocks * kColumns * kDepth;
+        block.panel_count = (int)std::min<int64_t>(kMaxPanels, panels - first_panel);
+        block.columns = std::min<int64_t>(block.panel_count * kColumns, N - n0);
+        block.weight_sums = sums + n0, block.scales = scales + n0;
+        block.bias = biases.empty() ? nullptr : biases.data() + n0;
+        const int64_t blocks = (end_row - first_row + kMaxRows - 1) / kMaxRows;
+        for (int64_t i = 0; i < blocks; ++i) {
+          // Evenly: 8 rows as 4 and 4, not as 6 and 2.
+          const int64_t m = first_row + i * (end_row - first_row) / blocks;
+          block.count = (int)(first_row + (i + 1) * (end_row - first_row) / blocks - m);
+          block.q = q.get() + m * q_stride, block.rows = x_rows.get() + m;
+          T* out_rows = output + m * N + n0;
+          block.y = values, block.y_stride = block.columns;
+          if constexpr (std::is_same_v<T, float>) block.y = out_rows, block.y_stride = N;
+          isa.multiply(block);
+          for (int r = 0; r < block.count; ++r) {
+            float* y = block.y + r * block.y_stride;
+            if (activation == Activation::kGelu) gelu_kernel(y, block.columns);
+            if constexpr (!std::is_same_v<T, float>)
+              std::copy(y, y + block.columns, out_rows + r * N);
           }
         }
       }

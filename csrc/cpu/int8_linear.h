@@ -16,18 +16,31 @@ struct Int8Row {
   int32_t x_zero;  // the code that 0.0 has in q
 };
 
+// y[m][n] = (sum over k of (q[m][k] - x_zero[m]) * weight[n][k]) * (x_scale[m] * scales[n]) +
+// bias[n]
+struct Int8Block {
+  const uint8_t* q;  // [rows][k_blocks * 4]
+  int64_t q_stride;
+  const Int8Row* rows;
+  bool one_zero;  // all rows have the first one's
+  int count;      // of rows, at most kMaxRows
+
+  const int8_t* panels;  // [panel_count][k_blocks][16][4]
+  int panel_count;       // at most kMaxPanels
+  int64_t k_blocks;
+  int64_t columns;  // of them that there are, the last panel may have less than 16
+  const int32_t* weight_sums;
+  const float* scales;
+  const float* bias;  // or null
+
+  bool relu;
+  float* y;
+  int64_t y_stride;
+};
+
 struct Int8LinearKernels {
   const char* isa;
-  // accumulators[m][n] = sum over k of q[m][k] * weight[n][k] for `rows` rows (<= kMaxRows) and one
-  // panel group of `panels` (<= kMaxPanels) times 16 columns. q is [rows][k_blocks * 4] with stride
-  // q_stride, accumulators is [rows][panels * 16].
-  void (*multiply)(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, int64_t k_blocks,
-                   int rows, int panels, int32_t* accumulators);
-  // y[n] = (sums[n] - x_zero * weight_sums[n]) * (x_scale * scales[n]) + bias[n] of one row; bias
-  // may be null.
-  void (*finish)(const int32_t* sums, int64_t columns, const Int8Row& row,
-                 const int32_t* weight_sums, const float* scales, const float* bias, bool relu,
-                 float* y);
+  void (*multiply)(const Int8Block& block);
 };
 
 constexpr int kMaxRows = 6;

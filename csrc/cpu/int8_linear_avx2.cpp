@@ -43,44 +43,48 @@ void multiply_rows(const uint8_t* q, int64_t q_stride, const int8_t* weight, int
   }
 }
 
-void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, int64_t k_blocks,
-              int rows, int panels, int32_t* accumulators) {
-  const int64_t stride = panels * kColumns;
-  for (int p = 0; p < panels; ++p) {
-    const int8_t* weight = panels_start + p * k_blocks * kColumns * kDepth;
-    int m = 0;
-    for (; m + 2 <= rows; m += 2)
-      multiply_rows<2>(q + m * q_stride, q_stride, weight, k_blocks,
-                       accumulators + m * stride + p * kColumns, stride);
-    if (m < rows)
-      multiply_rows<1>(q + m * q_stride, q_stride, weight, k_blocks,
-                       accumulators + m * stride + p * kColumns, stride);
+void finish(const int32_t* sums, const Int8Block& block, int m) {
+  const Int8Row row = block.rows[m];
+  const __m256i zero = _mm256_set1_epi32(row.x_zero);
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256 x_scale = _mm256_set1_ps(row.x_scale), none = _mm256_setzero_ps();
+  float* y = block.y + m * block.y_stride;
+  for (int64_t n = 0; n < block.columns; n += 8) {
+    const int64_t rest = block.columns - n;
+    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(rest < 8 ? rest : 8)), lane);
+    const __m256i weight_sums = _mm256_maskload_epi32(block.weight_sums + n, lanes);
+    const __m256i exact = _mm256_sub_epi32(_mm256_loadu_si256((const __m256i*)(sums + n)),
+                                           _mm256_mullo_epi32(zero, weight_sums));
+    const __m256 scale = _mm256_mul_ps(x_scale, _mm256_maskload_ps(block.scales + n, lanes));
+    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale);
+    if (block.bias != nullptr)
+      value = _mm256_add_ps(value, _mm256_maskload_ps(block.bias + n, lanes));
+    // Not max, which would lose NaN.
+    if (block.relu) value = _mm256_andnot_ps(_mm256_cmp_ps(value, none, _CMP_LT_OQ), value);
+    _mm256_maskstore_ps(y + n, lanes, value);
   }
 }
 
-void finish(const int32_t* sums, int64_t columns, const Int8Row& row, const int32_t* weight_sums,
-            const float* scales, const float* bias, bool relu, float* y) {
-  const __m256i zero = _mm256_set1_epi32(row.x_zero),
-                lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256 x_scale = _mm256_set1_ps(row.x_scale), none = _mm256_setzero_ps();
-  for (int64_t n = 0; n < columns; n += 8) {
-    const int64_t rest = columns - n;
-    const __m256i lanes = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(rest < 8 ? rest : 8)), lane);
-    const __m256i shift = _mm256_mullo_epi32(zero, _mm256_maskload_epi32(weight_sums + n, lanes));
-    const __m256i exact = _mm256_sub_epi32(_mm256_maskload_epi32(sums + n, lanes), shift);
-    const __m256 scale = _mm256_mul_ps(x_scale, _mm256_maskload_ps(scales + n, lanes));
-    __m256 value = _mm256_mul_ps(_mm256_cvtepi32_ps(exact), scale);
-    if (bias != nullptr) value = _mm256_add_ps(value, _mm256_maskload_ps(bias + n, lanes));
-    // Not max, which would lose NaN.
-    if (relu) value = _mm256_andnot_ps(_mm256_cmp_ps(value, none, _CMP_LT_OQ), value);
-    _mm256_maskstore_ps(y + n, lanes, value);
+void multiply(const Int8Block& block) {
+  alignas(32) int32_t sums[2 * kMaxPanels * kColumns];
+  const int64_t stride = block.panel_count * kColumns;
+  for (int m = 0; m < block.count; m += 2) {
+    const uint8_t* q = block.q + m * block.q_stride;
+    const bool two = m + 1 < block.count;
+    for (int p = 0; p < block.panel_count; ++p)
+      (two ? multiply_rows<2>
+           : multiply_rows<1>)(q, block.q_stride,
+                               block.panels + p * block.k_blocks * kColumns * kDepth,
+                               block.k_blocks, sums + p * kColumns, stride);
+    finish(sums, block, m);
+    if (two) finish(sums + stride, block, m + 1);
   }
 }
 
 }  // namespace
 
 const Int8LinearKernels& int8_linear_avx2() {
-  static const Int8LinearKernels kernels = {"avx2", multiply, finish};
+  static const Int8LinearKernels kernels = {"avx2", multiply};
   return kernels;
 }
 

@@ -22,15 +22,27 @@ namespace {
 // Rows × Panels accumulators stay in registers over the whole depth: 6 × 4 of the 32, with 4 for
 // the weights, so that every weight load serves 6 products and every broadcast 4.
 template <int Rows, int Panels>
-void multiply_block(const uint8_t* q, int64_t q_stride, const int8_t* weight, int64_t k_blocks,
-                    int32_t* accumulators) {
-  const int64_t panel_stride = k_blocks * kColumns * kDepth;
+void multiply_block(const Int8Block& block) {
+  const uint8_t* q = block.q;
+  const int8_t* weight = block.panels;
+  const int64_t q_stride = block.q_stride, panel_stride = block.k_blocks * kColumns * kDepth;
+  __mmask16 lanes[Panels];
   __m512i sums[Rows][Panels];
-#pragma GCC unroll 6
-  for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p) sums[m][p] = _mm512_setzero_si512();
-  for (int64_t b = 0; b < k_blocks; ++b) {
+  for (int p = 0; p < Panels; ++p) {
+    const int64_t rest = block.columns - p * kColumns;
+    lanes[p] = rest >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << rest) - 1);
+    const __m512i weight_sums = _mm512_maskz_loadu_epi32(lanes[p], block.weight_sums + 16 * p);
+    // What the codes of 0.0 contribute is taken off first.
+    const __m512i shift = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[0].x_zero));
+#pragma GCC unroll 6
+    for (int m = 0; m < Rows; ++m) sums[m][p] = shift;
+    if (!block.one_zero)
+#pragma GCC unroll 6
+      for (int m = 1; m < Rows; ++m)
+        sums[m][p] = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[m].x_zero));
+  }
+  for (int64_t b = 0; b < block.k_blocks; ++b) {
     __m512i w[Panels];
 #pragma GCC unroll 4
     for (int p = 0; p < Panels; ++p)
@@ -44,54 +56,54 @@ void multiply_block(const uint8_t* q, int64_t q_stride, const int8_t* weight, in
       for (int p = 0; p < Panels; ++p) sums[m][p] = _mm512_dpbusd_epi32(sums[m][p], x, w[p]);
     }
   }
+  // Through memory: GCC would keep the sums there all along if what follows read them.
+  alignas(64) int32_t stored[Rows][Panels][16];
 #pragma GCC unroll 6
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p)
-      _mm512_storeu_si512(accumulators + (m * Panels + p) * kColumns, sums[m][p]);
+    for (int p = 0; p < Panels; ++p) _mm512_store_si512(stored[m][p], sums[m][p]);
+  const __m512 none = _mm512_setzero_ps();
+  const __mmask16 clips = block.relu ? 0xffff : 0;
+  for (int p = 0; p < Panels; ++p) {
+    const __m512 scales = _mm512_maskz_loadu_ps(lanes[p], block.scales + 16 * p);
+    const __m512 bias =
+        block.bias == nullptr ? none : _mm512_maskz_loadu_ps(lanes[p], block.bias + 16 * p);
+#pragma GCC unroll 6
+    for (int m = 0; m < Rows; ++m) {
+      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.rows[m].x_scale), scales);
+      const __m512 exact = _mm512_cvtepi32_ps(_mm512_load_si512(stored[m][p]));
+      __m512 value = _mm512_fmadd_ps(exact, scale, bias);
+      // Not max, which would lose NaN.
+      value =
+          _mm512_mask_mov_ps(value, _mm512_mask_cmp_ps_mask(clips, value, none, _CMP_LT_OQ), none);
+      _mm512_mask_storeu_ps(block.y + m * block.y_stride + 16 * p, lanes[p], value);
+    }
+  }
 }
 
-using Block = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+using Multiply = void (*)(const Int8Block&);
 
 template <int Panels>
-Block block_of(int rows) {
-  constexpr Block blocks[kMaxRows] = {multiply_block<1, Panels>, multiply_block<2, Panels>,
-                                      multiply_block<3, Panels>, multiply_block<4, Panels>,
-                                      multiply_block<5, Panels>, multiply_block<6, Panels>};
+Multiply block_of(int rows) {
+  constexpr Multiply blocks[kMaxRows] = {multiply_block<1, Panels>, multiply_block<2, Panels>,
+                                         multiply_block<3, Panels>, multiply_block<4, Panels>,
+                                         multiply_block<5, Panels>, multiply_block<6, Panels>};
   return blocks[rows - 1];
 }
 
-void multiply(const uint8_t* q, int64_t q_stride, const int8_t* panels_start, int64_t k_blocks,
-              int rows, int panels, int32_t* accumulators) {
-  const Block block = panels == 4   ? block_of<4>(rows)
-                      : panels == 3 ? block_of<3>(rows)
-                      : panels == 2 ? block_of<2>(rows)
-                                    : block_of<1>(rows);
-  block(q, q_stride, panels_start, k_blocks, accumulators);
-}
-
-void finish(const int32_t* sums, int64_t columns, const Int8Row& row, const int32_t* weight_sums,
-            const float* scales, const float* bias, bool relu, float* y) {
-  const __m512i zero = _mm512_set1_epi32(row.x_zero);
-  const __m512 x_scale = _mm512_set1_ps(row.x_scale), none = _mm512_setzero_ps();
-  for (int64_t n = 0; n < columns; n += 16) {
-    const __mmask16 lanes = columns - n >= 16 ? 0xffff : (__mmask16)((1u << (columns - n)) - 1);
-    const __m512i shift =
-        _mm512_mullo_epi32(zero, _mm512_maskz_loadu_epi32(lanes, weight_sums + n));
-    const __m512i exact = _mm512_sub_epi32(_mm512_maskz_loadu_epi32(lanes, sums + n), shift);
-    const __m512 scale = _mm512_mul_ps(x_scale, _mm512_maskz_loadu_ps(lanes, scales + n));
-    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), scale);
-    if (bias != nullptr) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(lanes, bias + n));
-    // Not max, which would lose NaN.
-    if (relu) value = _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(value, none, _CMP_LT_OQ), none);
-    _mm512_mask_storeu_ps(y + n, lanes, value);
-  }
+void multiply(const Int8Block& block) {
+  const int panels = block.panel_count;
+  const Multiply run = panels == 4   ? block_of<4>(block.count)
+                       : panels == 3 ? block_of<3>(block.count)
+                       : panels == 2 ? block_of<2>(block.count)
+                                     : block_of<1>(block.count);
+  run(block);
 }
 
 }  // namespace
 
 const Int8LinearKernels& int8_linear_avx512() {
-  static const Int8LinearKernels kernels = {"avx512_vnni", multiply, finish};
+  static const Int8LinearKernels kernels = {"avx512_vnni", multiply};
   return kernels;
 }
 

@@ -69,7 +69,7 @@ void with_element_type(const char* op, const Tensor& tensor, const char* argumen
 }
 
 inline std::vector<float> to_float(const char* op, const Tensor& tensor, const char* argument) {
-  const Tensor dense = torch::stable::contiguous(tensor);
+  const Tensor dense = as_contiguous(tensor);
   std::vector<float> out(dense.numel());
   with_element_type(op, dense, argument, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

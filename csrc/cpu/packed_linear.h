@@ -106,10 +106,10 @@ inline Tensor packed_linear(const PackedLinear& kind, const Tensor& x, const Ten
   const int64_t M = packed.N == 0 ? 0 : out.numel() / packed.N;
   if (M == 0) return out;
 
-  const Tensor dense_x = torch::stable::contiguous(x);
-  const Tensor dense_weight = torch::stable::contiguous(weight);
-  const Tensor dense_scales = torch::stable::contiguous(scales);
-  const Tensor dense_zeros = torch::stable::contiguous(zeros ? *zeros : weight);
+  const Tensor dense_x = as_contiguous(x);
+  const Tensor dense_weight = as_contiguous(weight);
+  const Tensor dense_scales = as_contiguous(scales);
+  const Tensor dense_zeros = as_contiguous(zeros ? *zeros : weight);
   packed.codes = static_cast<const uint8_t*>(dense_weight.const_data_ptr());
   packed.scales = static_cast<const float*>(dense_scales.const_data_ptr());
   packed.zeros = zeros ? static_cast<const uint8_t*>(dense_zeros.const_data_ptr()) : nullptr;

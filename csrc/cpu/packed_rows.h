@@ -1,7 +1,7 @@
 // The activations of int4_linear and ternary_linear on a CPU, in the two forms that are multiplied:
 // quantized to int8, and as they are. Up to 24 quantized rows read the packed weights as they are,
-// from memory, which is what limits them. All others unpack a part of a panel, into L1, and pass over
-// it in register blocks.
+// from memory, which is what limits them. All others unpack a part of a panel, into L1, and pass
+// over it in register blocks.
 #pragma once
 
 #include <memory>

@@ -145,7 +145,7 @@ void run(const Task& task) {
 std::vector<float> padded_bias(const std::optional<Tensor>& bias, const Shape& shape) {
   std::vector<float> out(shape.groups * shape.padded_K(), 0.0f);
   if (!bias) return out;
-  const Tensor dense = torch::stable::contiguous(*bias);
+  const Tensor dense = as_contiguous(*bias);
   const Element element = element_of(kOp, *bias, "bias");
   for (int64_t k = 0; k < shape.groups * shape.K; ++k) {
     const void* data = dense.const_data_ptr();
@@ -204,7 +204,7 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
   Tensor out = new_image(x, shape.N, K, shape.OH, shape.OW, is_channels_last(x));
   if (out.numel() == 0) return out;
 
-  const Tensor dense = torch::stable::contiguous(transformed);
+  const Tensor dense = as_contiguous(transformed);
   const Plan plan = make_plan(shape, torch::stable::get_num_threads());
   const Image from = image_of(x, x.const_data_ptr(), element);
   const Image to = image_of(out, out.mutable_data_ptr(), element);
