@@ -85,11 +85,11 @@ def cold(layer: Layer, threads: int, rounds: int, smoke: bool) -> dict:
     for _ in range(2 if smoke else COLD_WEIGHTS):
         case = layer.case(1, threads)
         for name, peer in contestants(makers, case, 1.0)[0].items():
-            rotations.setdefault(name, []).append(peer.run)
+            rotations.setdefault(name, []).append(peer)  # which owns its buffers
             if peer.note.endswith(" bytes"):
                 sizes[name] = int(peer.note.split()[0])
-    cycles = {name: itertools.cycle(calls) for name, calls in rotations.items()}
-    seconds = interleaved({n: lambda c=c: next(c)() for n, c in cycles.items()}, rounds)
+    cycles = {name: itertools.cycle(peers) for name, peers in rotations.items()}
+    seconds = interleaved({n: lambda c=c: next(c).run() for n, c in cycles.items()}, rounds)
     found = {"layer": layer.name, "M": "1 cold", "K": layer.K, "N": layer.N, "threads": threads}
     for name, times in seconds.items():
         median = statistics.median(times)
