@@ -16,7 +16,8 @@ namespace compressops {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The tensor itself where it is contiguous: asking the dispatcher for that costs half a microsecond.
+// The tensor itself where it is contiguous: asking the dispatcher for that costs half a
+// microsecond.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }

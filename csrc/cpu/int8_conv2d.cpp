@@ -363,9 +363,10 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   if (out.numel() == 0) return out;
 
   // Swapped dimensions make channels last contiguous, and nothing is copied then.
-  const Tensor dense_x = channels_last ? as_contiguous(torch::stable::transpose(
-                                             torch::stable::transpose(x, 1, 2), 2, 3))
-                                       : as_contiguous(x);
+  const Tensor dense_x =
+      channels_last
+          ? as_contiguous(torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3))
+          : as_contiguous(x);
   const Tensor panels = packed_weight(weight, shape);
   const Tensor scales = as_contiguous(weight_scales);
   const Tensor sums = as_contiguous(weight_sums);
