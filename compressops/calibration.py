@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 from compressops.calibrate import Calibrate, Fitted, Layer, calibrate
 from compressops.formats import Int, LowRank
 from compressops.nn import Int8Linear, PackedModule
-from compressops.nn.linear import KernelLinear
 from compressops.ops.int8_linear import MAX_ASYMMETRIC_IN_FEATURES
 from compressops.plan import Plan
 
@@ -40,7 +39,7 @@ class Calibration:
     def set_activations(self, name: str, new: PackedModule) -> list[str]:
         """Let a module quantize its activations as they were calibrated; what to say of it."""
         config, found = self.config, self.found.get(name)
-        if config is None or found is None or not isinstance(new, KernelLinear):
+        if config is None or found is None or new.op is None:
             return []
         given = config.static or not config.symmetric
         if not isinstance(new, Int8Linear):

@@ -93,15 +93,3 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Of an indirect ``kernel_params`` parameter: see `serving`."""
     with serving(*request.param) as device:
         yield device
-
-
-@contextlib.contextmanager
-def skipped_if_refused(op: str, argument: str, device: torch.device) -> Iterator[None]:
-    """Skips the test where a compiled kernel says that it does not take ``argument`` so."""
-    try:
-        yield
-    except ValueError as error:
-        compiled = backends.name(op, device.type) in ("cpu", "cuda")
-        if not compiled or f"argument '{argument}'" not in str(error):
-            raise
-        pytest.skip(str(error))

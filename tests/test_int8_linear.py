@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import compressops as co
+from compressops import backends
 from compressops.ops.int8_linear import _unpack, quantize_x
 
 ALL_KERNELS = pytest.mark.parametrize("kernel", kernel_params("int8_linear"), indirect=True)
@@ -67,7 +68,7 @@ def assert_matches(actual: torch.Tensor, args: tuple, **quantization) -> None:
     """Rounding alone may differ: a few float32 roundings, and the last one to the dtype.
 
     The sums are exact, so the error is relative to each value; what cancels is the bias, and in
-    gelu's tail 1 + erf, where torch's own is off by up to 1.2e-6.
+    gelu's tail 1 + erf, where torch's own, which eager runs, is off by up to 1.2e-6.
     """
     expected = reference(*args, **quantization)
     x, *_, bias, activation = args
@@ -79,7 +80,7 @@ def assert_matches(actual: torch.Tensor, args: tuple, **quantization) -> None:
     if bias is not None:
         size = size + bias.cpu().double().abs()
     if activation == "gelu":
-        size = size + 3
+        size = size + (3 if backends.name("int8_linear", x.device.type) == "eager" else 1)
     error = ((actual.cpu().double() - expected).abs() / size).max().item()
     assert error <= torch.finfo(x.dtype).eps / 2 + 4 * torch.finfo(torch.float32).eps, error
 

@@ -162,3 +162,13 @@ def test_convert_measures_it(monkeypatch: pytest.MonkeyPatch, faster: bool) -> N
     packed = co.convert(model, INT8, example_inputs=torch.randn(2, 8, 9, 9))
     assert type(packed[0]) is (Int8Conv2d if faster else PackedConv2d)
     assert "µs" in packed.conversion_notes["0"].why
+
+
+@pytest.mark.parametrize("asked", [{"activations": "minmax"}, {"symmetric": False}], ids=str)
+def test_that_activations_stay_dynamic_is_said(asked: dict) -> None:
+    images = torch.randn(2, 4, 6, 6)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3)).eval()
+    calibration = co.Calibrate([images], **asked)
+    found = co.convert(model, co.Int(bits=8), calibration=calibration, prefer="size")
+    assert type(found[0]) is co.nn.Int8Conv2d
+    assert "activations are dynamic and symmetric" in found.conversion_notes["0"].why

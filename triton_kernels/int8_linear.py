@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from compressops.ops.int8_linear import check_quantization
+from compressops.ops.int8_linear import check_quantization, max_terms
 
 from .checks import require
 from .quantize_rows import quantize_rows
@@ -109,7 +109,9 @@ def int8_linear(
     floats = "float32, float16 or bfloat16 [..., K]"
     require(x.dim() >= 1 and x.dtype in DTYPES, OP, "x", floats, x)
     K = x.shape[-1]
-    check_quantization(OP, x, K, x_scale, x_zero, symmetric)
+    check_quantization(OP, x, x_scale, x_zero, symmetric)
+    most = max_terms(x_scale, symmetric)
+    require(most >= K, OP, "x", f"at most {most} wide (int32 sums)", x)
     vector = weight_scales.dim() == 1 and weight_scales.dtype == torch.float32
     require(vector, OP, "weight_scales", "float32 [N]", weight_scales)
     N = weight_scales.shape[0]

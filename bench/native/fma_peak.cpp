@@ -1,9 +1,7 @@
 // The float32 FMA rate of this machine: independent chains in registers, no memory. For benchmarks,
 // which compile it with -march=native and load it with ctypes.
 
-#include <omp.h>
-
-#include <chrono>
+#include "peak.h"
 
 namespace {
 
@@ -38,18 +36,5 @@ float work(long steps) {
 
 }  // namespace
 
-// GFLOP/s of `threads` threads, the best of some tries.
-extern "C" double fma_peak(int threads) {
-  constexpr long kSteps = 4'000'000;
-  double best = 0;
-  volatile float sink = 0;
-  for (int round = 0; round < 7; ++round) {
-    auto began = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(threads)
-    sink = work(kSteps);
-    std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
-    double rate = 2.0 * kLanes * kChains * kSteps * threads / seconds.count() / 1e9;
-    if (rate > best) best = rate;
-  }
-  return best;
-}
+// GFLOP/s of `threads` threads.
+extern "C" double fma_peak(int threads) { return best_rate(threads, 2.0 * kLanes * kChains, work); }

@@ -2,9 +2,8 @@
 // benchmarks, which compile it with -march=native and load it with ctypes.
 
 #include <immintrin.h>
-#include <omp.h>
 
-#include <chrono>
+#include "peak.h"
 
 #if !defined(__AVX512VNNI__)
 #error "this processor has no AVX-512 VNNI"
@@ -36,18 +35,5 @@ int work(long steps) {
 
 }  // namespace
 
-// GOP/s of `threads` threads, two operations a product, the best of some tries.
-extern "C" double vnni_peak(int threads) {
-  constexpr long kSteps = 4'000'000;
-  double best = 0;
-  volatile int sink = 0;
-  for (int round = 0; round < 7; ++round) {
-    auto began = std::chrono::steady_clock::now();
-#pragma omp parallel num_threads(threads)
-    sink = work(kSteps);
-    std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - began;
-    double rate = 2.0 * 64 * kChains * kSteps * threads / seconds.count() / 1e9;
-    if (rate > best) best = rate;
-  }
-  return best;
-}
+// GOP/s, two operations a product, of `threads` threads.
+extern "C" double vnni_peak(int threads) { return best_rate(threads, 2.0 * 64 * kChains, work); }

@@ -9,12 +9,7 @@ import torch.nn.functional as F
 
 from ..backends import register
 from .checks import ACTIVATIONS, activate, message, require
-from .int8_linear import (
-    MAX_ASYMMETRIC_IN_FEATURES,
-    MAX_IN_FEATURES,
-    check_quantization,
-    quantize_x,
-)
+from .int8_linear import check_quantization, max_terms, quantize_x
 from .winograd_domain import memory_format
 
 OP = "int8_conv2d"
@@ -197,8 +192,8 @@ def _check(
     K = weight_scales.shape[0]
     _check_geometry(x, weight, K, stride, padding, dilation, groups)
     R, S = _kernel_size(weight)
-    check_quantization(OP, x, 0, x_scale, x_zero, symmetric)
-    most = MAX_IN_FEATURES if symmetric and x_scale is None else MAX_ASYMMETRIC_IN_FEATURES
+    check_quantization(OP, x, x_scale, x_zero, symmetric)
+    most = max_terms(x_scale, symmetric)
     fits = x.shape[1] // groups * R * S <= most
     require(fits, OP, "weight", f"of at most {most} inputs an output (int32 sums)", weight)
     fits = weight_sums.dtype == torch.int32 and tuple(weight_sums.shape) == (K,)

@@ -101,12 +101,11 @@ def _message(argument: str, requirement: str, value: object, op: str = "int8_lin
 def check_quantization(
     op: str,
     x: torch.Tensor,
-    in_features: int,
     x_scale: torch.Tensor | None,
     x_zero: torch.Tensor | None,
     symmetric: bool,
 ) -> None:
-    """Raise a ``ValueError`` unless x can be quantized so, and sums of so many inputs are exact."""
+    """Raise a ``ValueError`` unless x can be quantized so."""
     for name, tensor, dtype in (
         ("x_scale", x_scale, torch.float32),
         ("x_zero", x_zero, torch.int8),
@@ -117,8 +116,11 @@ def check_quantization(
     require(x_zero is None or x_scale is not None, op, "x_zero", "None without x_scale", x_zero)
     fits = symmetric or x_scale is None
     require(fits, op, "symmetric", "True with x_scale (x_zero says it there)", symmetric)
-    most = MAX_IN_FEATURES if symmetric and x_scale is None else MAX_ASYMMETRIC_IN_FEATURES
-    require(in_features <= most, op, "x", f"at most {most} wide (int32 sums)", x)
+
+
+def max_terms(x_scale: torch.Tensor | None, symmetric: bool) -> int:
+    """Products whose sum is exact in int32, of x that is quantized so."""
+    return MAX_IN_FEATURES if symmetric and x_scale is None else MAX_ASYMMETRIC_IN_FEATURES
 
 
 def _check(
@@ -135,7 +137,9 @@ def _check(
     if x.dim() < 1 or x.dtype not in _DTYPES:
         requirement = "float32, float16 or bfloat16 [..., K]"
         raise ValueError(_message("x", requirement, x))
-    check_quantization("int8_linear", x, x.shape[-1], x_scale, x_zero, symmetric)
+    check_quantization("int8_linear", x, x_scale, x_zero, symmetric)
+    most = max_terms(x_scale, symmetric)
+    require(x.shape[-1] <= most, "int8_linear", "x", f"at most {most} wide (int32 sums)", x)
     if weight_scales.dim() != 1 or weight_scales.dtype != torch.float32:
         raise ValueError(_message("weight_scales", "float32 [N]", weight_scales))
     N, K = weight_scales.shape[0], x.shape[-1]

@@ -27,8 +27,6 @@ namespace compressops::cpu {
 namespace {
 
 constexpr const char* kOp = "int8_conv2d";
-// |sum| <= 127 · 128 · terms must fit in an int32; with zero points it is 255 · 128 · terms.
-constexpr int64_t kMaxTerms = 131072, kMaxAsymmetricTerms = 65536;
 
 const Int8Conv2dKernels& kernels() {
   const Features& cpu = features();
@@ -339,7 +337,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const ConvShape shape = checked_shape(x, weight, K, std::move(stride), std::move(padding),
                                         std::move(dilation), groups);
   const Quantization how = quantization_of(kOp, x_scale, x_zero, symmetric);
-  const int64_t most = how.kind == Quantization::kSymmetric ? kMaxTerms : kMaxAsymmetricTerms;
+  const int64_t most = max_terms(how);
   COMPRESSOPS_CHECK(shape.R * shape.S <= most && shape.group_C() * shape.R * shape.S <= most, kOp,
                     "weight", "of at most " + std::to_string(most) + " inputs an output", weight);
   COMPRESSOPS_CHECK(weight_sums.is_cpu() && weight_sums.dim() == 1 && weight_sums.size(0) == K &&

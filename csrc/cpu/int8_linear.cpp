@@ -23,9 +23,6 @@ namespace compressops::cpu {
 namespace {
 
 constexpr const char* kOp = "int8_linear";
-// |sum| <= 127 · 128 · K must fit in an int32; with zero points it is 255 · 128 · K.
-constexpr int64_t kMaxDepth = 131072;
-constexpr int64_t kMaxAsymmetricDepth = 65536;
 
 const Int8LinearKernels& kernels() {
   const Features& cpu = features();
@@ -66,7 +63,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                     kOp, "weight_scales", "a CPU float32 tensor [N]", weight_scales);
   const int64_t N = weight_scales.size(0), K = x.size(x.dim() - 1);
   const Quantization how = quantization_of(kOp, x_scale, x_zero, symmetric);
-  const int64_t most = how.kind == Quantization::kSymmetric ? kMaxDepth : kMaxAsymmetricDepth;
+  const int64_t most = max_terms(how);
   COMPRESSOPS_CHECK(K <= most, kOp, "x", "at most " + std::to_string(most) + " wide (int32 sums)",
                     x);
   const bool fits = weight.dim() == 2
@@ -105,7 +102,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
 
   const int64_t q_stride = packed.k_blocks * kDepth;
   std::unique_ptr<uint8_t[]> q(new uint8_t[M * q_stride]);
-  std::unique_ptr<Int8Row[]> x_rows(new Int8Row[M]);
+  std::unique_ptr<RowScale[]> x_rows(new RowScale[M]);
 
   with_element_type(kOp, x, "x", [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -113,7 +110,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     T* output = static_cast<T*>(out.mutable_data_ptr());
     const Gelu gelu_kernel = gelu();
     quantize_rows(input, M, K, q_stride, how, q.get(), q_stride,
-                  [&](int64_t m, RowScale row) { x_rows[m] = {row.scale, row.zero}; });
+                  [&](int64_t m, RowScale row) { x_rows[m] = row; });
 
     // A task is up to 64 columns × up to 96 rows: its weights stay in L2 while its rows pass by.
     constexpr int64_t kTaskRows = 16 * kMaxRows;

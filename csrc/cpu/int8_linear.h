@@ -5,23 +5,19 @@
 
 #include <stdint.h>
 
+#include "quantize_row.h"
+
 namespace compressops::cpu {
 
 // Packed weights: [ceil(N / 16)][ceil(K / 4)][16][4] int8, the operand order of vpdpbusd.
 constexpr int64_t kColumns = 16;
 constexpr int64_t kDepth = 4;
 
-struct Int8Row {
-  float x_scale;
-  int32_t x_zero;  // the code that 0.0 has in q
-};
-
-// y[m][n] = (sum over k of (q[m][k] - x_zero[m]) * weight[n][k]) * (x_scale[m] * scales[n]) +
-// bias[n]
+// y[m][n] = (sum over k of (q[m][k] - zero[m]) * weight[n][k]) * (scale[m] * scales[n]) + bias[n]
 struct Int8Block {
   const uint8_t* q;  // [rows][k_blocks * 4]
   int64_t q_stride;
-  const Int8Row* rows;
+  const RowScale* rows;
   bool one_zero;  // all rows have the first one's
   int count;      // of rows, at most kMaxRows
 

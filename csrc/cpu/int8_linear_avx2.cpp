@@ -44,10 +44,10 @@ void multiply_rows(const uint8_t* q, int64_t q_stride, const int8_t* weight, int
 }
 
 void finish(const int32_t* sums, const Int8Block& block, int m) {
-  const Int8Row row = block.rows[m];
-  const __m256i zero = _mm256_set1_epi32(row.x_zero);
+  const RowScale row = block.rows[m];
+  const __m256i zero = _mm256_set1_epi32(row.zero);
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256 x_scale = _mm256_set1_ps(row.x_scale), none = _mm256_setzero_ps();
+  const __m256 x_scale = _mm256_set1_ps(row.scale), none = _mm256_setzero_ps();
   float* y = block.y + m * block.y_stride;
   for (int64_t n = 0; n < block.columns; n += 8) {
     const int64_t rest = block.columns - n;

@@ -34,13 +34,13 @@ void multiply_block(const Int8Block& block) {
     lanes[p] = rest >= 16 ? (__mmask16)0xffff : (__mmask16)((1u << rest) - 1);
     const __m512i weight_sums = _mm512_maskz_loadu_epi32(lanes[p], block.weight_sums + 16 * p);
     // What the codes of 0.0 contribute is taken off first.
-    const __m512i shift = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[0].x_zero));
+    const __m512i shift = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[0].zero));
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; ++m) sums[m][p] = shift;
     if (!block.one_zero)
 #pragma GCC unroll 6
       for (int m = 1; m < Rows; ++m)
-        sums[m][p] = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[m].x_zero));
+        sums[m][p] = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[m].zero));
   }
   for (int64_t b = 0; b < block.k_blocks; ++b) {
     __m512i w[Panels];
@@ -70,7 +70,7 @@ void multiply_block(const Int8Block& block) {
         block.bias == nullptr ? none : _mm512_maskz_loadu_ps(lanes[p], block.bias + 16 * p);
 #pragma GCC unroll 6
     for (int m = 0; m < Rows; ++m) {
-      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.rows[m].x_scale), scales);
+      const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.rows[m].scale), scales);
       const __m512 exact = _mm512_cvtepi32_ps(_mm512_load_si512(stored[m][p]));
       __m512 value = _mm512_fmadd_ps(exact, scale, bias);
       // Not max, which would lose NaN.

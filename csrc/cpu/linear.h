@@ -53,6 +53,13 @@ inline Quantization quantization_of(const char* op, const std::optional<Tensor>&
   return how;
 }
 
+// Products whose sum is exact in int32: |sum| <= 127 · 128 · terms, with zero points 255 · 128 ·
+// terms.
+constexpr int64_t kMaxTerms = 131072;
+inline int64_t max_terms(const Quantization& how) {
+  return how.kind == Quantization::kSymmetric ? kMaxTerms : kMaxTerms / 2;
+}
+
 // Calls f with a null pointer of the element type of `tensor`.
 template <typename F>
 void with_element_type(const char* op, const Tensor& tensor, const char* argument, F&& f) {
