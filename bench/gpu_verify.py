@@ -25,204 +25,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from common import ROOT, merged, parser, report
+from common import merged, parser, report
+from gpu_cases import (
+    CASES,
+    DEVICE,
+    GPU,
+    huffman_arguments,
+    int8_arguments,
+    packed_arguments,
+)
 
 import compressops as co
 from compressops import backends
-from compressops.formats.huffman import huffman_encode, huffman_lengths
-from compressops.ops.winograd_transform import SUPPORTED
 
-sys.path.append(str(ROOT / "tests"))
-from winograd_cases import BOUNDS
-
-GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if GPU else "cpu")
-SIZES = (0, 1, 7, 16, 17, 64, 129)
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHAPES = [(m, k, n) for k, n in ((768, 3072), (4096, 4096)) for m in (1, 16, 256, 4096)]
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 STEPS = ("parity", "sanitize", "time")
-
-
-class Check(NamedTuple):
-    """An op on arguments, and how far from `eager` its backends may be.
-
-    Attributes:
-        op, arguments: of the call.
-        bound: the largest difference; None for torch's default tolerances.
-        relative: what it may be more, as a multiple of the value.
-        rms: the largest root mean square of the differences; None for any.
-    """
-
-    op: str
-    arguments: tuple
-    bound: float | None = None
-    relative: float = 0.0
-    rms: float | None = None
-
-    def run(self, backend: str) -> torch.Tensor:
-        with co.backend(backend):
-            return getattr(torch.ops.compressops, self.op)(*self.arguments)
-
-    def compare(self, backend: str, actual: torch.Tensor, expected: torch.Tensor) -> float:
-        """The largest difference; raises where it or its root mean square is too large."""
-        limits = {} if self.bound is None else {"rtol": self.relative, "atol": self.bound}
-        torch.testing.assert_close(actual, expected, **limits)
-        if not actual.numel():
-            return 0.0
-        difference = (actual.double() - expected.double()).abs()
-        rms = difference.square().mean().sqrt().item()
-        if self.rms is not None and rms > self.rms:
-            case = f"{self.op} on {backend}, {actual.dtype} {list(actual.shape)}"
-            raise AssertionError(f"{case}: RMS difference {rms:.3g} > {self.rms:.3g}")
-        return difference.max().item()
-
-
-# ---- cases ---------------------------------------------------------------------------------------
-
-
-def int8_arguments(m: int, k: int, n: int, dtype: torch.dtype, activation: str = "none") -> tuple:
-    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, device=DEVICE)
-    sums = weight.sum(1, dtype=torch.int32)
-    x, scales = torch.randn(m, k, device=DEVICE).to(dtype), torch.rand(n, device=DEVICE) / 127
-    return x, weight, scales, sums, torch.randn(n, device=DEVICE), activation
-
-
-def int8_quantizations() -> tuple[tuple, ...]:
-    """x_scale, x_zero and symmetric of `int8_linear` besides the dynamic symmetric ones."""
-    scale = torch.tensor(0.02, device=DEVICE)
-    zero = torch.tensor(-77, dtype=torch.int8, device=DEVICE)
-    return (None, None, False), (scale, None, True), (scale, zero, True)
-
-
-def int8_cases(small: bool) -> Iterator[Check]:
-    for m, k, n in itertools.product((1, 17, 65) if small else SIZES, repeat=3):
-        yield Check("int8_linear", int8_arguments(m, k, n, torch.float32))
-    for dtype, activation in itertools.product(FLOATS, ("none", "relu", "gelu")):
-        yield Check("int8_linear", int8_arguments(130, 208, 140, dtype, activation))
-    for m, k, quantization in itertools.product((5, 66), (100, 96), int8_quantizations()):
-        yield Check("int8_linear", (*int8_arguments(m, k, 70, torch.float32), *quantization))
-
-
-def packed_arguments(
-    op: str,
-    m: int,
-    k: int,
-    n: int,
-    group: int | None,
-    dtype: torch.dtype,
-    zeros: bool = False,
-    activation: str = "none",
-) -> tuple:
-    """Of `int4_linear`, less quantize_x, and of `ternary_linear`."""
-    ternary = op == "ternary_linear"
-    low, high = (-1, 2) if ternary else (-8, 8)
-    groups = -(-k // (group or max(1, k)))
-    codes = torch.randint(low, high, (n, k), dtype=torch.int8, device=DEVICE)
-    scales = torch.rand(n, groups, device=DEVICE) / 8 / max(k, 1) ** 0.5
-    x, bias = torch.randn(m, k, device=DEVICE).to(dtype), torch.randn(n, device=DEVICE)
-    if ternary:
-        packed = co.ops.ternary_linear_pack(codes, scales, group)
-    else:
-        points = torch.randint(low, high, (n, groups), dtype=torch.int8, device=DEVICE)
-        packed = co.ops.int4_linear_pack(codes, scales, points if zeros else None, group)
-    return x, *packed, n, group, bias, activation
-
-
-# Of outputs of about 1: sums in float32, and the last rounding.
-PACKED_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-
-
-def packed_cases(op: str, small: bool) -> Iterator[Check]:
-    shapes = [(1, 200, 70, 16), (17, 136, 65, 32), (5, 1100, 130, 128), (65, 96, 129, None)]
-    shapes += [] if small else [(16, 4096, 4096, 128), (300, 1024, 1031, 64), (0, 8, 8, None)]
-    # As they are, 4-bit weights' activations are multiplied on a GPU alone.
-    modes = (True, False) if op == "int4_linear" and GPU else (True,)
-    for (m, k, n, group), dtype, quantize_x in itertools.product(shapes, FLOATS, modes):
-        activation = ("none", "relu", "gelu")[(m + k) % 3]
-        arguments = packed_arguments(op, m, k, n, group, dtype, k % 3 == 0, activation)
-        mode = () if op == "ternary_linear" else (quantize_x,)
-        bound = PACKED_BOUNDS[dtype]
-        yield Check(op, (*arguments, *mode), bound, bound)
-
-
-def huffman_arguments(count: int, chunk_size: int, bits: int = 6) -> tuple:
-    symbols = (torch.randn(count) * 2 ** (bits - 3)).round().clamp(-(2 ** (bits - 1)))
-    symbols = (symbols.to(torch.int16) & (2**bits - 1)).to(torch.uint8)
-    lengths = huffman_lengths(torch.bincount(symbols.int(), minlength=2**bits), 12)
-    lengths = torch.as_tensor(lengths, dtype=torch.uint8)
-    stream, offsets = huffman_encode(symbols, lengths, chunk_size)
-    return (*(part.to(DEVICE) for part in (stream, offsets, lengths)), count, chunk_size)
-
-
-def huffman_cases(small: bool) -> Iterator[Check]:
-    for count, chunk_size in ((1, 8), (3000, 1000)) if small else ((0, 8), (70_000, 4096)):
-        yield Check("huffman_decode", huffman_arguments(count, chunk_size))
-
-
-def winograd_tensors(
-    shape: tuple[int, int, int, int],
-    out_channels: int,
-    kernel: tuple[int, int],
-    dtype: torch.dtype,
-    groups: int = 1,
-    last: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """x and a weight for outputs of about 1."""
-    x = torch.randn(shape, device=DEVICE).to(dtype)
-    if last:
-        x = x.contiguous(memory_format=torch.channels_last)
-    taps = shape[1] // groups * kernel[0] * kernel[1]
-    weight = torch.randn(out_channels, shape[1] // groups, *kernel, device=DEVICE)
-    return x, (weight / max(taps, 1) ** 0.5).to(dtype)
-
-
-# Of the bound for the largest difference; the RMS difference is a tenth to a thirtieth of it. For
-# results of so many outputs and more.
-WINOGRAD_RMS, WINOGRAD_RMS_OUTPUTS = 1 / 6, 100
-
-
-def winograd_cases(small: bool) -> Iterator[Check]:
-    layouts = itertools.product((False, True), (False, True), FLOATS)
-    shapes = [(1, 10, 24, 9, 12), (2, 33, 65, 13, 10), (1, 64, 64, 7, 7)]
-    shapes += [] if small else [(5, 130, 258, 29, 31), (1, 3, 5, 1, 1), (0, 4, 4, 8, 8)]
-    for (last, flat, dtype), (tile, r) in itertools.product(layouts, SUPPORTED):
-        kernel = (1 if flat else r, r)
-        padding = [kernel[0] // 2, r // 2]
-        for N, C, K, H, W in shapes[:1] if small and r != 3 else shapes:
-            groups = 2 if C % 2 == 0 and K % 2 == 0 and C < 64 else 1
-            x, weight = winograd_tensors((N, C, H, W), K, kernel, dtype, groups, last)
-            packed = co.ops.winograd_conv2d_pack(weight, groups, tile)
-            bias = torch.randn(K, device=DEVICE)
-            activation = ("none", "relu", "gelu")[(C + tile) % 3]
-            bound = BOUNDS[dtype][tile + r - 1]
-            yield Check(
-                "winograd_conv2d",
-                (x, weight, packed, bias, padding, groups, activation, tile),
-                bound,
-                rms=bound * WINOGRAD_RMS if N * H * W * K >= WINOGRAD_RMS_OUTPUTS else None,
-            )
-
-
-def winograd_grad_cases(small: bool) -> Iterator[Check]:
-    for dtype, tile in itertools.product(FLOATS, (2, 4)):
-        x, weight = winograd_tensors((2, 6, 9, 12), 8, (3, 3), dtype)
-        grad = torch.randn(2, weight.shape[0], 9, 12, device=DEVICE).to(dtype)
-        yield Check("winograd_conv2d_grad", (x, grad, [3, 3], [1, 1], 1, tile), 1e-2, 1e-2)
-
-
-CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
-    "int8_linear": int8_cases,
-    "int4_linear": functools.partial(packed_cases, "int4_linear"),
-    "ternary_linear": functools.partial(packed_cases, "ternary_linear"),
-    "huffman_decode": huffman_cases,
-    "winograd_conv2d": winograd_cases,
-    "winograd_conv2d_grad": winograd_grad_cases,
-}
 
 
 # ---- parity and the checkers ---------------------------------------------------------------------

@@ -78,3 +78,13 @@ def same_state(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def is_packed(module: nn.Module) -> bool:
     return isinstance(module, PackedModule)
+
+
+def correlated(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Inputs as networks have them: of few directions, some noise, and channels of other sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    fixed = torch.Generator().manual_seed(99)
+    mix = torch.randn(columns // 4, columns, generator=fixed)
+    sizes = torch.rand(columns, generator=fixed).mul(2).exp()
+    signal = torch.randn(rows, columns // 4, generator=generator) @ mix
+    return (signal + torch.randn(rows, columns, generator=generator)) * sizes
