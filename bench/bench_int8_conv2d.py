@@ -6,7 +6,8 @@ Layers of ResNet-50, VGG16 and MobileNetV2 (depthwise), float32 in and out, each
 its better memory format. Peers: torch's float32 convolution; torch's prepacked int8 convolution
 (the quantized engine of the build) with its input as 8 bits and its output left in them ("given"),
 and as it is used where activations are floats: quantized with the range of that input, dequantized
-after.
+after. Where Winograd's convolution is possible, it is a rival too (float32, F(4, 3)). With
+``--merge`` a long run can be done in parts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, median_ratio, parser, report
+from common import interleaved, median_ratio, merged, parser, report
 
 import compressops as co
 
@@ -78,11 +79,20 @@ def run_layer(layer: Layer, batch: int, rounds: int, peers: bool) -> dict:
             for n, x in inputs.items()
         }
         contestants |= quantized(layer, inputs["nhwc"], weight, scales, padding)
+        if layer.kernel == 3 and layer.stride == layer.groups == 1:
+            ready = co.ops.winograd_conv2d_pack(weight)
+            contestants |= {
+                f"winograd {n}": lambda x=x: co.ops.winograd_conv2d(
+                    x, weight, None, padding, tile=4, transformed=ready
+                )
+                for n, x in inputs.items()
+            }
     seconds = interleaved(contestants, rounds)
     median = {name: statistics.median(times) for name, times in seconds.items()}
     best = {
         kind: min((f"{kind} {n}" for n in FORMATS), key=median.get)
-        for kind in (("ours", "fp32") if peers else ("ours",))
+        for kind in ("ours", "fp32", "winograd")
+        if f"{kind} nhwc" in contestants
     }
     ours = best["ours"]
     out = (layer.size + 2 * padding - layer.kernel) // layer.stride + 1
@@ -92,6 +102,9 @@ def run_layer(layer: Layer, batch: int, rounds: int, peers: bool) -> dict:
     row["GOP/s"] = work / median[ours] / 1e9
     if peers:
         row["× torch fp32"] = median_ratio(seconds[best["fp32"]], seconds[ours])
+        row["× winograd"] = None
+        if "winograd" in best:
+            row["× winograd"] = median_ratio(seconds[best["winograd"]], seconds[ours])
         for name in ("torch int8", "torch int8, given"):
             row[f"× {name}"] = median_ratio(seconds[name], seconds["ours nhwc"])
     return row
@@ -125,6 +138,7 @@ def main() -> None:
     command.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     command.add_argument("--only", default="", help="layers whose name holds this")
     command.add_argument("--no-peers", action="store_true", help="ours alone")
+    command.add_argument("--merge", action="store_true", help="keep the other rows of --out")
     arguments = command.parse_args()
     layers = SMOKE if arguments.smoke else [la for la in LAYERS if arguments.only in la.name]
     rounds = 2 if arguments.smoke else max(15, arguments.rounds)
@@ -135,6 +149,7 @@ def main() -> None:
             for layer in layers:
                 row = run_layer(layer, batch, rounds, not arguments.no_peers)
                 rows.append({"threads": threads, **row})
+    rows = merged(rows, arguments, ("threads", "batch", "name"))
     report("int8_conv2d (CPU), × = times faster than the peer", rows, arguments)
 
 
