@@ -29,6 +29,23 @@ SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor scales, int out_features, int? group_size=None, "
         "Tensor? bias=None, str activation='none') -> Tensor"
     ),
+    "bsr_linear": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, "
+        "Tensor? bias=None, str activation='none') -> Tensor"
+    ),
+    "bsr_linear_grad_x": (
+        "(Tensor grad, Tensor values, Tensor crow_indices, Tensor col_indices, int in_features) "
+        "-> Tensor"
+    ),
+    "bsr_linear_grad_values": (
+        "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] block_size) "
+        "-> Tensor"
+    ),
+    "bsr_int8_linear": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
+        "Tensor weight_scales, Tensor weight_sums, Tensor? bias=None, str activation='none', "
+        "Tensor? x_scale=None, Tensor? x_zero=None, bool symmetric=True) -> Tensor"
+    ),
     "huffman_decode": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int num_symbols, int chunk_size) -> Tensor"
     ),

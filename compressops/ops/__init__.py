@@ -1,5 +1,8 @@
 """One public function an op; see ``compressops/schema.py`` for the list."""
 
+from .bsr import bsr_from_dense, bsr_to_dense
+from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
+from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
 from .huffman_decode import huffman_decode
 from .int4_linear import int4_linear, int4_linear_pack
 from .int8_conv2d import int8_conv2d, int8_conv2d_pack
@@ -17,6 +20,14 @@ from .winograd_model import choose_tile
 from .winograd_transform import cook_toom
 
 __all__ = [
+    "bsr_from_dense",
+    "bsr_int8_linear",
+    "bsr_int8_linear_pack",
+    "bsr_linear",
+    "bsr_linear_grad_values",
+    "bsr_linear_grad_x",
+    "bsr_linear_pack",
+    "bsr_to_dense",
     "choose_tile",
     "cook_toom",
     "huffman_decode",
