@@ -4,7 +4,7 @@
 result into drop-in modules on packed weights, ``save`` and ``load`` move it to a file and back.
 """
 
-from . import backends, ops
+from . import backends, distill, ops
 from .backends import BackendError, backend
 from .calibrate import Calibrate
 from .compress import (
@@ -19,7 +19,7 @@ from .compress import (
     compress,
 )
 from .convert import convert
-from .distill import LogitsKD
+from .distill import ActivationKD, AttentionMapKD, AttentionScoreKD, HiddenStateKD, LogitsKD
 from .formats import (
     BlockSparse,
     Dense,
@@ -40,6 +40,9 @@ from .serialize import inspect, load, save, verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationKD",
+    "AttentionMapKD",
+    "AttentionScoreKD",
     "BackendError",
     "BlockSparse",
     "Calibrate",
@@ -49,6 +52,7 @@ __all__ = [
     "Equalize",
     "FixedPoint",
     "Float",
+    "HiddenStateKD",
     "Huffman",
     "Int",
     "LogitsKD",
@@ -68,6 +72,7 @@ __all__ = [
     "backends",
     "compress",
     "convert",
+    "distill",
     "inspect",
     "load",
     "ops",

@@ -1,12 +1,21 @@
-"""Distillation losses against the formulas of the paper, in float64."""
+"""The loss on logits against its formulas in float64, and what every loss shares."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
 
-from compressops.distill import DistillLoss, LogitsKD
-from compressops.distill.losses import total_loss
+from compressops.compress import Recipe, Retrain
+from compressops.distill import (
+    ActivationKD,
+    AttentionMapKD,
+    AttentionScoreKD,
+    DistillLoss,
+    HiddenStateKD,
+    LogitsKD,
+)
 
 
 def _probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -59,12 +68,22 @@ def test_half_precision_is_computed_in_float32() -> None:
     torch.testing.assert_close(found, LogitsKD()(student, teacher), rtol=1e-2, atol=1e-2)
 
 
-def test_the_total_is_the_weighted_sum() -> None:
-    student, teacher = torch.randn(4, 3), torch.randn(4, 3)
-    losses = LogitsKD(2.0, weight=0.3), LogitsKD(kind="mse", weight=2.0)
-    wanted = 0.7 + 0.3 * losses[0](student, teacher) + 2.0 * losses[1](student, teacher)
-    torch.testing.assert_close(total_loss(0.7, losses, student, teacher), wanted)
-    assert total_loss(0.0, (), student, None) == 0
+@pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
+def test_norms(p: float) -> None:
+    student, teacher = torch.randn(7, 5).double(), torch.randn(7, 5).double()
+    wanted = (((student - teacher).abs() / 2) ** p).sum(-1).pow(1 / p).mean()
+    torch.testing.assert_close(LogitsKD(2.0, "lp", p=p)(student, teacher), wanted)
+
+
+@pytest.mark.parametrize("kind", ["kl", "soft_ce", "mse", "lp"])
+def test_gradients(kind: str) -> None:
+    student = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    teacher = torch.randn(4, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: LogitsKD(3.0, kind, p=3.0)(x, teacher), student)
+    # Where student and teacher agree, a norm has no derivative; 0 is taken.
+    twin = teacher.clone().requires_grad_()
+    LogitsKD(3.0, kind)(twin, teacher).backward()
+    assert twin.grad.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -72,8 +91,9 @@ def test_the_total_is_the_weighted_sum() -> None:
     [
         ({"temperature": 0}, r"LogitsKD: temperature must be .* got 0"),
         ({"temperature": "4"}, r"LogitsKD: temperature must be .* got '4'"),
-        ({"kind": "js"}, r"LogitsKD: kind must be one of kl, soft_ce, mse, got 'js'"),
+        ({"kind": "js"}, r"LogitsKD: kind must be one of kl, soft_ce, mse, lp, got 'js'"),
         ({"weight": -1}, r"LogitsKD: weight must be .* got -1"),
+        ({"p": 0.5}, r"LogitsKD: p must be .* got 0.5"),
     ],
 )
 def test_bad_arguments(arguments: dict, message: str) -> None:
@@ -86,8 +106,23 @@ def test_shapes_must_agree() -> None:
         LogitsKD()(torch.zeros(4, 3), torch.zeros(4, 2))
 
 
-def test_specs() -> None:
-    loss = LogitsKD(2.0, "mse", 0.5)
-    assert DistillLoss.from_spec(loss.to_spec()) == loss
-    with pytest.raises(ValueError, match="unknown distillloss 'Hints': known are LogitsKD"):
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LogitsKD(2.0, "mse", 0.5),
+        ActivationKD(("a.*", "b"), "c", kind="lp", p=3.0, regressor=False, dim=-1),
+        AttentionMapKD("a", m=1.0, form="mse", weight=1000.0),
+        AttentionScoreKD(mapping=(0, 2), heads=4, causal=True),
+        HiddenStateKD(embeddings=None, mapping="last"),
+    ],
+)
+def test_specs(loss: DistillLoss) -> None:
+    spec = json.loads(json.dumps(loss.to_spec()))
+    assert DistillLoss.from_spec(spec) == loss
+    recipe = Recipe([Retrain(steps=1, distill=loss)])
+    assert Recipe.from_yaml(recipe.to_yaml()) == recipe
+
+
+def test_unknown_losses() -> None:
+    with pytest.raises(ValueError, match="unknown distillloss 'Hints': known are ActivationKD"):
         DistillLoss.from_spec({"type": "Hints"})

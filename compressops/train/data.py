@@ -205,13 +205,6 @@ def split_batch(batch: Any) -> tuple[tuple, dict, torch.Tensor]:
     )
 
 
-def logits_of(output: Any) -> torch.Tensor:
-    """The logits in a model's output: itself, its ``logits``, or its first element."""
-    if isinstance(output, torch.Tensor):
-        return output
-    return output.logits if hasattr(output, "logits") else output[0]
-
-
 def to_device(value: Any, device: torch.device) -> Any:
     """``value`` with every tensor in it on ``device``."""
     if isinstance(value, torch.Tensor):

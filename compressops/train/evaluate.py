@@ -10,6 +10,7 @@ from rich.console import Console
 from torch import nn
 from torch.nn.utils import parametrize
 
+from compressops.distill.capture import logits_of
 from compressops.train import data
 from compressops.train.progress import Progress
 
@@ -58,7 +59,7 @@ def evaluate(
         ):
             for batch in data.loader(dataset, batches):
                 args, kwargs, labels = data.split_batch(data.to_device(batch, device))
-                logits = data.logits_of(model(*args, **kwargs))
+                logits = logits_of(model(*args, **kwargs))
                 ranked = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
                 hits[0] += ranked[:, 0].sum().item()
                 hits[1] += ranked.any(1).sum().item()

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from compressops.distill.losses import total_loss
+from compressops.distill.capture import logits_of
+from compressops.distill.distiller import Distiller
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
 from compressops.train.convolutions import winograd_convolutions
@@ -122,12 +123,13 @@ def train(
             in the end its ``size`` is what it was. Random numbers that it draws from the global
             generators of torch, numpy and ``random`` are seeded for each batch, in the workers
             too.
-        teacher: required by ``options.distill``; it is put into eval mode.
+        teacher: required by ``options.distill``; it is in eval mode meanwhile.
         controllers: act on the model after each step.
         checkpoint: file to resume from if it is there, and to write to.
 
     Returns:
-        One entry per epoch: ``epoch``, ``loss``, ``lr``, ``seconds`` (since the start).
+        One entry per epoch: ``epoch``, ``loss``, ``lr``, ``seconds`` (since the start), and with
+        ``options.distill`` ``cross_entropy`` and each loss by name, all without their weights.
 
     Raises:
         FloatingPointError: a loss is NaN or infinite; names the step.
@@ -135,11 +137,13 @@ def train(
     plan = plan_of(options, dataset, accelerator, seed)
     if options.distill and teacher is None:
         raise ValueError("distill needs a teacher")
-    run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint)
+    example = _example(dataset, options, seed)
+    run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint, example)
     by_winograd = options.convolutions == "winograd"
     with (
-        winograd_convolutions(model, run.teacher) if by_winograd else contextlib.nullcontext(),
+        winograd_convolutions(model, teacher) if by_winograd else contextlib.nullcontext(),
         torch.random.fork_rng(),
+        run.distiller or contextlib.nullcontext(),
         Progress(
             console if accelerator.is_main_process else None, title, plan.total_steps, run.step
         ) as bar,
@@ -152,6 +156,15 @@ def train(
             if native is not None:
                 dataset.set_size(native)
     return run.history
+
+
+def _example(dataset: Any, options: Retrain, seed: int) -> Any:
+    """Two samples, where a loss has to learn the shapes of activations; ``None`` elsewhere."""
+    if not any(loss.regressor for loss in options.distill):
+        return None
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(0, seed)
+    return next(iter(data.loader(dataset, [list(range(min(2, len(dataset))))])))
 
 
 class _Run:
@@ -167,10 +180,16 @@ class _Run:
         controllers: Sequence[Controller],
         seed: int,
         checkpoint: Path | None,
+        example: Any,
     ) -> None:
         self.options, self.accelerator, self.plan, self.seed = options, accelerator, plan, seed
         self.model = model.to(accelerator.device)
-        self.teacher = teacher.to(accelerator.device).eval() if options.distill else None
+        self.distiller = None
+        if options.distill:
+            self.distiller = Distiller(model, teacher.to(accelerator.device), options.distill)
+            if example is not None:
+                args, kwargs, _ = data.split_batch(data.to_device(example, accelerator.device))
+                self.distiller.fit_shapes(args, kwargs, seed)
         self.controllers, self.checkpoint = controllers, checkpoint
         self.trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(
@@ -180,10 +199,13 @@ class _Run:
             other_lr=options.other_lr,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
+            extra=tuple(self.distiller.parameters()) if self.distiller else (),
         )
         self.peaks = [group["lr"] for group in optimizer.param_groups]
         self.ema = Ema(self.trained, options.ema) if options.ema else None
         self.step, self.history, self.losses, self.seconds = 0, [], [], 0.0
+        # Of each step in self.losses, the losses that it is the sum of.
+        self.parts: list[list[float]] = []
         scaler = None
         self.unchecked: list[tuple[int, Tensor]] = []
         if checkpoint is not None and accelerator.is_main_process:
@@ -197,6 +219,9 @@ class _Run:
             scaler = state["scaler"]
             self.step, self.history = state["step"], state["history"]
             self.losses, self.seconds = state["losses"], state["seconds"]
+            self.parts = state.get("parts", [])
+            if self.distiller:
+                self.distiller.load_state_dict(state.get("regressors", {}))
         self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
         if scaler is not None:
             accelerator.scaler.load_state_dict(scaler)
@@ -218,7 +243,7 @@ class _Run:
             batches = iter(data.loader(dataset, parts, options.workers, seeds))
             for _ in range(first, end):
                 self.one(batches)
-                bar.advance(f"loss {self.losses[-1]:.4f}" if self.losses else "")
+                bar.advance(self.note())
         self.model.eval()
         self.model = accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
         accelerator.free_memory()
@@ -236,16 +261,18 @@ class _Run:
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         share = plan.batch_size // self.accelerator.num_processes
-        loss_of_step = 0.0
+        loss_of_step: Tensor | float = 0.0
         for part in range(options.accumulate):
             batch = data.to_device(next(batches), self.accelerator.device)
             args, kwargs, labels = data.split_batch(batch)
             last = part == options.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                loss = self.loss(args, kwargs, labels) * (len(labels) / share)
-                self.accelerator.backward(loss)
-            loss_of_step = loss_of_step + loss.detach()
+                losses = self.loss(args, kwargs, labels) * (len(labels) / share)
+                self.accelerator.backward(losses[0])
+            loss_of_step = loss_of_step + losses.detach()
         self.check(loss_of_step)
+        if self.distiller:
+            self.distiller.reduce_gradients()
         if options.clip_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.trained, options.clip_grad_norm)
         self.optimizer.step()
@@ -266,18 +293,30 @@ class _Run:
             self.save()
 
     def loss(self, args: tuple, kwargs: dict, labels: Tensor) -> Tensor:
+        """The loss, and with a teacher the cross entropy and each of its losses: ``[names]``."""
         options = self.options
-        logits = data.logits_of(self.wrapped(*args, **kwargs))
-        cross_entropy: Tensor | float = 0.0
+        output = self.wrapped(*args, **kwargs)
+        logits = logits_of(output).float()
+        cross_entropy = logits.new_zeros(())
         if options.ce_weight:
-            cross_entropy = options.ce_weight * F.cross_entropy(
-                logits.float(), labels, label_smoothing=options.label_smoothing
-            )
-        guide = None
-        if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                guide = data.logits_of(self.teacher(*args, **kwargs))
-        return total_loss(cross_entropy, options.distill, logits, guide)
+            cross_entropy = F.cross_entropy(logits, labels, label_smoothing=options.label_smoothing)
+        loss = options.ce_weight * cross_entropy
+        if self.distiller is None:
+            return loss[None]
+        with self.accelerator.autocast():
+            loss = loss + self.distiller(logits, *args, **kwargs)
+        return torch.stack([loss, cross_entropy.detach(), *self.distiller.values.values()])
+
+    def note(self) -> str:
+        """The last losses by name, for the progress display."""
+        if not self.losses:
+            return ""
+        numbers = [self.losses[-1], *(self.parts[-1] if self.parts else [])]
+        return "  ".join(f"{n} {v:.4f}" for n, v in zip(self.names, numbers, strict=True))
+
+    @property
+    def names(self) -> list[str]:
+        return ["loss", *(["cross_entropy", *self.distiller.names] if self.distiller else [])]
 
     def check(self, loss: Tensor | None = None) -> None:
         """Stop at a loss that is not finite; with ``None``, look at all that wait."""
@@ -286,27 +325,29 @@ class _Run:
             if loss.device.type != "cpu" and len(self.unchecked) < _LOSSES_BETWEEN_CHECKS:
                 return
         for step, value in self.unchecked:
-            number = value.item()
+            number, *parts = value.tolist()
             if not math.isfinite(number):
                 raise FloatingPointError(
                     f"the loss is {number} at step {step} of {self.plan.total_steps}; "
                     f"a lower lr than {self.options.lr} or clip_grad_norm may help"
                 )
             self.losses.append(number)
+            if parts:
+                self.parts.append(parts)
         self.unchecked.clear()
 
     def end_epoch(self, lr: float) -> None:
         self.check()
-        mean = sum(self.losses) / len(self.losses)
+        columns = zip(self.names, [self.losses, *zip(*self.parts, strict=True)], strict=True)
         self.history.append(
             {
                 "epoch": self.step / self.plan.steps_per_epoch,
-                "loss": round(mean, 5),
+                **{name: round(sum(column) / len(column), 5) for name, column in columns},
                 "lr": lr,
                 "seconds": round(self.seconds + time.monotonic() - self.resumed, 1),
             }
         )
-        self.losses = []
+        self.losses, self.parts = [], []
 
     def save(self) -> None:
         self.check()
@@ -323,6 +364,8 @@ class _Run:
                 "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) else None,
                 "history": self.history,
                 "losses": self.losses,
+                "parts": self.parts,
+                "regressors": self.distiller.state_dict() if self.distiller else {},
                 "seconds": self.seconds + time.monotonic() - self.resumed,
             },
         )

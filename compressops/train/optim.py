@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -90,23 +91,26 @@ def build_optimizer(
     other_lr: float | None,
     momentum: float,
     weight_decay: float,
+    extra: Sequence[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer called ``name`` over the trainable tensors of ``model``.
+    """The optimizer called ``name`` over the trainable tensors of ``model``, and ``extra`` ones.
 
     Tensors of fewer than two dimensions (biases, norms) get no weight decay. Muon leaves the last
-    matrix (the classifier) to SGD: its rows are classes, whose logits want scales of their own.
+    matrix (the classifier) to SGD: its rows are classes, whose logits want scales of their own; and
+    all extra ones.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
+    every = [*trained, *extra]
     if name == "sgd":
         return torch.optim.SGD(
-            [{"params": p, "weight_decay": d} for d, p in _by_decay(trained, weight_decay)],
+            [{"params": p, "weight_decay": d} for d, p in _by_decay(every, weight_decay)],
             lr,
             momentum,
             nesterov=momentum > 0,
         )
     if name == "adamw":
         return torch.optim.AdamW(
-            [{"params": p, "weight_decay": d} for d, p in _by_decay(trained, weight_decay)], lr
+            [{"params": p, "weight_decay": d} for d, p in _by_decay(every, weight_decay)], lr
         )
     matrices = [p for p in trained if p.dim() >= 2][:-1]
     for matrix in matrices:
@@ -114,7 +118,7 @@ def build_optimizer(
         matrix.data = matrix.data.contiguous()
     norms = _norms(model, matrices)
     chosen = {id(p) for p in matrices}
-    others = [p for p in trained if id(p) not in chosen]
+    others = [p for p in every if id(p) not in chosen]
     return MuonWithSGD(
         matrices,
         norms,
