@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import nn
 
 from compressops.compress import Encode, Prune, Quantize, Recipe, Result, Retrain, compress
-from compressops.distill import LogitsKD
+from compressops.distill import ActivationKD, AttentionMapKD, LogitsKD
 from compressops.formats import DynamicFixedPoint, Huffman, Int
 
 CLASSES = 6
@@ -55,10 +55,11 @@ class Sized(Points):
         return torch.where(torch.arange(len(x)) < self.size, x, 0.0), label
 
 
-def network() -> nn.Module:
+def network(width: int = 32) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Linear(12, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(0.2), nn.Linear(32, CLASSES)
+        *(nn.Linear(12, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(0.2)),
+        nn.Linear(width, CLASSES),
     )
 
 
@@ -72,7 +73,7 @@ def recipe() -> Recipe:
                 lr=0.05,
                 ema=0.9,
                 checkpoint_seconds=0.02,
-                distill=(LogitsKD(2.0),),
+                distill=(LogitsKD(2.0), ActivationKD("2")),
                 image_sizes=((6, 0.5), (9, 0.5)),
             ),
             Quantize(DynamicFixedPoint(4)),
@@ -87,21 +88,23 @@ def compress_tiny(workdir: str, out: str, pause: float = 0.0) -> None:
     torch.set_num_threads(1)
     model = network()
     result = compress(
-        model, recipe(), Sized(160, pause=pause), Points(60), model, workdir, log=False
+        model, recipe(), Sized(160, pause=pause), Points(60), network(48), workdir, log=False
     )
     torch.save({"model": result.model.state_dict(), "history": result.history}, out)
 
 
-def images_network() -> nn.Module:
+def images_network(width: int = 8) -> nn.Module:
     """Without batch norm and dropout, whose results depend on how a batch is shared out."""
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 6)
+        *(nn.Conv2d(2, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(4 * width, 6)),
     )
 
 
 def distributed_recipe(accumulate: int = 1) -> Recipe:
-    training = {"batch_size": 24, "accumulate": accumulate, "distill": (LogitsKD(2.0),)}
+    losses = LogitsKD(2.0), ActivationKD(("1", "3")), AttentionMapKD("1")
+    training = {"batch_size": 24, "accumulate": accumulate, "distill": losses}
     return Recipe(
         [
             Prune(0.4, scope="global", schedule="cubic", updates=5),
@@ -115,7 +118,8 @@ def distributed_recipe(accumulate: int = 1) -> Recipe:
 def compress_images(accumulate: int = 1, workdir: str | None = None) -> Result:
     model = images_network()
     data = Points(96, (2, 6, 6)), Points(61, (2, 6, 6))
-    return compress(model, distributed_recipe(accumulate), *data, model, workdir, log=False)
+    teacher = images_network(12)
+    return compress(model, distributed_recipe(accumulate), *data, teacher, workdir, log=False)
 
 
 def main() -> None:
