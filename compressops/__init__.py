@@ -10,6 +10,7 @@ from .calibrate import Calibrate
 from .compress import (
     Encode,
     Equalize,
+    Factorize,
     Prune,
     Quantize,
     Recipe,
@@ -50,6 +51,7 @@ __all__ = [
     "DynamicFixedPoint",
     "Encode",
     "Equalize",
+    "Factorize",
     "FixedPoint",
     "Float",
     "HiddenStateKD",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compressops import backends
 from compressops.measure import observe, times_in_place
 from compressops.nn import (
+    LowRankConv2d,
     PackedConv1d,
     PackedConv2d,
     PackedModule,
@@ -47,7 +48,7 @@ class Verdict:
 
 def is_candidate(layer: nn.Module) -> bool:
     """A convolution of a known type that does not run as Winograd's yet."""
-    kinds = (*FLOAT_LAYERS, PackedConv1d, PackedConv2d)
+    kinds = (*FLOAT_LAYERS, PackedConv1d, PackedConv2d, LowRankConv2d)
     return type(layer) in kinds and getattr(layer, "winograd", None) is None
 
 
@@ -65,7 +66,9 @@ def prepare(model: nn.Module) -> None:
     """Compute now what the layers of ``model`` keep, which their first call would do otherwise."""
     for layer in model.modules():
         winograd = getattr(layer, "winograd", None)
-        if isinstance(winograd, Winograd) and getattr(layer, "residency", "") != "packed":
+        if isinstance(layer, LowRankConv2d):
+            layer.prepare()
+        elif isinstance(winograd, Winograd) and getattr(layer, "residency", "") != "packed":
             winograd.prepare(layer.weight, layer.groups)
 
 
@@ -140,6 +143,8 @@ def unsafe(layer: nn.Module, input: Tensor, tile: int) -> str | None:
         layer: a convolution that has this tile.
         input: what it is called with.
     """
+    if isinstance(layer, LowRankConv2d):
+        layer, input = layer.winograd_step(input)
     weight = layer.weight.detach()
     if _computes_in_half(input) and input.numel():
         for what, tensor, growth in zip(
@@ -195,7 +200,13 @@ def _growth(layer: nn.Module, tile: int) -> Iterator[float]:
 def _no_candidate(layer: nn.Module) -> str | None:
     if (why := why_not(layer)) is not None:
         return why
-    weight = layer.weight
+    if isinstance(layer, LowRankConv2d):
+        held = layer.packed_weight
+        if held.layout.form not in layer.KERNELS:
+            return f"Winograd not used: no factor of form {held.layout.form!r} has the whole kernel"
+        weight = next(iter(held.factors().values()))
+    else:
+        weight = layer.weight
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"Winograd not used: its kernels have no {weight.dtype}"
     if backends.name(OP, weight.device.type) == "eager":

@@ -116,7 +116,7 @@ def observe(
 
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
-        with _evaluating(model):
+        with evaluating(model):
             call(model, inputs)
     finally:
         for handle in handles:
@@ -165,7 +165,7 @@ def times_in_place(
 
     before = {name: vars(layers[name]).get("forward") for name in variants}
     try:
-        with _evaluating(model):
+        with evaluating(model):
             began, round_ = time.perf_counter(), -1
             while round_ < rounds:
                 for index in range(count):
@@ -189,7 +189,7 @@ def times_in_place(
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, without gradients; each module's own mode comes back."""
     modes = {module: module.training for module in model.modules()}
     try:

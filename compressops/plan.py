@@ -43,6 +43,8 @@ class Plan:
         recorded: the layer was compressed, and its parametrizations are the record.
         shared: the weight also belongs to a layer of another type.
         shape: of the weight.
+        groups: of a convolution.
+        factors: of a layer that was factorized: the module that holds each, and its plan.
         weight: what is packed in place of the layer's own weight: float32, on the grid of
             ``params``; ``None``: its own.
     """
@@ -57,6 +59,8 @@ class Plan:
     recorded: bool = False
     shared: bool = False
     shape: tuple[int, ...] = ()
+    groups: int = 1
+    factors: tuple[tuple[Any, Plan], ...] = ()
     weight: Tensor | None = None
 
 
@@ -108,7 +112,10 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
     Raises:
         ValueError: the layer is recorded with a number, and the config asks for another.
     """
+    if record is not None and record.factors:
+        return _plan_of_factors(module, record, choice)
     shape, low_rank = tuple(module.weight.shape), isinstance(choice.layout, LowRank)
+    groups = getattr(module, "groups", 1)
     if record is None:
         plain = Float(str(module.weight.dtype).removeprefix("torch."))
         return Plan(
@@ -118,6 +125,7 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
             post_training=choice.number is not None or low_rank,
             asked=choice.number is not None,
             shape=shape,
+            groups=groups,
         )
     number, params, post_training = record.number, record.params, low_rank
     if choice.number not in (None, number):
@@ -137,6 +145,30 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
         asked=choice.number is not None,
         recorded=True,
         shape=shape,
+        groups=groups,
+    )
+
+
+def _plan_of_factors(module: nn.Module, record: Any, choice: Choice) -> Plan:
+    """The plan of a layer that was factorized: numbers and codings are those of its factors."""
+    if choice.layout not in (None, record.layout):
+        raise ValueError(
+            f"it was factorized to {record.layout}, and the config's {choice.layout} would "
+            f"multiply it out; leave it out with filter_fn, or convert without a layout"
+        )
+    axes = replace(choice, layout=None)
+    factors = tuple((factor, plan(factor, done, axes)) for factor, done in record.factors)
+    first = factors[0][1]
+    return Plan(
+        record.layout,
+        first.number,
+        first.coding,
+        post_training=any(each.post_training for _, each in factors),
+        asked=choice.number is not None,
+        recorded=True,
+        shape=tuple(module.weight.shape),
+        groups=getattr(module, "groups", 1),
+        factors=factors,
     )
 
 
@@ -151,6 +183,9 @@ def pack(module: nn.Module, plan: Plan) -> PackedTensor:
     if module.weight.is_meta:
         raise ValueError("its weight is on the meta device, and has no values")
     own = module.weight.detach()
+    if plan.factors:
+        factors = [pack(factor, each) for factor, each in plan.factors]
+        return PackedTensor.from_factors(factors, plan.shape, own.dtype, plan.layout)
     packed = PackedTensor.pack(
         (own if plan.weight is None else plan.weight).cpu(),
         plan.layout,
@@ -170,7 +205,7 @@ def _repack(before: PackedTensor, plan: Plan) -> PackedTensor:
             PackedTensor.pack(f.unpack(), f.layout, f.number, plan.coding, f.params)
             for f in before.factors()
         ]
-        after = PackedTensor.from_factors(*factors, before.shape, before.dtype)
+        after = PackedTensor.from_factors(factors, before.shape, before.dtype, before.layout)
     else:
         after = PackedTensor.pack(
             before.unpack(), plan.layout, plan.number, plan.coding, before.params or None

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressops.formats import Int, Number, Ternary
+from compressops.formats import Int, LowRank, Number, Ternary
 from compressops.nn import (
     Int4Linear,
     Int8Conv2d,
     Int8Linear,
+    LowRankConv2d,
+    LowRankLinear,
     PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
@@ -113,7 +115,8 @@ def is_layer(module: nn.Module) -> bool:
     ``module``: it is packed, or has a weight of two or more dimensions and is no norm."""
     if isinstance(module, PackedModule):
         return True
-    if isinstance(module, _NORMS):
+    # A factor of a weight belongs to the layer whose weight it is.
+    if isinstance(module, _NORMS) or getattr(module, "is_factor", False):
         return False
     # Of its own: a property would belong to a layer inside. Hooks (as of the old weight_norm)
     # leave it as a plain attribute.
@@ -154,7 +157,7 @@ def _on_integers(
     def refuses(plan: Plan) -> str | None:
         if not concerns(plan.number):
             return ""
-        if rounds_inputs and not plan.asked:
+        if rounds_inputs and not plan.asked and not isinstance(plan.layout, LowRank):
             why = (
                 f"it may round activations, and training did not; config={plan.number} asks for it"
             )
@@ -187,6 +190,16 @@ def _refuses_int8_conv(plan: Plan) -> str | None:
     return why
 
 
+def _refuses_low_rank(target: type[PackedModule]) -> Callable[[Plan], str | None]:
+    def refuses(plan: Plan) -> str | None:
+        why = target.refusal(plan.layout, plan.shape, plan.groups)
+        if why is None and plan.shared:
+            why = "the weight is shared with a layer of another type, and held in one form"
+        return why and f"{target.__name__} not used: {why}"
+
+    return refuses
+
+
 register(nn.Linear, PackedLinear)
 for _target, _concerns in (
     (Int8Linear, _many_bits),
@@ -199,6 +212,8 @@ register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
 register(nn.Conv1d, PackedConv1d)
 register(nn.Conv2d, PackedConv2d)
 register(nn.Conv2d, Int8Conv2d, refuses=_refuses_int8_conv, runs_dense=False)
+for _source, _target in ((nn.Linear, LowRankLinear), (nn.Conv2d, LowRankConv2d)):
+    register(_source, _target, refuses=_refuses_low_rank(_target), runs_dense=False)
 register(WinogradConv1d, PackedConv1d)
 register(WinogradConv2d, PackedConv2d)
 register(nn.Embedding, PackedEmbedding)

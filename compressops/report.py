@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from compressops import page
 from compressops.compress import record
+from compressops.compress.sizes import entries
 from compressops.formats import pools
 from compressops.model_state import join
 from compressops.nn import PackedModule
@@ -217,8 +218,9 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
         done = record(module)
         if done is not None:
             axes = (_axis(done.layout), _axis(done.number), _axis(done.coding))
-            density = 1.0 if done.mask is None else done.mask.float().mean().item()
-            ideal = weight.numel() * density * done.number.bits / 8
+            held = entries(module)
+            density = sum(kept for _, kept, _ in held) / max(1, weight.numel())
+            ideal = sum(kept * bits for _, kept, bits in held) / 8
             why = why or "compressed; convert() packs it"
             residency = "parametrized"
     if getattr(module, "winograd", None) is not None:
@@ -259,7 +261,7 @@ def _run_time(layers: tuple[Layer, ...]) -> str:
     for residency, what in _EACH_CALL.items():
         if held[residency]:
             text += f" {held[residency]} of {len(layers)} {what} on each call: slower than before."
-    if all(backend in ("eager", "torch") for _, backend in others):
+    if all(backend in ("eager", "torch") and kernel != "low_rank" for kernel, backend in others):
         text += " No layer runs a faster kernel."
     return text
 

@@ -92,14 +92,15 @@ def decode(spec: dict, parts: dict[str, bytes]) -> np.ndarray:
     if number["type"] == "Float":
         bits = 32 if number["dtype"] == "float32" else 16
     if layout["type"] == "LowRank":
-        u, v = (
-            decode(meta[f], {n[2:]: p for n, p in parts.items() if n[0] == f}).astype(np.float64)
-            for f in "uv"
-        )
-        total = np.zeros((rows, columns))
-        for k in range(layout["rank"]):
-            total += u.reshape(rows, -1)[:, k, None] * v.reshape(-1, columns)[None, k]
-        return total.astype(np.float32).ravel()
+        names = [name for name in ("u", "core", "v") if name in meta]
+        factors = {
+            name: decode(
+                meta[name],
+                {n[len(name) + 1 :]: p for n, p in parts.items() if n.startswith(f"{name}_")},
+            ).reshape(meta[name]["shape"])
+            for name in names
+        }
+        return low_rank(layout["form"], shape, **factors).ravel()
     if layout["type"] == "Dense":
         where = np.arange(rows * columns)
         codes = stream(parts, "codes", rows * columns, bits, coding)
@@ -123,6 +124,30 @@ def decode(spec: dict, parts: dict[str, bytes]) -> np.ndarray:
     result = np.zeros(rows * columns, np.float32)
     result[where] = values(codes, where, number, bits, parts, columns)
     return result
+
+
+def low_rank(form: str, shape: list[int], u, v, core=None) -> np.ndarray:
+    """float32 ``shape`` of float32 factors."""
+    if form == "matrix":
+        return product(u, v.reshape(len(v), -1)).reshape(shape)
+    o, i, h, w = shape
+    if form == "spatial":
+        left = u[:, :, 0].transpose(0, 2, 1).reshape(o * w, -1)
+        matrix = product(left, v.reshape(len(v), -1))
+        return matrix.reshape(o, w, i, h).transpose(0, 2, 3, 1)
+    if form == "tucker":
+        inner = product(core.transpose(0, 2, 3, 1).reshape(-1, core.shape[1]), v)
+        return product(u, inner.reshape(len(core), -1)).reshape(o, h, w, i).transpose(0, 3, 1, 2)
+    inner = v[:, :, None] * core.reshape(len(core), 1, h * w)
+    return product(u, inner.reshape(len(core), -1)).reshape(shape)
+
+
+def product(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """float32 of the product in float64, summed in order."""
+    total = np.zeros((len(u), v.shape[1]))
+    for k in range(len(v)):
+        total += u[:, k, None].astype(np.float64) * v[None, k].astype(np.float64)
+    return total.astype(np.float32)
 
 
 def bitmask(parts: dict[str, bytes], count: int, coding: dict) -> np.ndarray:

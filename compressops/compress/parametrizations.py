@@ -2,11 +2,13 @@
 
 ``module.weight`` of a compressed layer is computed from ``module.parametrizations.weight.original``
 (what the optimizer trains) by a chain of `Mask`, `FakeQuantize` and `Coded`. They compose in any
-order, and ``state_dict``, ``deepcopy`` and ``pickle`` keep them.
+order, and ``state_dict``, ``deepcopy`` and ``pickle`` keep them. Of a factorized layer `Factors`
+takes the place of the original, and each factor has a chain of its own.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressops.formats.coding import Coding, Raw
+from compressops.formats.decompose import decompose
 from compressops.formats.groupwise import Int, Ternary
 from compressops.formats.layout import BlockSparse, Dense, Layout, Sparse
+from compressops.formats.lowrank import LowRank
 from compressops.formats.number import Float, Number
 
 P = TypeVar("P", bound=nn.Module)
@@ -188,12 +192,67 @@ class Coded(_Parametrization):
         return str(self.coding)
 
 
+class Factor(nn.Module):
+    """One factor of a weight; pruned, quantized and coded as the weight of a layer is."""
+
+    # What walks over a model's layers passes it over: it belongs to one of them.
+    is_factor = True
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+
+class Factors(_Parametrization):
+    """Computes the weight from the factors that it holds; the original has no entries.
+
+    Args:
+        layout: the form of the factors and their rank.
+        factors: in the order of its ``names``.
+        shape: of the weight.
+    """
+
+    def __init__(self, layout: LowRank, factors: Sequence[Tensor], shape: torch.Size) -> None:
+        super().__init__()
+        self.layout, self.shape = layout, tuple(shape)
+        for name, factor in zip(layout.names, factors, strict=True):
+            self.add_module(name, Factor(factor))
+        self._attached = False
+
+    def factors(self) -> list[Factor]:
+        return [getattr(self, name) for name in self.layout.names]
+
+    def forward(self, original: Tensor) -> Tensor:
+        return self.layout.compose([factor.weight for factor in self.factors()], self.shape)
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """``module.weight = value`` factorizes the value; the first call attaches the factors that
+        are there."""
+        if self._attached and weight.numel():
+            for factor, value in zip(self.factors(), decompose(self.layout, weight), strict=True):
+                factor.weight = nn.Parameter(value)
+        self._attached = True
+        return weight.new_empty(0)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"layout": self.layout.to_spec(), "shape": list(self.shape)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        if state != (own := self.get_extra_state()):
+            raise ValueError(f"a state of factors {state} does not fit {own}")
+
+    def extra_repr(self) -> str:
+        return f"{self.layout}, shape={list(self.shape)}"
+
+
 @dataclass(frozen=True)
 class WeightRecord:
     """What was done to a weight: the arguments of ``PackedTensor.pack``.
 
     ``params`` and ``mask`` are ``None`` where no stage made any. ``activations`` is the
-    `InputQuantizer` of the layer, if it has one.
+    `InputQuantizer` of the layer, if it has one. ``factors`` are the modules of a factorized
+    weight's factors, each with its own record.
     """
 
     layout: Layout
@@ -202,10 +261,13 @@ class WeightRecord:
     coding: Coding
     mask: Tensor | None
     activations: nn.Module | None = None
+    factors: tuple[tuple[nn.Module, WeightRecord | None], ...] = ()
 
 
 def record(module: nn.Module, name: str = "weight") -> WeightRecord | None:
     """The record of ``module``'s tensor ``name``; ``None`` where nothing was done to it."""
+    if (factorized := find(module, Factors, name)) is not None:
+        return _record_of_factors(module, factorized)
     mask = find(module, Mask, name)
     quantized = find(module, FakeQuantize, name)
     coded = find(module, Coded, name)
@@ -225,6 +287,21 @@ def record(module: nn.Module, name: str = "weight") -> WeightRecord | None:
         coding=coded.coding if coded else Raw(),
         mask=mask.mask if mask else None,
         activations=getattr(module, "input_quantizer", None),
+    )
+
+
+def _record_of_factors(module: nn.Module, factorized: Factors) -> WeightRecord:
+    """Number and coding of the whole are those of u, as in a file."""
+    factors = tuple((factor, record(factor)) for factor in factorized.factors())
+    first, done = factors[0]
+    return WeightRecord(
+        layout=factorized.layout,
+        number=done.number if done else Float(str(first.weight.dtype).removeprefix("torch.")),
+        params=None,
+        coding=done.coding if done else Raw(),
+        mask=None,
+        activations=getattr(module, "input_quantizer", None),
+        factors=factors,
     )
 
 

@@ -73,6 +73,12 @@ class Quantize(Stage):
         found = select(model, self.layers, self.exclude)
         if self.activations is None:
             return
+        for name, module in found.items():
+            if getattr(module, "is_factor", False):
+                raise ValueError(
+                    f"activations={self.activations}: {name!r} is a factor, whose input is no "
+                    f"layer's; quantize factors in a stage without activations"
+                )
         indexed = [name for name, module in found.items() if isinstance(module, nn.Embedding)]
         globs = (self.layers,) if isinstance(self.layers, str) else self.layers
         for name in indexed:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
+from compressops.compress.lowrank import Factorize
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize
 from compressops.compress.retrain import Retrain
@@ -30,7 +31,8 @@ from compressops.zoo.registry import build_data, build_model
 
 VERSION = 1
 STAGES: dict[str, type[Stage]] = {
-    stage.__name__: stage for stage in (Encode, Equalize, Prune, Quantize, Retrain, Round)
+    stage.__name__: stage
+    for stage in (Encode, Equalize, Factorize, Prune, Quantize, Retrain, Round)
 }
 # The fields whose value is a member of an axis, {TypeName: {field: …}} in YAML.
 _AXES: dict[str, type[Axis]] = {
@@ -46,7 +48,8 @@ class Recipe:
     """What to do to a model, stage by stage.
 
     Args:
-        stages: `Prune`, `Equalize`, `Quantize`, `Retrain`, `Round`, `Encode`, in order.
+        stages: `Factorize`, `Prune`, `Equalize`, `Quantize`, `Retrain`, `Round`, `Encode`, in
+            order.
         version: of the recipe's form; 1.
         model, data: names from the zoo with their arguments, as ``{"CifarNet": {…}}``, so that a
             file says all that its run needs; ``None`` where the caller brings them.
@@ -165,6 +168,8 @@ class Recipe:
                 raise ValueError(
                     f"{where}: activations={stage.activations} needs train_data to find ranges"
                 )
+            if isinstance(stage, Factorize) and stage.calibration and train_data is None:
+                raise ValueError(f"{where}: calibration={stage.calibration} needs train_data")
             try:
                 stage.validate(trial, self.stages[i:])
                 stage.attach(trial)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from compressops.compress.identity import data_key, hash_json, model_key
+from compressops.compress.lowrank import Factorize
 from compressops.compress.prune import Prune
 from compressops.compress.quantize import InputQuantizer, Quantize, Refit
 from compressops.compress.recipe import Recipe, stage_fields
@@ -22,6 +23,7 @@ from compressops.compress.retrain import Retrain
 from compressops.compress.sizes import sizes
 from compressops.compress.stage import Stage
 from compressops.compress.table import Row, Table
+from compressops.measure import call
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
 from compressops.train.evaluate import evaluate
@@ -142,6 +144,8 @@ class _Run:
         self.train_data, self.eval_data, self.teacher = train_data, eval_data, teacher
         self.workdir, self.console, self.accelerator = workdir, console, accelerator
         self.rows: list[Row] = []
+        # What `Factorize` found, by the stage's number, so that a restored model has its shapes.
+        self.ranks: dict[str, Any] = {}
         self.history: list[list[dict[str, float]]] = []
         # Only checkpoints need names; reading data for them takes its time.
         self.keys = self.identities() if workdir is not None else []
@@ -196,6 +200,10 @@ class _Run:
             self.history.append(self.retrain(number, stage))
             # What ran before a resume counts too.
             began = time.monotonic() - self.history[-1][-1]["seconds"]
+        elif isinstance(stage, Factorize):
+            found = stage.apply(self.model, self.batches(stage.calibration))
+            self.ranks[str(number)] = stage_fields(found)["ranks"]
+            self.history.append([])
         else:
             stage.attach(self.model)
             if isinstance(stage, Quantize) and stage.activations is not None:
@@ -225,19 +233,25 @@ class _Run:
     def calibrate(self, stage: Quantize) -> None:
         """Let every new input quantizer see some batches of training data."""
         quantizers = [m for m in self.model.modules() if isinstance(m, InputQuantizer)]
-        samples = range(len(self.train_data))
+        for quantizer in quantizers:
+            quantizer.train()
+        for batch in self.batches(stage.calibration):
+            call(self.model, batch)
+        self.model.eval()
+
+    def batches(self, count: int) -> Iterator[Any]:
+        """Arguments of the model: ``count`` batches of training data, in an order of the seed."""
+        if not count:
+            return
         generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(samples), generator=generator).tolist()
-        batches = [order[i * 128 : (i + 1) * 128] for i in range(stage.calibration)]
+        order = torch.randperm(len(self.train_data), generator=generator).tolist()
+        parts = [order[i * 128 : (i + 1) * 128] for i in range(count)]
         if hasattr(self.train_data, "set_epoch"):
             self.train_data.set_epoch(0, self.seed)
         device = next(self.model.parameters()).device
-        for quantizer in quantizers:
-            quantizer.train()
-        for batch in data.loader(self.train_data, [b for b in batches if b]):
+        for batch in data.loader(self.train_data, [part for part in parts if part]):
             args, kwargs, _ = data.split_batch(data.to_device(batch, device))
-            self.model(*args, **kwargs)
-        self.model.eval()
+            yield kwargs or args
 
     def finish(self, number: int, name: str, began: float, same_as: Row | None) -> None:
         """Measure the model, add its row and keep its state."""
@@ -270,6 +284,7 @@ class _Run:
                     "stages": [str(stage) for stage in self.stages[:number]],
                     "rows": [asdict(row) for row in self.rows],
                     "history": self.history,
+                    "ranks": self.ranks,
                     "model": self.model.state_dict(),
                 },
             )
@@ -292,7 +307,12 @@ class _Run:
             return -1
         done = kept[-1]
         state = checkpoints.load(self.path(done))
-        for stage in self.stages[:done]:
+        self.ranks = state["ranks"]
+        for number, stage in enumerate(self.stages[:done], 1):
+            if str(number) in self.ranks:
+                stage = Factorize(
+                    ranks=self.ranks[str(number)], layers=stage.layers, exclude=stage.exclude
+                )
             stage.attach(self.model)
         self.model.load_state_dict(state["model"])
         self.rows = [Row(**row) for row in state["rows"]]

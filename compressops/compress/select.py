@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.utils import parametrize
 
+from compressops.compress.parametrizations import Factors, find
 from compressops.registry import is_layer, why_not
 
 
@@ -15,24 +16,52 @@ def weight_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer whose weight can be compressed, by name, in the model's order.
 
     These are the layers that `convert` has a module for: what it does not know, no file can
-    store compressed.
+    store compressed. In the place of a factorized layer stand its factors, ``"layer.u"`` and so on.
     """
-    return {name: m for name, m in model.named_modules() if is_layer(m) and why_not(m) is None}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if getattr(module, "is_factor", False):
+            found[factor_name(name)] = module
+        elif is_layer(module) and why_not(module) is None and not factorized(module):
+            found[name] = module
+    return found
+
+
+def factorized(module: nn.Module) -> bool:
+    """Whether the layer's weight is computed from factors, which take its place in every stage."""
+    return find(module, Factors) is not None
+
+
+def factor_name(name: str) -> str:
+    """``"layer.u"`` of the factor ``"layer.parametrizations.weight.0.u"``."""
+    owner, _, factor = name.rpartition("parametrizations.weight.0.")
+    return owner + factor
+
+
+def _owner(name: str, module: nn.Module) -> str:
+    """The name that a glob may call a layer by: of a factor, its layer's."""
+    return name.rpartition(".")[0] if getattr(module, "is_factor", False) else name
 
 
 def select(
     model: nn.Module, layers: str | Iterable[str] = "*", exclude: str | Iterable[str] = ()
 ) -> dict[str, nn.Module]:
-    """The weight layers whose name matches a glob of ``layers`` and none of ``exclude``.
+    """The weight layers whose name matches a glob of ``layers`` and none of ``exclude``; a
+    factor's name or that of its layer.
 
     Raises:
         ValueError: a glob of either list matches no layer, nothing is left, a layer is named that
             cannot be compressed, or of layers that share a weight only some are chosen.
     """
     candidates = weight_layers(model)
-    others = {n: m for n, m in model.named_modules() if is_layer(m) and n not in candidates}
-    chosen = match("layers", layers, candidates, others)
-    chosen -= match("exclude", exclude, [*candidates, *others])
+    others = {
+        n: m
+        for n, m in model.named_modules()
+        if is_layer(m) and n not in candidates and not factorized(m)
+    }
+    owners = {n: _owner(n, m) for n, m in candidates.items()}
+    chosen = match("layers", layers, candidates, others, owners)
+    chosen -= match("exclude", exclude, [*candidates, *others], owners=owners)
     if not chosen:
         raise ValueError(
             f"layers={layers!r} with exclude={exclude!r} leaves no layer; "
@@ -65,15 +94,21 @@ def match(
     globs: str | Iterable[str],
     candidates: Iterable[str],
     refused: Mapping[str, nn.Module] | None = None,
+    owners: Mapping[str, str] | None = None,
 ) -> set[str]:
     """The names that match any of ``globs``; a glob that matches none is an error.
 
     So is one without wildcards that names one of ``refused``, which wildcards pass over.
+    ``owners`` are second names.
     """
-    candidates, refused = list(candidates), refused or {}
+    candidates, refused, owners = list(candidates), refused or {}, owners or {}
     found: set[str] = set()
     for glob in (globs,) if isinstance(globs, str) else globs:
-        hits = {name for name in candidates if fnmatchcase(name, glob)}
+        hits = {
+            name
+            for name in candidates
+            if fnmatchcase(name, glob) or fnmatchcase(owners.get(name, name), glob)
+        }
         not_for_us = [name for name in refused if fnmatchcase(name, glob)]
         if not_for_us and (glob in refused or not hits):
             name = not_for_us[0]
@@ -108,7 +143,9 @@ def _check_ties(model: nn.Module, chosen: Mapping[str, nn.Module]) -> None:
     shared = {id(original(module)): name for name, module in chosen.items()}
     ours = {id(module) for module in chosen.values()}
     for name, module in model.named_modules():
-        inside = f".{name}".split(".parametrizations.")[0].removeprefix(".")
+        # The last one: a factor is part of a parametrization, and has some itself.
+        before, inner, _ = f".{name}".rpartition(".parametrizations.")
+        inside = before.removeprefix(".") if inner else name
         if id(module) in ours or (inside != name and id(model.get_submodule(inside)) in ours):
             continue
         for key, parameter in module._parameters.items():

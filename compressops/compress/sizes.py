@@ -22,7 +22,7 @@ class Sizes:
 
     Attributes:
         density: kept weights over all, of the layers' weights (without biases and norms).
-        bits: bits of a weight's code, mean over the weights.
+        bits: bits of a code, mean over the weights, or the entries of their factors.
         ideal_rate: 32 · n / Σ nₗ · densityₗ · bitsₗ over the layers' weights, the accounting of
             papers: no indices, scales or tables.
         stored_bytes: of all parameters and buffers as in the file, the weights packed as recorded.
@@ -41,19 +41,19 @@ def sizes(model: nn.Module) -> Sizes:
 
     A weight that several layers share counts once, as in the file.
     """
-    weights = kept = code_bits = ideal_bits = dense_bits = 0
+    weights = kept = coded = code_bits = ideal_bits = dense_bits = 0
     stored = whole = 0
     plain, codings = other_tensors(model), []
     for name, module in _unique_weights(model).items():
         weight = module.weight.detach()
         done = record(module)
         count, dense = weight.numel(), weight.element_size() * 8
-        alive = count if done is None or done.mask is None else int(done.mask.sum())
-        bits = dense if done is None else done.number.bits
         weights += count
-        kept += alive
-        code_bits += count * bits
-        ideal_bits += alive * bits
+        for size, alive, bits in entries(module):
+            kept += alive
+            coded += size
+            code_bits += size * bits
+            ideal_bits += alive * bits
         dense_bits += count * dense
         if done is None:
             plain[join(name, "weight")] = weight
@@ -65,11 +65,26 @@ def sizes(model: nn.Module) -> Sizes:
     stored += pools.stored_nbytes(plain, pools.common_coding(codings))
     return Sizes(
         density=kept / max(1, weights),
-        bits=code_bits / max(1, weights),
+        bits=code_bits / max(1, coded),
         ideal_rate=dense_bits / max(1, ideal_bits),
         stored_bytes=stored,
         stored_rate=whole / max(1, stored),
     )
+
+
+def entries(module: nn.Module) -> list[tuple[int, int, int]]:
+    """Entries of a layer's weight, those of them that are kept, and the bits of each; or those of
+    its factors, one by one."""
+    done = record(module)
+    parts = done.factors if done is not None and done.factors else ((module, done),)
+    return [
+        (
+            part.weight.numel(),
+            part.weight.numel() if of is None or of.mask is None else int(of.mask.sum()),
+            part.weight.element_size() * 8 if of is None else of.number.bits,
+        )
+        for part, of in parts
+    ]
 
 
 def packed(module: nn.Module) -> PackedTensor:
@@ -128,7 +143,7 @@ def other_tensors(model: nn.Module) -> dict[str, Tensor]:
     # A parametrized tensor other than a weight is stored dense.
     owned = set(map(id, layers))
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
+        if parametrize.is_parametrized(module) and not getattr(module, "is_factor", False):
             for key in module.parametrizations:
                 if key != "weight" or id(module) not in owned:
                     found[join(name, key)] = getattr(module, key).detach()

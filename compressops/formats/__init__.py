@@ -2,7 +2,8 @@
 
 from compressops.formats.coding import Coding, Huffman, Raw
 from compressops.formats.groupwise import Int, Ternary
-from compressops.formats.layout import BlockSparse, Dense, Layout, LowRank, Sparse
+from compressops.formats.layout import BlockSparse, Dense, Layout, Sparse
+from compressops.formats.lowrank import LowRank
 from compressops.formats.number import DynamicFixedPoint, FixedPoint, Float, Number
 from compressops.formats.packed import PackedTensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressops.formats.number import FLOAT_DTYPES, matrix_shape
+from compressops.formats.number import FLOAT_DTYPES
 from compressops.formats.registry import check_choice, check_int, shown
 
 MAX_DIMENSIONS = 16
@@ -19,7 +19,6 @@ FREE_ENTRIES = 1 << 24
 ENTRIES_PER_BYTE = 4096
 # So many products of a low-rank weight count as one entry; they take about as long.
 PRODUCTS_PER_ENTRY = 64
-FACTORS = ("u", "v")
 SPEC_KEYS = {"shape", "dtype", "layout", "number", "coding", "meta", "parts"}
 
 
@@ -73,19 +72,11 @@ def decoding_work(entries: int, rank: int) -> int:
     return entries * max(1, -(-rank // PRODUCTS_PER_ENTRY))
 
 
-def check_rank(rank: int, shape: tuple[int, ...]) -> None:
-    """Raise a ``ValueError`` for more than a matrix of this shape can have: a tiny weight could
-    have factors of any size."""
-    rows, columns = matrix_shape(shape)
-    if rank > min(rows, columns):
-        raise ValueError(f"LowRank: rank {rank} of a {rows} × {columns} matrix")
-
-
-def check_factors(meta: dict[str, Any]) -> None:
-    """Raise a ``ValueError`` unless ``meta`` describes two factors that are not low-rank."""
-    if not set(FACTORS) <= set(meta) <= {*FACTORS, "kept"}:
-        raise ValueError(f"LowRank has meta u and v, got {shown(sorted(meta))}")
-    for name in FACTORS:
+def check_factors(meta: dict[str, Any], names: tuple[str, ...]) -> None:
+    """Raise a ``ValueError`` unless ``meta`` describes the factors ``names``, none low-rank."""
+    if not set(names) <= set(meta) <= {*names, "kept"}:
+        raise ValueError(f"LowRank has meta {' and '.join(names)}, got {shown(sorted(meta))}")
+    for name in names:
         factor = meta[name]
         inner = factor.get("layout") if isinstance(factor, dict) else None
         if isinstance(inner, dict) and inner.get("type") == "LowRank":

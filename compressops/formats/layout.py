@@ -27,26 +27,6 @@ Meta = dict[str, Any]
 SKIP = 255
 
 
-def low_rank_product(u: Tensor, v: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """``u @ v`` with one result on every machine: float64 sums, in the order of the rank.
-
-    A product of two float32 is exact in float64, so that fused multiply-adds change nothing, and
-    the order of the sum is fixed; a library's matmul promises neither. The sum is rounded to
-    float32, and from there to ``dtype``.
-
-    Args:
-        u: float32, bfloat16 or float16 ``[rows, rank]``.
-        v: the same ``[rank, columns]``.
-
-    Returns:
-        ``[rows, columns]`` of ``dtype``.
-    """
-    total = torch.zeros(u.shape[0], v.shape[1], dtype=torch.float64, device=u.device)
-    for left, right in zip(u.double().unbind(1), v.double().unbind(0), strict=True):
-        total.addcmul_(left[:, None], right[None, :])
-    return total.to(torch.float32).to(dtype)
-
-
 class Layout(Axis):
     """Which entries of a weight are stored."""
 
@@ -293,34 +273,3 @@ class BlockSparse(_EntryLayout):
 
     def buffer_size(self, shape: tuple[int, ...]) -> int:
         return math.prod(self._grid(shape)) * math.prod(self.block)
-
-
-@dataclass(frozen=True)
-class LowRank(Layout):
-    """Two factors, ``weight.flatten(1)`` = U ``[rows, rank]`` @ V ``[rank, columns]``, each a
-    packed tensor of its own; the product is :func:`low_rank_product`.
-
-    Args:
-        rank: 1 or more, at most the rows and the columns.
-    """
-
-    rank: int
-
-    def __post_init__(self) -> None:
-        check_int("LowRank", "rank", self.rank, 1, 2**31 - 1)
-
-    def factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The best factors in the least-squares sense: truncated SVD, √S on either side.
-
-        Raises:
-            ValueError: the rank is more than the matrix has rows or columns.
-        """
-        rows, columns = matrix_shape(tuple(weight.shape))
-        if self.rank > min(rows, columns):
-            raise ValueError(f"LowRank: rank {self.rank} of a {rows} × {columns} matrix")
-        u, s, v = torch.linalg.svd(weight.detach().reshape(rows, columns).double(), False)
-        root = s[: self.rank].sqrt()
-        return (
-            (u[:, : self.rank] * root).to(weight.dtype),
-            (root[:, None] * v[: self.rank]).to(weight.dtype),
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,14 @@ from torch import Tensor
 
 from compressops.formats import checks
 from compressops.formats.coding import Coding, Decoder, Raw, huffman_decode_reference
-from compressops.formats.layout import Dense, Layout, LowRank, low_rank_product
+from compressops.formats.decompose import decompose
+from compressops.formats.layout import Dense, Layout
+from compressops.formats.lowrank import LowRank
 from compressops.formats.number import (
     Float,
     Number,
     check_dtype,
     check_weight,
-    matrix_shape,
 )
 from compressops.formats.registry import check_int
 
@@ -61,7 +63,7 @@ class PackedTensor:
 
         Args:
             weight: float32, bfloat16 or float16, any shape and device.
-            layout: default ``Dense()``. ``LowRank`` factorises by SVD (so it needs ``lossy``);
+            layout: default ``Dense()``. ``LowRank`` factorises (so it needs ``lossy``);
                 :meth:`from_factors` takes factors that exist.
             number: default ``Float`` of the weight's dtype.
             coding: default ``Raw()``.
@@ -89,9 +91,9 @@ class PackedTensor:
                 raise ValueError("LowRank: params belong to a factor; use from_factors")
             factors = [
                 cls.pack(f, number=number, coding=coding, lossy=lossy)
-                for f in layout.factors(weight)
+                for f in decompose(layout, weight)
             ]
-            packed = cls.from_factors(*factors, tuple(weight.shape), weight.dtype)
+            packed = cls.from_factors(factors, tuple(weight.shape), weight.dtype, layout)
             if mask is not None:
                 packed.meta["kept"] = int(mask.sum())
             if not lossy:
@@ -117,46 +119,51 @@ class PackedTensor:
 
     @classmethod
     def from_factors(
-        cls, u: PackedTensor, v: PackedTensor, shape: tuple[int, ...], dtype: torch.dtype
+        cls,
+        factors: Sequence[PackedTensor],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        layout: LowRank | None = None,
     ) -> PackedTensor:
-        """The low-rank weight ``(u @ v).view(shape)`` of packed factors.
+        """The low-rank weight of packed factors.
 
         Args:
-            u: packed ``[rows, rank]``.
-            v: packed ``[rank, columns]``.
-            shape: of the weight; ``rows × columns`` is its ``flatten(1)``.
-            dtype: of the weight.
+            factors: in the order of the layout's ``names``, of its ``factor_shapes``.
+            shape, dtype: of the weight.
+            layout: ``None``: u ``[rows, rank]`` @ v ``[rank, columns]``.
 
         Raises:
             ValueError: the factors don't fit each other or ``shape``, have a rank above that of
-                any such matrix, or are low-rank themselves.
+                any such weight, or are low-rank themselves.
         """
-        rows, columns = matrix_shape(shape)
-        rank = u.shape[-1] if u.shape else 0
-        if u.shape != (rows, rank) or v.shape != (rank, columns):
+        shapes = [tuple(factor.shape) for factor in factors]
+        if layout is None:
+            layout = LowRank(max(1, shapes[0][-1] if shapes and shapes[0] else 1))
+        expected = layout.factor_shapes(tuple(shape))
+        if shapes != list(expected.values()):
             raise ValueError(
-                f"factors {list(u.shape)} and {list(v.shape)} don't make a weight {list(shape)}, "
-                f"a {rows} × {columns} matrix"
+                f"factors {shapes} don't make a weight {list(shape)} of {layout}: expected "
+                f"{list(expected.values())}"
             )
-        checks.check_rank(rank, shape)
-        factors = dict(zip(checks.FACTORS, (u, v), strict=True))
-        for name, factor in factors.items():
+        named = dict(zip(layout.names, factors, strict=True))
+        for name, factor in named.items():
             if isinstance(factor.layout, LowRank):
                 raise ValueError(f"factor {name} is low-rank itself")
-        parts = {f"{n}_{k}": part for n, f in factors.items() for k, part in f.parts.items()}
-        meta = {name: factor.to_spec() for name, factor in factors.items()}
-        return cls(tuple(shape), dtype, LowRank(rank), u.number, u.coding, parts, meta)
+        parts = {f"{n}_{k}": part for n, f in named.items() for k, part in f.parts.items()}
+        meta = {name: factor.to_spec() for name, factor in named.items()}
+        return cls(tuple(shape), dtype, layout, factors[0].number, factors[0].coding, parts, meta)
 
-    def factors(self) -> tuple[PackedTensor, PackedTensor]:
-        """U and V of a low-rank weight.
+    def factors(self) -> tuple[PackedTensor, ...]:
+        """The factors of a low-rank weight, in the order of the layout's ``names``.
 
         Raises:
             ValueError: the layout is not ``LowRank``.
         """
         if not isinstance(self.layout, LowRank):
             raise ValueError(f"only LowRank has factors, this layout is {self.layout}")
-        u, v = (_from_spec_unchecked(self.meta[n], _subset(self.parts, n)) for n in checks.FACTORS)
-        return u, v
+        return tuple(
+            _from_spec_unchecked(self.meta[n], _subset(self.parts, n)) for n in self.layout.names
+        )
 
     def unpack(self, decode: Decoder | None = None) -> Tensor:
         """The dense weight, bit for bit: ``shape``, ``dtype``, on the parts' device.
@@ -169,8 +176,8 @@ class PackedTensor:
             ValueError: the parts are corrupt.
         """
         if isinstance(self.layout, LowRank):
-            u, v = (factor.unpack(decode) for factor in self.factors())
-            return low_rank_product(u, v, self.dtype).view(self.shape)
+            factors = [factor.unpack(decode) for factor in self.factors()]
+            return self.layout.product(factors, self.shape, self.dtype)
         return self.number.dequantize(self.dense_codes(decode), self.params, self.dtype)
 
     def dense_codes(self, decode: Decoder | None = None) -> Tensor:
@@ -220,8 +227,7 @@ class PackedTensor:
 
     @property
     def ideal_nbytes(self) -> float:
-        """weights × density × bits / 8: the accounting of papers, without indices, scales or
-        tables."""
+        """weights × density × bits / 8: the accounting of papers, no indices, scales or tables."""
         if isinstance(self.layout, LowRank):
             return sum(factor.ideal_nbytes for factor in self.factors())
         return math.prod(self.shape) * self.density * self.number.bits / 8
@@ -325,9 +331,8 @@ class PackedTensor:
 
     def _size(self) -> tuple[int, int]:
         """Entries in memory, and the rank, 0 where there is none."""
-        if isinstance(self.layout, LowRank):
-            return math.prod(self.shape), self.layout.rank
-        return self.layout.buffer_size(self.shape), 0
+        rank = self.layout.products if isinstance(self.layout, LowRank) else 0
+        return self.layout.buffer_size(self.shape), rank
 
     def _check_kept(self) -> None:
         if "kept" in self.meta:
@@ -344,7 +349,7 @@ class PackedTensor:
         if isinstance(self.layout, LowRank):
             return {
                 f"{n}_{part}": value
-                for n in checks.FACTORS
+                for n in self.layout.names
                 for part, value in _from_spec_unchecked(self.meta[n], {})
                 ._part_shapes(set(_subset(dict.fromkeys(present), n)))
                 .items()
@@ -360,13 +365,12 @@ class PackedTensor:
         checks.check_entries(self.shape, entries, rank, self.nbytes, max_entries)
         self._check_kept()
         if rank:
-            u, v = (
+            factors = [
                 PackedTensor.from_spec(self.meta[n], _subset(self.parts, n), max_entries)
-                for n in checks.FACTORS
-            )
-            rebuilt = PackedTensor.from_factors(u, v, self.shape, self.dtype)
-            given = (self.layout, self.number, self.coding)
-            if (rebuilt.layout, rebuilt.number, rebuilt.coding) != given:
+                for n in self.layout.names
+            ]
+            rebuilt = PackedTensor.from_factors(factors, self.shape, self.dtype, self.layout)
+            if (rebuilt.number, rebuilt.coding) != (given := (self.number, self.coding)):
                 raise ValueError(f"LowRank: {given} is not what its factor u has")
             return
         for name, (count, bits) in self._streams().items():
@@ -391,6 +395,6 @@ def _from_spec_unchecked(spec: dict[str, Any], parts: dict[str, Tensor]) -> Pack
     number = Number.from_spec(spec["number"])
     coding = Coding.from_spec(spec["coding"])
     if isinstance(layout, LowRank):
-        checks.check_rank(layout.rank, shape)
-        checks.check_factors(meta)
+        layout.factor_shapes(shape)
+        checks.check_factors(meta, layout.names)
     return PackedTensor(shape, dtype, layout, number, coding, parts, meta)

@@ -5,6 +5,7 @@ from compressops.nn.conv import PackedConv1d, PackedConv2d
 from compressops.nn.embedding import PackedEmbedding, TernaryEmbedding
 from compressops.nn.int8_conv import Int8Conv2d
 from compressops.nn.linear import PackedLinear
+from compressops.nn.lowrank import LowRankConv2d, LowRankLinear
 from compressops.nn.quantized_linear import Int4Linear, Int8Linear, TernaryLinear
 from compressops.nn.weight import PackedWeight
 from compressops.nn.winograd import Winograd
@@ -14,6 +15,8 @@ __all__ = [
     "Int4Linear",
     "Int8Conv2d",
     "Int8Linear",
+    "LowRankConv2d",
+    "LowRankLinear",
     "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",

@@ -215,6 +215,11 @@ class PackedModule(nn.Module):
         """What runs the layer: ``"torch"``, or the backend of its op."""
         return "torch"
 
+    def assumed_faster(self) -> str | None:
+        """Why this layer is taken for faster than the dense one where nothing is measured, though
+        it runs torch's kernels; ``None``: it is not."""
+        return None
+
     def extra_repr(self) -> str:
         config = self.get_config()
         shown = [f"{k}={v}" for k, v in config.items() if k not in ("type", "input_quantizer")]

@@ -51,7 +51,7 @@ class ConvModule(PackedModule):
         return super()._template(config)
 
 
-class _PackedConv(ConvModule):
+class PackedConv(ConvModule):
     """What `PackedConv1d` and `PackedConv2d` share: the choice between torch's convolution of the
     decoded weight and Winograd's."""
 
@@ -119,7 +119,7 @@ class _PackedConv(ConvModule):
         )
 
 
-class PackedConv1d(_PackedConv):
+class PackedConv1d(PackedConv):
     """`torch.nn.Conv1d` with a packed weight ``[out_channels, in_channels / groups, kernel]``.
 
     Bit for bit the result of a `Conv1d` that holds ``packed.unpack()``, or of a `WinogradConv1d`
@@ -136,7 +136,7 @@ class PackedConv1d(_PackedConv):
     dimensions = 1
 
 
-class PackedConv2d(_PackedConv):
+class PackedConv2d(PackedConv):
     """`torch.nn.Conv2d` with a packed weight ``[out_channels, in_channels / groups, kh, kw]``.
 
     Bit for bit the result of a `Conv2d` that holds ``packed.unpack()`` in the same memory format,

