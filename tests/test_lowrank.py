@@ -342,7 +342,7 @@ ERRORS = [
     ),
     (
         lambda: LowRankLinear.from_float(nn.Linear(4, 4), Sparse()),
-        "low-rank layers need LowRank, got Sparse",
+        "low-rank layers need the layout LowRank, got",
     ),
     (
         lambda: PackedTensor.from_factors(

@@ -165,12 +165,14 @@ class LowRank(Layout):
         if self.form == "spatial":
             u, v = factors
             left = u.squeeze(2).transpose(1, 2).reshape(o * w, -1)
-            return multiply(left, v.flatten(1)).reshape(o, w, i, h).permute(0, 2, 3, 1)
+            product = multiply(left, v.flatten(1)).reshape(o, w, i, h)
+            return product.permute(0, 2, 3, 1).contiguous()
         u, core, v = factors
         if self.form == "tucker":
             inner = multiply(core.permute(0, 2, 3, 1).reshape(-1, core.shape[1]), v)
             product = multiply(u, inner.reshape(core.shape[0], -1))
-            return product.reshape(o, h, w, i).permute(0, 3, 1, 2)
+            # In the memory format of a plain weight, on which a convolution's bits depend.
+            return product.reshape(o, h, w, i).permute(0, 3, 1, 2).contiguous()
         inner = v[:, :, None] * core.reshape(-1, 1, h * w)
         return multiply(u, inner.flatten(1)).reshape(shape)
 
@@ -180,4 +182,4 @@ class LowRank(Layout):
         """`compose` with one result on every machine: each product is `low_rank_product`, and what
         comes between two is rounded to float32."""
         exact = self.compose([factor.float() for factor in factors], shape, low_rank_product)
-        return exact.to(dtype).contiguous()
+        return exact.to(dtype)
