@@ -34,6 +34,8 @@ MARGIN = 1.05
 ERROR_LIMIT = MAX_ERROR_GROWTH
 # Activations may become this many times larger than those of the example.
 HEADROOM = 4.0
+# The tile that is the fastest of most layers.
+_TILE = 4
 # Rows and columns of one image that errors are measured on.
 _SAMPLE = 16
 
@@ -60,6 +62,19 @@ def with_winograd(layer: nn.Module, tile: int) -> nn.Module:
     new.input_quantizer = layer.input_quantizer
     new.run_winograd(Winograd(tile))
     return new.train(layer.training)
+
+
+def rivals(new: nn.Module, dense: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """What is to be measured of a packed module, and against what: of a low-rank convolution both
+    also as Winograd's, which either may run as afterwards."""
+    if not isinstance(new, LowRankConv2d):
+        return [new], [dense]
+    whole = PackedConv2d.from_module(dense, new.packed_weight.packed())
+    found = []
+    for layer in (new, whole):
+        able = _no_candidate(layer) is None and _TILE in tiles_for(layer)
+        found.append([with_winograd(layer, _TILE)] if able else [])
+    return [new, *found[0]], [dense, *found[1]]
 
 
 def prepare(model: nn.Module) -> None:
