@@ -19,24 +19,9 @@ from torch import nn
 
 import compressops as co
 from compressops.zoo.cifarnet import CifarNet
+from compressops.zoo.vgg16 import vgg16
 
-VGG16 = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 FORMATS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
-
-
-def vgg16(width: float = 1.0) -> nn.Sequential:
-    """The convolutional part."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for entry in VGG16:
-        if entry == "M":
-            layers.append(nn.MaxPool2d(2))
-            continue
-        out = int(entry * width)
-        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.ReLU(inplace=True)]
-        nn.init.kaiming_normal_(layers[-2].weight, nonlinearity="relu")
-        channels = out
-    return nn.Sequential(*layers)
 
 
 def chosen(model: nn.Module) -> str:
@@ -85,7 +70,7 @@ def main() -> None:
     rounds = 2 if arguments.smoke else max(15, arguments.rounds)
     width, size = (0.125, 32) if arguments.smoke else (1.0, 224)
     networks = {
-        "vgg16": (lambda: vgg16(width), size),
+        "vgg16": (lambda: nn.Sequential(*vgg16(width), nn.MaxPool2d(2)), size),
         "cifarnet": (lambda: CifarNet(width=width), 32),
     }
     rows = []
