@@ -14,7 +14,11 @@ from cuda_on_cpu.harness import KernelError, Plant
 from test_cuda_on_cpu import make_stream, reference
 from test_cuda_on_cpu_winograd import Case, make
 from test_cuda_on_cpu_winograd import run as run_winograd
+from test_int8_conv2d import Case as Case8
+from test_int8_conv2d import make as make_conv8
 
+from compressops import backend
+from compressops.ops.int8_conv2d import _pack, int8_conv2d
 from compressops.ops.int8_linear import quantize_rows
 from compressops.ops.packed_linear import Codes
 
@@ -108,13 +112,14 @@ def test_half_types_are_those_of_torch(selftest):
 # -- mistakes planted in the real kernels ---------------------------------------------------------
 
 QUANTIZE, INT8, HUFFMAN = "quantize_rows.cuh", "int8_linear.cuh", "huffman_decode.cuh"
+TILE, CONV8, IMAGES = "int8_tile.cuh", "int8_conv2d.cuh", "quantize_images.cuh"
 INT8_PLANTS = {
     "off by one": (
         Plant(INT8, "m < args.M && k < padded_k", "m <= args.M && k < padded_k"),
         'global array "q".* out of bounds',
     ),
     "missing __syncthreads": (
-        Plant(INT8, "__syncthreads();  // everyone's copies", "// everyone's copies"),
+        Plant(TILE, "__syncthreads();  // everyone's copies", "// everyone's copies"),
         'race on shared array "shared"|never written|before its cp.async',
     ),
     "missing __syncthreads between rows": (
@@ -126,16 +131,42 @@ INT8_PLANTS = {
         'shared array "shared".* out of bounds',
     ),
     "wait that ends too early": (
-        Plant(INT8, "cp_async_wait<Tile::kStages - 2>", "cp_async_wait<Tile::kStages - 1>"),
+        Plant(TILE, "cp_async_wait<Tile::kStages - 2>", "cp_async_wait<Tile::kStages - 1>"),
         "before its cp.async is waited for",
     ),
     "wrong fragment": (
-        Plant(INT8, "chunk + lane / 8 % 2", "chunk + lane / 16 % 2"),
+        Plant(TILE, "chunk + lane / 8 % 2", "chunk + lane / 16 % 2"),
         "wrong result",
     ),
     "shuffle over half a warp": (
         Plant("warp.cuh", "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
         "wrong result",
+    ),
+}
+CONV8_PLANTS = {
+    "off by one": (
+        Plant(CONV8, "row < shape.H &&", "row <= shape.H &&"),
+        'global array "q".* out of bounds|wrong result',
+    ),
+    "a tap too many": (
+        Plant(CONV8, "if (++s == shape.S)", "if (++s > shape.S)"),
+        'global array "weight".* out of bounds',
+    ),
+    "another group's codes": (
+        Plant(CONV8, "group_bytes = group * chunks * 16", "group_bytes = group * 16"),
+        "wrong result",
+    ),
+    "padding of zeros": (
+        Plant(IMAGES, "quantize_word(values, word, how)", "pixel < codes.pixels ? 1u : 0u"),
+        "wrong result",
+    ),
+    "the range of a part": (
+        Plant(IMAGES, "int64_t part = lane; part < args.parts", "int64_t part = lane; part < 1"),
+        "wrong result",
+    ),
+    "an output channel too many": (
+        Plant(CONV8, "        if (k < shape.K) int8", "        int8"),
+        "out of bounds|wrong result",
     ),
 }
 PACKED, OPERANDS = "packed_linear.cuh", "packed_linear_operands.cuh"
@@ -244,6 +275,7 @@ def planted():
             (op, name): pool.submit(harness.build, op, plant, defines)
             for op, plants, defines in (
                 ("int8_linear", INT8_PLANTS, ("CUDA_ON_CPU_FLOAT_ONLY",)),
+                ("int8_conv2d", CONV8_PLANTS, ("CUDA_ON_CPU_FLOAT_ONLY",)),
                 ("packed_linear", PACKED_PLANTS, ("CUDA_ON_CPU_INT8_ONLY",)),
                 ("huffman_decode", HUFFMAN_PLANTS, ()),
                 ("winograd_conv2d", WINOGRAD_PLANTS, ("CUDA_ON_CPU_HALF_ONLY",)),
@@ -277,6 +309,26 @@ def test_mistakes_planted_in_int8_linear_are_found(planted, name, order):
 
     message = INT8_PLANTS[name][1]
     with pytest.raises(AssertionError, match=message):
+        raise AssertionError(verdict(check))
+
+
+@ALL_ORDERS
+@pytest.mark.parametrize("name", CONV8_PLANTS)
+def test_mistakes_planted_in_int8_conv2d_are_found(planted, name, order):
+    """Two images of more than one part each, two groups, and a zero point."""
+    case = Case8(n=2, c=34, h=25, w=24, k=18, stride=(3, 3), groups=2)
+    x, weight, *rest = make_conv8(case, torch.device("cpu"))
+    args = (x + 1, weight, *rest, None, None, False)
+    packed = _pack(weight, 2, 1, 16)
+    with backend("eager"):
+        expected = int8_conv2d(*args)
+
+    def check() -> bool:
+        library = planted["int8_conv2d", name]
+        y = harness.int8_conv2d(library, *args[:2], packed, *args[2:], order=order)
+        return torch.equal(y, expected)
+
+    with pytest.raises(AssertionError, match=CONV8_PLANTS[name][1]):
         raise AssertionError(verdict(check))
 
 

@@ -14,8 +14,11 @@ from .winograd_domain import memory_format
 
 OP = "int8_conv2d"
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# CPU packing: panels of 16 output channels, 4 input channels side by side, as VNNI multiplies them.
-_PANEL, _DEPTH = 16, 4
+# Panels of 16 output channels, 4 input channels side by side, as VNNI and dp4a multiply them; or
+# rows of chunks of 16 input channels, as tensor cores do.
+_PANEL, _DEPTH, _CHUNK = 16, 4, 16
+# Input times output channels of a group from which on it makes enough of a matrix for those.
+_MATRIX = 256
 # So that a kernel's reach cannot overflow.
 _MOST = 2**31 - 1
 
@@ -42,8 +45,8 @@ def int8_conv2d(
     sums are exact. An image that holds NaN or Inf gives an image of NaN. The gradient with respect
     to ``x`` takes the quantization of ``x`` for the identity (straight-through).
 
-    On a CPU the codes of an image lie in memory once, channels last and with their padding, and
-    windows of them are multiplied in place: there is no im2col.
+    The codes of an image lie in memory once, channels last, and windows of them are multiplied in
+    place: there is no im2col.
 
     Args:
         x: ``[N, C, H, W]`` float32, float16 or bfloat16, any strides, empty in N alone.
@@ -77,13 +80,13 @@ def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tenso
     """Prepare an int8 weight ``[K, C / groups, R, S]`` for :func:`int8_conv2d` on its device.
 
     Returns:
-        The packed weight and the sum of each filter, int32 ``[K]``. Packed is, on a CPU,
+        The packed weight and the sum of each filter, int32 ``[K]``. Packed is int8, zero padded,
 
-        - ``[groups, ceil(K / groups / 16), R, S, ceil(C / groups / 4), 16, 4]`` int8, zero padded;
         - of a depthwise convolution (groups = K > 1, one input channel each)
           ``[ceil(K / 16), R, S, 16, 1]``;
-
-        and elsewhere the weight itself, contiguous.
+        - on a CPU, and of groups with C / groups · K / groups < 256 elsewhere,
+          ``[groups, ceil(K / groups / 16), R, S, ceil(C / groups / 4), 16, 4]``;
+        - of other weights elsewhere ``[groups, K / groups, R, S, ceil(C / groups / 16), 1, 16]``.
 
     Raises:
         ValueError: the weight is not int8 of four dimensions, or groups do not divide K.
@@ -91,19 +94,42 @@ def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tenso
     op = "int8_conv2d_pack"
     fits = weight.dtype == torch.int8 and weight.dim() == 4
     require(fits, op, "weight", "an int8 tensor [K, C / groups, R, S]", weight)
-    K, C, R, S = weight.shape
+    K, C = weight.shape[:2]
     divides = groups >= 1 and K % groups == 0
     require(divides, op, "groups", f"a divisor of {K} output channels", groups)
     sums = weight.sum((1, 2, 3), dtype=torch.int32)
-    if weight.device.type != "cpu":
-        return weight.contiguous(), sums
+    return _pack(weight, groups, *_block(K, C, groups, weight.device.type == "cpu")), sums
+
+
+def _block(K: int, C: int, groups: int, cpu: bool) -> tuple[int, int]:
+    """Output and input channels (C of a group) that lie side by side in a packed weight."""
     if _depthwise(K, C, groups):
-        panels = F.pad(weight.view(K, R, S), (0, 0, 0, 0, 0, -K % _PANEL))
-        return panels.view(-1, _PANEL, R, S).permute(0, 2, 3, 1).unsqueeze(-1).contiguous(), sums
-    one = weight.reshape(groups, K // groups, C, R, S)
-    padded = F.pad(one, (0, 0, 0, 0, 0, -C % _DEPTH, 0, -(K // groups) % _PANEL))
-    blocks = padded.view(groups, -1, _PANEL, -(-C // _DEPTH), _DEPTH, R, S)
-    return blocks.permute(0, 1, 5, 6, 3, 2, 4).contiguous(), sums
+        return _PANEL, 1
+    few = groups > 1 and C * (K // groups) < _MATRIX
+    return (_PANEL, _DEPTH) if cpu or few else (1, _CHUNK)
+
+
+def _pack(weight: torch.Tensor, groups: int, panel: int, depth: int) -> torch.Tensor:
+    K, C, R, S = weight.shape
+    # Channels of their own are the outputs of one group.
+    groups = 1 if depth == 1 else groups
+    panels, chunks = -(-(K // groups) // panel), -(-C // depth)
+    rows = weight.reshape(groups, K // groups, C, R, S)
+    padded = F.pad(rows, (0, 0, 0, 0, 0, -C % depth, 0, -(K // groups) % panel))
+    blocks = padded.view(groups, panels, panel, chunks, depth, R, S)
+    packed = blocks.permute(0, 1, 5, 6, 3, 2, 4).contiguous()
+    return packed.view(panels, R, S, panel, 1) if depth == 1 else packed
+
+
+def _packed_shape(weight, K: int, C: int, groups: int) -> tuple[int, ...]:
+    """Of a packed weight of these channels (C of a group), by its own block and kernel size."""
+    panel, depth = weight.shape[-2:]
+    R, S = _kernel_size(weight)
+    if _depthwise(K, C, groups):
+        return -(-K // _PANEL), R, S, _PANEL, 1
+    if (panel, depth) not in ((_PANEL, _DEPTH), (1, _CHUNK)):
+        panel, depth = _PANEL, _DEPTH
+    return groups, -(-(K // groups) // panel), R, S, -(-C // depth), panel, depth
 
 
 def _depthwise(K: int, C: int, groups: int) -> bool:
@@ -152,16 +178,12 @@ def _check_geometry(x, weight, K: int, stride, padding, dilation, groups: int) -
     C = x.shape[1]
     divides = groups >= 1 and C % groups == 0 and K % groups == 0
     require(divides, OP, "groups", f"a divisor of {C} input and {K} output channels", groups)
-    C, panels = C // groups, -(-(K // groups) // _PANEL)
+    C //= groups
     fits = weight.dtype == torch.int8 and weight.dim() in (4, 5, 7)
     if fits:
         R, S = _kernel_size(weight)
-        forms = [(K, C, R, S)]
-        if _depthwise(K, C, groups):
-            forms.append((-(-K // _PANEL), R, S, _PANEL, 1))
-        else:
-            forms.append((groups, panels, R, S, -(-C // _DEPTH), _PANEL, _DEPTH))
-        fits = R >= 1 and S >= 1 and tuple(weight.shape) in forms
+        form = (K, C, R, S) if weight.dim() == 4 else _packed_shape(weight, K, C, groups)
+        fits = R >= 1 and S >= 1 and tuple(weight.shape) == form
     form = f"int8 [{K}, {C}, R, S] or that as int8_conv2d_pack makes it"
     require(fits, OP, "weight", form, weight)
     enough = all(size >= 1 for size in _output_size(x, weight, stride, padding, dilation))

@@ -4,27 +4,18 @@
 // Kernel 1 quantizes each row of x to int8. Kernel 2 is one of
 //   rows   M ≤ 16: the weight's N·K bytes are all the traffic that counts, so each is read once, by
 //          the warp that owns its row, and multiplied with dp4a;
-//   tile   an int8 GEMM on the tensor cores (mma.sync m16n8k32, sm_80 and newer): per block and
-//   step
-//          of 64 along K, (kBlockM + kBlockN) · 64 bytes come in and 2 · kBlockM · kBlockN · 64
-//          operations are done on them, 128 a byte for 128 × 128 tiles.
-// Sums are exact in int32 for K ≤ kInt8LinearMaxK; the caller refuses a larger K.
+//   tile   an int8 GEMM on the tensor cores, see int8_tile.cuh.
+// Sums are exact in int32; the caller refuses a K that is too large for that.
 #pragma once
 
 #include "activation.cuh"
 #include "device.cuh"
+#include "int8_tile.cuh"
 #include "ptx.cuh"
 #include "quantize_rows.cuh"
 #include "tiles.cuh"
 
 namespace compressops {
-
-// The sums of |q| ≤ 127 times |weight| ≤ 128 must fit 31 bits.
-constexpr int64_t kInt8LinearMaxK = 131072;
-static_assert(kInt8LinearMaxK * 127 * 128 <= 0x7fffffff);
-// With zero points |q − zero| ≤ 255.
-constexpr int64_t kInt8LinearMaxAsymmetricK = 65536;
-static_assert(kInt8LinearMaxAsymmetricK * 255 * 128 <= 0x7fffffff);
 
 // Which kernel serves a shape. The tests force each.
 enum class Int8LinearKernel : int { kAuto = -1, kRows1, kRows4, kRows16, kTile64, kTile128 };
@@ -138,20 +129,6 @@ __global__ void __launch_bounds__(kRowsWarps* kWarpSize) int8_linear_rows(Int8Li
   }
 }
 
-// A block computes a kBlockM × kBlockN tile of y, a warp kWarpM × 32 of it. K goes by in steps of
-// 64 bytes, kStages of them in shared memory, the copies of the later ones under way.
-template <int kBlockM_, int kBlockN_, int kWarpM_, int kStages_>
-struct Int8LinearTile {
-  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kStages = kStages_;
-  static constexpr int kWarpM = kWarpM_, kWarpN = 32;
-  static constexpr int kWarpsN = kBlockN / kWarpN;
-  static constexpr int kThreads = kBlockM / kWarpM * kWarpsN * kWarpSize;
-  static constexpr int kChunks = 4;  // 16-byte chunks in a row of a stage
-  static constexpr int kStepK = 16 * kChunks;
-  static constexpr int kSharedBytes = kStages * (kBlockM + kBlockN) * kStepK;
-  static_assert(kBlockM * kChunks % kThreads == 0 && kBlockN * kChunks % kThreads == 0);
-};
-
 template <class Tile, bool kAligned, class T>
 __device__ __forceinline__ void int8_linear_load_stage(const Int8LinearArgs<T>& args,
                                                        Shared<int4> stage_q,
@@ -159,21 +136,21 @@ __device__ __forceinline__ void int8_linear_load_stage(const Int8LinearArgs<T>& 
                                                        int64_t first_n, int64_t first_k) {
   const int64_t padded_k = padded_to_16(args.K);
   const int thread = static_cast<int>(threadIdx.x);
+  const int chunk = thread % Tile::kChunks;
+  const int64_t k = first_k + 16 * chunk;
 #pragma unroll
-  for (int i = 0; i < Tile::kBlockM * Tile::kChunks / Tile::kThreads; ++i) {
-    const int index = i * Tile::kThreads + thread;
-    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
-    const int64_t m = first_m + row, k = first_k + 16 * chunk;
+  for (int i = 0; i < Tile::kCopiesLeft; ++i) {
+    const int row = i * Tile::kCopyRows + thread / Tile::kChunks;
+    const int64_t m = first_m + row;
     const bool valid = m < args.M && k < padded_k;
     const int64_t source = valid ? m * padded_k + k : 0;
     cp_async_16(stage_q + swizzled(row, chunk),
                 view_as<const int4>(Global<const int8_t>(args.q) + source), valid);
   }
 #pragma unroll
-  for (int i = 0; i < Tile::kBlockN * Tile::kChunks / Tile::kThreads; ++i) {
-    const int index = i * Tile::kThreads + thread;
-    const int row = index / Tile::kChunks, chunk = index % Tile::kChunks;
-    const int64_t n = first_n + row, k = first_k + 16 * chunk;
+  for (int i = 0; i < Tile::kCopiesRight; ++i) {
+    const int row = i * Tile::kCopyRows + thread / Tile::kChunks;
+    const int64_t n = first_n + row;
     const bool valid = n < args.N && k < args.K;
     const int64_t source = valid ? n * args.K : 0;
     if constexpr (kAligned) {
@@ -186,97 +163,31 @@ __device__ __forceinline__ void int8_linear_load_stage(const Int8LinearArgs<T>& 
   }
 }
 
+struct Int8LinearRow {
+  int64_t m;
+  bool valid;
+};
+
 template <class T, class Tile, bool kAligned>
 __global__ void __launch_bounds__(Tile::kThreads) int8_linear_tile(Int8LinearArgs<T> args) {
-  constexpr int kTilesM = Tile::kWarpM / 16, kTilesN = Tile::kWarpN / 8;
-  constexpr int kStageQ = Tile::kBlockM * Tile::kChunks;
-  constexpr int kStageWeight = Tile::kBlockN * Tile::kChunks;
   COMPRESSOPS_DYNAMIC_SHARED(int4, shared, Tile::kSharedBytes);
-  const Shared<int4> shared_q = slice(shared, 0, Tile::kStages * kStageQ);
-  const Shared<int4> shared_weight =
-      slice(shared, Tile::kStages * kStageQ, Tile::kStages * kStageWeight);
-
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int warp = static_cast<int>(threadIdx.x) / kWarpSize;
-  const int warp_m = warp / Tile::kWarpsN * Tile::kWarpM;
-  const int warp_n = warp % Tile::kWarpsN * Tile::kWarpN;
   int64_t tile_m, tile_n;
   tile_of_block(blockIdx.x, ceil_div<int64_t>(args.M, Tile::kBlockM),
                 ceil_div<int64_t>(args.N, Tile::kBlockN), &tile_m, &tile_n);
   const int64_t first_m = tile_m * Tile::kBlockM, first_n = tile_n * Tile::kBlockN;
-  const int steps = static_cast<int>(ceil_div<int64_t>(args.K, Tile::kStepK));
 
-  const auto load_step = [&](int step) {
-    const int stage = step % Tile::kStages;
-    int8_linear_load_stage<Tile, kAligned>(args, slice(shared_q, stage * kStageQ, kStageQ),
-                                           slice(shared_weight, stage * kStageWeight, kStageWeight),
-                                           first_m, first_n, int64_t{step} * Tile::kStepK);
-  };
-
-#pragma unroll
-  for (int step = 0; step < Tile::kStages - 1; ++step) {
-    if (step < steps) load_step(step);
-    cp_async_commit();  // also when empty: the waits below count groups
-  }
-  int sums[kTilesM][kTilesN][4] = {};
-  for (int step = 0; step < steps; ++step) {
-    cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // everyone's copies of this step are there, and the stage before is free
-    if (step + Tile::kStages - 1 < steps) load_step(step + Tile::kStages - 1);
-    cp_async_commit();
-
-    const int stage = step % Tile::kStages;
-    const Shared<int4> stage_q = slice(shared_q, stage * kStageQ, kStageQ);
-    const Shared<int4> stage_weight = slice(shared_weight, stage * kStageWeight, kStageWeight);
-#pragma unroll
-    for (int chunk = 0; chunk < Tile::kChunks; chunk += 2) {
-      uint32_t left[kTilesM][4];
-      uint32_t right[kTilesN][2];
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-        // Matrices: rows 0-7 and 8-15 of the first chunk, then of the second.
-        ldmatrix_x4(left[i], stage_q + swizzled(warp_m + 16 * i + lane % 16, chunk + lane / 16));
-      }
-#pragma unroll
-      for (int j = 0; j < kTilesN; j += 2) {
-        // Matrices: both chunks of rows 0-7, then of rows 8-15.
-        uint32_t loaded[4];
-        ldmatrix_x4(loaded, stage_weight + swizzled(warp_n + 8 * j + lane / 16 * 8 + lane % 8,
-                                                    chunk + lane / 8 % 2));
-        right[j][0] = loaded[0];
-        right[j][1] = loaded[1];
-        right[j + 1][0] = loaded[2];
-        right[j + 1][1] = loaded[3];
-      }
-#pragma unroll
-      for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) mma_m16n8k32_s8(sums[i][j], left[i], right[j]);
-      }
-    }
-  }
-
-#pragma unroll
-  for (int i = 0; i < kTilesM; ++i) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t m = first_m + warp_m + 16 * i + 8 * half + lane / 4;
-      if (m >= args.M) continue;
-#pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int64_t n = first_n + warp_n + 8 * j + 2 * (lane % 4) + odd;
-          if (n >= args.N) continue;
-          int8_linear_store(args, m, n, sums[i][j][2 * half + odd]);
-        }
-      }
-    }
-  }
+  Tile tile;
+  multiply_tile(tile, shared, static_cast<int>(ceil_div<int64_t>(args.K, Tile::kStepK)),
+                [&](int step, Shared<int4> stage_q, Shared<int4> stage_weight) {
+                  int8_linear_load_stage<Tile, kAligned>(args, stage_q, stage_weight, first_m,
+                                                         first_n, int64_t{step} * Tile::kStepK);
+                });
+  store_tile(
+      tile, [&](int row) { return Int8LinearRow{first_m + row, first_m + row < args.M}; },
+      [&](const Int8LinearRow& row, int column, int sum) {
+        if (first_n + column < args.N) int8_linear_store(args, row.m, first_n + column, sum);
+      });
 }
-
-using Int8LinearTile64 = Int8LinearTile<64, 64, 32, 4>;
-using Int8LinearTile128 = Int8LinearTile<128, 128, 64, 4>;
 
 struct Int8LinearChoice {
   int64_t max_m;      // serves M up to this
@@ -349,12 +260,12 @@ cudaError_t launch_int8_linear(const Int8LinearArgs<T>& args, int64_t multiproce
     case Int8LinearKernel::kRows16:
       return launch_int8_linear_rows<16>(args, aligned, stream);
     case Int8LinearKernel::kTile64:
-      return aligned ? launch_int8_linear_tile<Int8LinearTile64, true>(args, stream)
-                     : launch_int8_linear_tile<Int8LinearTile64, false>(args, stream);
+      return aligned ? launch_int8_linear_tile<Int8Tile64, true>(args, stream)
+                     : launch_int8_linear_tile<Int8Tile64, false>(args, stream);
     case Int8LinearKernel::kTile128:
       // Rows that must be read byte by byte would keep the larger tile waiting all the same.
-      return aligned ? launch_int8_linear_tile<Int8LinearTile128, true>(args, stream)
-                     : launch_int8_linear_tile<Int8LinearTile64, false>(args, stream);
+      return aligned ? launch_int8_linear_tile<Int8Tile128, true>(args, stream)
+                     : launch_int8_linear_tile<Int8Tile64, false>(args, stream);
     default:
       return cudaErrorInvalidValue;
   }

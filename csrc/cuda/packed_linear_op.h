@@ -12,8 +12,6 @@
 
 namespace compressops {
 
-using OptionalTensor = std::optional<Tensor>;
-
 struct PackedLinearCall {
   const char* op;
   int64_t M, N, K, row_stride;
@@ -24,15 +22,6 @@ struct PackedLinearCall {
   Activation activation;
   Tensor y;
 };
-
-template <class T>
-Global<T> data_of(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-template <class T>
-Global<const T> data_of(const OptionalTensor& tensor) {
-  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
-}
 
 inline int compute_capability(const Tensor& tensor, const char* op) {
   int major = 0, minor = 0;

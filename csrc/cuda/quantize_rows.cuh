@@ -101,6 +101,52 @@ __device__ __forceinline__ unsigned quantize_byte(float value, const RowCodes& c
   return static_cast<unsigned>(__float2int_rn(clamped) + codes.zero) & 0xffu;
 }
 
+// Four of the values as bytes of a word.
+__device__ __forceinline__ unsigned quantize_word(const float (&values)[16], int word,
+                                                  const RowCodes& codes) {
+  unsigned packed = 0;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) packed |= quantize_byte(values[4 * word + i], codes) << (8 * i);
+  return packed;
+}
+
+// Widens `bits`, as row_codes takes them, by those of the elements [first, end) of a row that this
+// thread of a block sees; first is a multiple of 16. Bit patterns of magnitudes order like the
+// magnitudes, with NaN above infinity: an integer maximum keeps NaN, which fmaxf would drop.
+template <class T, int kThreads, int kSides>
+__device__ __forceinline__ void widen_range(Global<const T> row, int64_t first, int64_t end,
+                                            bool aligned, unsigned (&bits)[2]) {
+  for (int64_t k = first + 16 * static_cast<int>(threadIdx.x); k < end; k += 16 * kThreads) {
+    float values[16];
+    load_16_floats<T>(row + k, end - k, aligned, values);
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const unsigned value = __float_as_uint(values[i]), magnitude = value & 0x7fffffffu;
+      const bool low = kSides == 1 || value != magnitude;
+      bits[0] = max(bits[0], low ? magnitude : 0u);
+      if constexpr (kSides == 2) bits[1] = max(bits[1], low ? 0u : magnitude);
+    }
+  }
+}
+
+// The largest of all threads' bits, for all threads. `warp_bits`: kWarps * kSides, free again.
+template <int kWarps, int kSides>
+__device__ __forceinline__ void block_range(Shared<unsigned> warp_bits, unsigned (&bits)[2]) {
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int side = 0; side < kSides; ++side) {
+    bits[side] = warp_max(bits[side]);
+    if (thread % kWarpSize == 0) warp_bits[side * kWarps + thread / kWarpSize] = bits[side];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSides * kWarps; ++i) {
+    const unsigned other = warp_bits[i];
+    bits[i / kWarps] = max(bits[i / kWarps], other);
+  }
+  __syncthreads();  // the next row writes warp_bits again
+}
+
 // One block a row. The second reading of the row comes from L1 or L2.
 template <class T, int kThreads, RowScaling kScaling>
 __global__ void __launch_bounds__(kThreads, 8)
@@ -113,33 +159,9 @@ __global__ void __launch_bounds__(kThreads, 8)
   const int thread = static_cast<int>(threadIdx.x);
 
   for (int64_t row = blockIdx.x; row < M; row += gridDim.x) {
-    // Bit patterns of magnitudes order like the magnitudes, with NaN above infinity: an integer
-    // maximum keeps NaN, which fmaxf would drop.
     unsigned bits[2] = {0, 0};
-    for (int64_t k = int64_t{16} * thread; k < K; k += 16 * kThreads) {
-      float values[16];
-      load_16_floats<T>(x + (row * row_stride + k), K - k, aligned, values);
-#pragma unroll
-      for (int i = 0; i < 16; ++i) {
-        const unsigned value = __float_as_uint(values[i]), magnitude = value & 0x7fffffffu;
-        const bool low = kSides == 1 || value != magnitude;
-        bits[0] = max(bits[0], low ? magnitude : 0u);
-        if constexpr (kSides == 2) bits[1] = max(bits[1], low ? 0u : magnitude);
-      }
-    }
-#pragma unroll
-    for (int side = 0; side < kSides; ++side) {
-      bits[side] = warp_max(bits[side]);
-      if (thread % kWarpSize == 0) warp_bits[side * kWarps + thread / kWarpSize] = bits[side];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kSides * kWarps; ++i) {
-      const unsigned other = warp_bits[i];
-      bits[i / kWarps] = max(bits[i / kWarps], other);
-    }
-    __syncthreads();  // the next row writes warp_bits again
-
+    widen_range<T, kThreads, kSides>(x + row * row_stride, 0, K, aligned, bits);
+    block_range<kWarps, kSides>(warp_bits, bits);
     const RowCodes codes = row_codes<kScaling>(bits[0], bits[1], given);
     if (thread == 0) {
       x_scales[row] = codes.scale;
@@ -150,13 +172,7 @@ __global__ void __launch_bounds__(kThreads, 8)
       load_16_floats<T>(x + (row * row_stride + k), K - k, aligned, values);
       unsigned packed[4];
 #pragma unroll
-      for (int word = 0; word < 4; ++word) {
-        packed[word] = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          packed[word] |= quantize_byte(values[4 * word + i], codes) << (8 * i);
-        }
-      }
+      for (int word = 0; word < 4; ++word) packed[word] = quantize_word(values, word, codes);
       view_as<int4>(q + (row * padded_k + k))[0] =
           make_int4(static_cast<int>(packed[0]), static_cast<int>(packed[1]),
                     static_cast<int>(packed[2]), static_cast<int>(packed[3]));

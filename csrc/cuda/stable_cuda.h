@@ -9,13 +9,18 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "../check.h"
 #include "activation.cuh"
 
 namespace compressops {
+
+using OptionalTensor = std::optional<Tensor>;
 
 inline void check_cuda(cudaError_t error, const char* op) {
   if (error != cudaSuccess) {
@@ -65,6 +70,75 @@ inline Activation parse_activation(const std::string& name, const char* op) {
 
 inline bool same_device(const Tensor& tensor, const Tensor& other) {
   return tensor.is_cuda() && tensor.get_device_index() == other.get_device_index();
+}
+
+// A tensor of these sizes on x's device.
+inline void check_operand(const char* op, const Tensor& tensor, const char* argument,
+                          const char* dtype_name, ScalarType dtype,
+                          const std::vector<int64_t>& shape, const Tensor& x) {
+  bool fits = same_device(tensor, x) && tensor.scalar_type() == dtype &&
+              tensor.dim() == static_cast<int64_t>(shape.size());
+  std::string shape_text;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    fits = fits && tensor.size(static_cast<int64_t>(i)) == shape[i];
+    shape_text += (i ? ", " : "") + std::to_string(shape[i]);
+  }
+  COMPRESSOPS_CHECK(fits, op, argument,
+                    std::string("a ") + dtype_name + " tensor [" + shape_text + "] on x's device",
+                    tensor);
+}
+
+// The bias of `count` outputs as the kernels read it: contiguous, in float32.
+inline OptionalTensor checked_bias(const char* op, const OptionalTensor& bias, int64_t count,
+                                   const Tensor& x) {
+  if (!bias) return bias;
+  COMPRESSOPS_CHECK(
+      same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == count && is_float_dtype(*bias),
+      op, "bias", "a float tensor [" + std::to_string(count) + "] on x's device", *bias);
+  return torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
+}
+
+template <class T>
+T* data_of(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+template <class T>
+const T* data_of(const OptionalTensor& tensor) {
+  return tensor ? static_cast<const T*>(tensor->const_data_ptr()) : nullptr;
+}
+
+inline bool is_dense(const Tensor& tensor, std::initializer_list<int> order) {
+  int64_t expected = 1;
+  for (int dim : order) {
+    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
+    expected *= tensor.size(dim);
+  }
+  return true;
+}
+
+// As torch's: channels last, and not contiguous as well.
+inline bool is_channels_last(const Tensor& tensor) {
+  return tensor.numel() > 0 && is_dense(tensor, {1, 3, 2, 0}) && !is_dense(tensor, {3, 2, 1, 0});
+}
+
+// [N, C, H, W] of x's dtype and device, without values.
+inline Tensor new_images(const Tensor& x, const std::vector<int64_t>& size, bool channels_last) {
+  if (!channels_last) return torch::stable::new_empty(x, size);
+  const Tensor y = torch::stable::new_empty(x, {size[0], size[2], size[3], size[1]});
+  return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
+}
+
+// call(T{}) with the element type of a tensor that is_float_dtype.
+template <class Call>
+void with_element_type(const Tensor& tensor, const Call& call) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half:
+      return call(__half{});
+    case ScalarType::BFloat16:
+      return call(__nv_bfloat16{});
+    default:
+      return call(float{});
+  }
 }
 
 }  // namespace compressops

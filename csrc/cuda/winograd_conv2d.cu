@@ -20,20 +20,6 @@ WinogradStrides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
 
-bool is_dense(const Tensor& tensor, std::initializer_list<int> order) {
-  int64_t expected = 1;
-  for (int dim : order) {
-    if (tensor.size(dim) != 1 && tensor.stride(dim) != expected) return false;
-    expected *= tensor.size(dim);
-  }
-  return true;
-}
-
-// As torch's: channels last, and not contiguous as well.
-bool is_channels_last(const Tensor& tensor) {
-  return tensor.numel() > 0 && is_dense(tensor, {1, 3, 2, 0}) && !is_dense(tensor, {3, 2, 1, 0});
-}
-
 template <class T>
 void run(const WinogradShape& shape, const Tensor& x, const Tensor& transformed,
          const std::optional<Tensor>& bias, Activation activation, const Tensor& y) {
@@ -94,33 +80,14 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const Tensor& tran
                     kOp, "transformed",
                     "of x's dtype and device, " + form + " as winograd_conv2d_pack makes it",
                     transformed);
-  std::optional<Tensor> float_bias;
-  if (bias) {
-    COMPRESSOPS_CHECK(
-        same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == K && is_float_dtype(*bias),
-        kOp, "bias", "a float tensor [" + std::to_string(K) + "] on x's device", *bias);
-    float_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
-  }
+  const OptionalTensor float_bias = checked_bias(kOp, bias, K, x);
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor y = is_channels_last(x)
-                 ? torch::stable::transpose(
-                       torch::stable::transpose(
-                           torch::stable::new_empty(x, {shape.N, shape.OH, shape.OW, K}), 2, 3),
-                       1, 2)
-                 : torch::stable::new_empty(x, {shape.N, K, shape.OH, shape.OW});
+  const Tensor y = new_images(x, {shape.N, K, shape.OH, shape.OW}, is_channels_last(x));
   if (y.numel() == 0) return y;
   const Tensor u = torch::stable::contiguous(transformed);
-  switch (x.scalar_type()) {
-    case ScalarType::Half:
-      run<__half>(shape, x, u, float_bias, activation, y);
-      break;
-    case ScalarType::BFloat16:
-      run<__nv_bfloat16>(shape, x, u, float_bias, activation, y);
-      break;
-    default:
-      run<float>(shape, x, u, float_bias, activation, y);
-  }
+  with_element_type(
+      x, [&](auto element) { run<decltype(element)>(shape, x, u, float_bias, activation, y); });
   return y;
 }
 

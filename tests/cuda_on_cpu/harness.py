@@ -127,6 +127,84 @@ def int8_linear(
     return y
 
 
+INT8_CONV2D_KERNELS = {"auto": -1, "tile64": 0, "tile128": 1}
+INT8_CONV2D_FORMS = {(1, 16): 0, (16, 4): 1, (16, 1): 2}  # panel and depth
+
+
+def int8_conv2d_sizes(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    K: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> ctypes.Array:
+    """The shape of the op on a weight that is packed as GPUs have it."""
+    (N, C, H, W), first = x.shape, 1 if packed.dim() == 5 else 2
+    R, S = packed.shape[first : first + 2]
+    OH, OW = (
+        (size + 2 * padding[i] - dilation[i] * (taps - 1) - 1) // stride[i] + 1
+        for i, (size, taps) in enumerate(((H, R), (W, S)))
+    )
+    form = INT8_CONV2D_FORMS[tuple(packed.shape[-2:])]
+    sizes = (N, groups, C // groups, K // groups, H, W, OH, OW, R, S)
+    sizes = (*sizes, *stride, *padding, *dilation, form)
+    return (c_int64 * len(sizes))(*sizes)
+
+
+def int8_conv2d(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    packed: torch.Tensor,
+    weight_scales: torch.Tensor,
+    weight_sums: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    activation: str = "none",
+    x_scale: torch.Tensor | None = None,
+    x_zero: torch.Tensor | None = None,
+    symmetric: bool = True,
+    *,
+    pack: bool = False,
+    y_last: bool = False,
+    kernel: str = "auto",
+    max_blocks: int = 2**31 - 1,
+    order: str = "forward",
+) -> torch.Tensor:
+    """The op on images without gaps, with its tile forced if named.
+
+    ``pack``: give it ``weight`` for its own kernel to pack, and not ``packed``.
+    """
+    K = len(weight_scales)
+    sizes = int8_conv2d_sizes(x, packed, K, stride, padding, dilation, groups)
+    y = torch.full((x.shape[0], K, sizes[6], sizes[7]), 77.0, dtype=x.dtype)
+    if y_last:
+        y = y.contiguous(memory_format=torch.channels_last)
+    given = weight if pack else packed
+    _call(
+        library.run_int8_conv2d,
+        ctypes.c_int(DTYPES[x.dtype]),
+        sizes,
+        _pointer(x),
+        c_int64(x.stride(0)),
+        ctypes.c_int(x.stride(1) == 1 and x.shape[1] > 1),
+        ctypes.c_int(y_last),
+        *(_pointer(given), c_int64(given.numel()), ctypes.c_int(not pack)),
+        *map(_pointer, (weight_scales, weight_sums, bias, x_scale, x_zero, y)),
+        ctypes.c_int(ACTIVATIONS[activation]),
+        ctypes.c_int(2 if x_scale is not None else not symmetric),
+        ctypes.c_int(INT8_CONV2D_KERNELS[kernel]),
+        c_int64(max_blocks),
+        order=order,
+    )
+    return y
+
+
 PACKED_LINEAR_KERNELS = {"auto": -1, "narrow": 0, "wide": 1}
 
 
