@@ -81,6 +81,50 @@ def int8_cases(small: bool) -> Iterator[Check]:
         yield Check("int8_linear", (*int8_arguments(m, k, 70, torch.float32), *quantization))
 
 
+def conv_arguments(
+    shape: tuple[int, int, int, int],
+    out_channels: int,
+    kernel: tuple[int, int] = (3, 3),
+    options: tuple = ((1, 1), (1, 1), (1, 1), 1),
+    dtype: torch.dtype = torch.float32,
+    last: bool = True,
+    activation: str = "none",
+) -> tuple:
+    """Of `int8_conv2d`; options: stride, padding, dilation, groups."""
+    groups = options[3]
+    size = (out_channels, shape[1] // groups, *kernel)
+    weight = torch.randint(-127, 128, size, dtype=torch.int8, device=DEVICE)
+    packed, sums = co.ops.int8_conv2d_pack(weight, groups)
+    x = torch.randn(shape, device=DEVICE).to(dtype)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    scales = torch.rand(out_channels, device=DEVICE) / 127
+    bias = torch.randn(out_channels, device=DEVICE)
+    return x, packed, scales, sums, bias, *map(list, options[:3]), groups, activation
+
+
+def conv_cases(small: bool) -> Iterator[Check]:
+    quantizations = itertools.cycle([(), *int8_quantizations()])
+    one = ((1, 1), (0, 0), (1, 1), 1)
+    cases = [
+        ((2, 5, 9, 8), 7, (3, 3), ((1, 1), (4, 5), (1, 1), 1)),
+        ((1, 34, 7, 9), 65, (1, 1), one),
+        ((2, 3, 23, 21), 16, (7, 7), ((2, 2), (3, 3), (1, 1), 1)),
+        ((1, 40, 9, 9), 36, (3, 3), ((1, 2), (2, 2), (2, 1), 2)),
+        ((2, 12, 6, 6), 30, (3, 2), ((1, 1), (1, 0), (1, 1), 3)),
+        ((2, 37, 9, 7), 37, (5, 3), ((2, 1), (2, 1), (1, 1), 37)),
+    ]
+    if not small:
+        cases += [
+            ((0, 4, 8, 8), 4, (3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+            ((9, 130, 29, 31), 258, (3, 3), ((1, 1), (1, 1), (1, 1), 1)),
+            ((4, 128, 56, 56), 128, (3, 3), ((1, 1), (1, 1), (1, 1), 32)),
+        ]
+    for case, dtype, last in itertools.product(cases, FLOATS, (False, True)):
+        activation = ("none", "relu", "gelu")[case[1] % 3]
+        arguments = conv_arguments(*case, dtype, last, activation)
+        yield Check("int8_conv2d", (*arguments, *next(quantizations)))
+
+
 def packed_arguments(
     op: str,
     m: int,
@@ -190,6 +234,7 @@ def winograd_grad_cases(small: bool) -> Iterator[Check]:
 
 CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
     "int8_linear": int8_cases,
+    "int8_conv2d": conv_cases,
     "int4_linear": functools.partial(packed_cases, "int4_linear"),
     "ternary_linear": functools.partial(packed_cases, "ternary_linear"),
     "huffman_decode": huffman_cases,

@@ -33,6 +33,7 @@ from gpu_cases import (
     CASES,
     DEVICE,
     GPU,
+    conv_arguments,
     huffman_arguments,
     int8_arguments,
     packed_arguments,
@@ -155,6 +156,39 @@ def int8_rows(backend: str, rounds: int) -> Iterator[dict]:
         }
 
 
+def conv_rows(backend: str, rounds: int) -> Iterator[dict]:
+    """Layers of ResNet-50 and MobileNet, and a grouped one, against cuDNN in bf16, channels last;
+    bytes are those of x, the weight and y."""
+    layers = [
+        *((c, c, size, 3, 1, 1) for c, size in ((64, 56), (128, 28), (256, 14), (512, 7))),
+        *((256, 64, 56, 1, 1, 1), (64, 256, 56, 1, 1, 1), (3, 64, 224, 7, 2, 1)),
+        *((128, 128, 56, 3, 1, 32), (512, 512, 14, 3, 1, 512)),
+    ]
+    for batch, (C, K, size, taps, stride, groups) in itertools.product((1, 32), layers):
+        pair = [(stride, stride), (taps // 2, taps // 2), (1, 1)]
+        shape, kernel = (batch, C, size, size), (taps, taps)
+        sets = [conv_arguments(shape, K, kernel, (*pair, groups), torch.bfloat16) for _ in range(4)]
+        dense = torch.randn(K, C // groups, *kernel, device=DEVICE, dtype=torch.bfloat16)
+        dense = dense.contiguous(memory_format=torch.channels_last)
+        with co.backend(backend):
+            ours = graph_seconds(
+                [functools.partial(torch.ops.compressops.int8_conv2d, *s) for s in sets], rounds
+            )
+        options = (None, *pair, groups)
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True):
+            peers = [functools.partial(F.conv2d, s[0], dense, *options) for s in sets]
+            peer = graph_seconds(peers, rounds)
+        outputs = batch * K * (size // stride) ** 2
+        products = outputs * C // groups * taps**2
+        traffic = 2 * batch * C * size**2 + K * C // groups * taps**2 + 2 * outputs
+        name = f"{C}→{K}@{size}, {taps}×{taps}/{stride}, groups {groups}, N = {batch}"
+        yield {
+            **{"op": "int8_conv2d", "backend": backend, "case": f"{name} bf16"},
+            **{"µs": ours * 1e6, "TOP/s": 2 * products / ours / 1e12},
+            **{"GB/s": traffic / ours / 1e9, "× peer": peer / ours, "peer": "cuDNN bf16"},
+        }
+
+
 def packed_rows(op: str, quantize_x: bool, backend: str, rounds: int) -> Iterator[dict]:
     """Groups of 128; bytes are those of codes, scales, x and y."""
     bits, call = 2 if op == "ternary_linear" else 4, getattr(torch.ops.compressops, op)
@@ -222,6 +256,7 @@ def winograd_rows(backend: str, rounds: int) -> Iterator[dict]:
 
 FIGURES: dict[str, Callable[[str, int], Iterator[dict]]] = {
     "int8_linear": int8_rows,
+    "int8_conv2d": conv_rows,
     "int4_linear": int4_rows,
     "ternary_linear": functools.partial(packed_rows, "ternary_linear", True),
     "huffman_decode": huffman_rows,

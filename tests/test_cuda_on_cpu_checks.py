@@ -18,7 +18,7 @@ from test_int8_conv2d import Case as Case8
 from test_int8_conv2d import make as make_conv8
 
 from compressops import backend
-from compressops.ops.int8_conv2d import _pack, int8_conv2d
+from compressops.ops.int8_conv2d import int8_conv2d, pack_as
 from compressops.ops.int8_linear import quantize_rows
 from compressops.ops.packed_linear import Codes
 
@@ -319,7 +319,7 @@ def test_mistakes_planted_in_int8_conv2d_are_found(planted, name, order):
     case = Case8(n=2, c=34, h=25, w=24, k=18, stride=(3, 3), groups=2)
     x, weight, *rest = make_conv8(case, torch.device("cpu"))
     args = (x + 1, weight, *rest, None, None, False)
-    packed = _pack(weight, 2, 1, 16)
+    packed = pack_as(weight, 2, 1, 16)
     with backend("eager"):
         expected = int8_conv2d(*args)
 

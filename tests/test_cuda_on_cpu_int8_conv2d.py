@@ -15,7 +15,7 @@ from test_int8_conv2d import make as arguments
 
 from compressops import backend
 from compressops.ops import int8_conv2d
-from compressops.ops.int8_conv2d import _block, _pack
+from compressops.ops.int8_conv2d import block_of, pack_as
 
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="needs a C++20 compiler")
 CPU = torch.device("cpu")
@@ -28,8 +28,8 @@ def library():
 
 
 def packed_for_gpus(weight: torch.Tensor, groups: int, form: tuple[int, int] | None = None):
-    form = form or _block(*weight.shape[:2], groups, cpu=False)
-    return _pack(weight, groups, *form)
+    form = form or block_of(*weight.shape[:2], groups, cpu=False)
+    return pack_as(weight, groups, *form)
 
 
 def check(library, args: tuple, form: tuple[int, int] | None = None, **how) -> torch.Tensor:

@@ -193,7 +193,8 @@ import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_kernels import (
-    huffman_decode, int8_linear, packed_linear, quantize_rows, winograd_conv2d)
+    huffman_decode, int8_conv2d, int8_linear, packed_linear, quantize_images, quantize_rows,
+    winograd_conv2d)
 
 def build(capability, kernel, types, constants, multiples_of_16=(), **options):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
@@ -228,6 +229,43 @@ for capability in (80, 90):
             constants["M"] = 1
         results[f"matmul {M} {dtype} {capability}"] = build(
             capability, int8_linear.int8_linear_kernel, types, constants, **options)
+    image = {"x": None, "ranges": "*fp32", "q": "*i8", "x_scales": "*fp32", "x_zeros": "*i32",
+             "x_scale": "*fp32", "x_zero": "*i8"}
+    names = ("stride_n", "stride_c", "stride_p", "pixels", "channels", "slots", "pixel_slots")
+    for dtype, static, asymmetric in (("fp32", 0, 0), ("fp16", 1, 0), ("bf16", 0, 1)):
+        places = {"x": f"*{dtype}", "ranges": "*fp32"}
+        places |= dict.fromkeys(("stride_n", "elements", "parts", "span"), "i32")
+        results[f"ranges {dtype} {capability}"] = build(
+            capability, quantize_images.image_ranges_kernel, places, {"BLOCK": 4096}, **exact)
+        types = image | {"x": f"*{dtype}"} | dict.fromkeys((*names, "parts"), "i32")
+        results[f"quantize images {dtype} {capability}"] = build(
+            capability, quantize_images.quantize_images_kernel, types,
+            {"STATIC": bool(static), "ASYMMETRIC": bool(asymmetric), "HAS_ZERO": bool(static),
+             "PARTS": 16, "BLOCK_P": 64, "BLOCK_C": 32}, **exact)
+    pointers = {"q": "*i8", "weight": "*i8", "x_scales": "*fp32", "x_zeros": "*i32",
+                "weight_scales": "*fp32", "weight_sums": "*i32", "bias": "*fp32"}
+    places = ("H", "W", "OH", "OW", "area", "R", "S", "stride_h", "stride_w", "padding_h",
+              "padding_w", "dilation_h", "dilation_w")
+    for M, K, slots, dtype in ((3136, 64, 16, "fp32"), (3136, 128, 64, "bf16"),
+                               (50176, 256, 256, "fp16")):
+        constants = int8_conv2d.block_sizes(M, K, slots)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")} | exact
+        types = pointers | {"y": f"*{dtype}"}
+        types |= dict.fromkeys(("M", "K", "groups", "slots", *places), "i32")
+        results[f"conv {M} {dtype} {capability}"] = build(
+            capability, int8_conv2d.int8_conv2d_kernel, types, constants | {
+                "LAST": M > 3136, "HAS_BIAS": True, "ACTIVATION": 2, "GROUP_M": 8},
+            ("q", "weight", "slots"), **options)
+    for depth, dtype in ((1, "bf16"), (4, "fp32")):
+        types = pointers | {"y": f"*{dtype}"}
+        types |= dict.fromkeys(("M", "K", "groups", "C", "pixel_slots", *places), "i32")
+        constants = {"DEPTH": depth, "LAST": depth == 1, "HAS_BIAS": True, "ACTIVATION": 1,
+                     "BLOCK_M": 32, "BLOCK_N": 32}
+        if depth == 1:  # Triton makes constants of them
+            types = {name: type_ for name, type_ in types.items() if name not in ("K", "C")}
+            constants |= {"K": 1, "C": 1}
+        results[f"conv of few {depth} {capability}"] = build(
+            capability, int8_conv2d.int8_conv2d_few_kernel, types, constants, **exact)
     pointers = {"weight": "*u8", "x_scales": "*fp32", "scales": "*fp32", "zeros": "*u8"}
     sizes = ("M", "N", "K", "x_stride", "group_size", "groups", "steps")
     for M, bits, x, y, group in (
@@ -312,10 +350,10 @@ def test_compiles_ahead_of_time():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results.pop("touched CUDA") is False
-    assert len(results) == 2 * (3 + 4 + 9 + 2 + 4 * 2 + 3)
+    assert len(results) == 2 * (3 + 4 + 6 + 5 + 9 + 2 + 4 * 2 + 3)
     for name, built in results.items():
         assert built["cubin"] > 0
         assert built["shared"] <= 163 * 1024  # what a block may take on sm_80
         halves = [f"{kind} {dtype}" for kind in ("packed", "winograd multiply") for dtype in HALVES]
-        if name.startswith(("matmul", "packed i8", *halves)):
+        if name.startswith(("matmul", "packed i8", "conv 3", "conv 5", *halves)):
             assert built["matrix"], f"{name}: no tensor-core instruction"

@@ -23,6 +23,59 @@ def round_within(value, BOUND: tl.constexpr):
 
 
 @triton.jit
+def scaling_of(
+    top_bits,
+    low,
+    high,
+    x_scale,
+    x_zero,
+    STATIC: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+):
+    """Of values whose largest magnitude has these bits and which lie between low ≤ 0 and high ≥ 0:
+    whether they are finite, the inverse scale, the scale (NaN where they are not) and the zero
+    point, in float32. STATIC reads x_scale [] and x_zero []."""
+    finite = top_bits < 0x7F800000
+    if STATIC:
+        scale = tl.load(x_scale)
+        inverse = tl.div_rn(1.0, scale)
+    else:
+        if ASYMMETRIC:
+            # Halved, so that the difference of two large values stays finite.
+            reach = high * 0.5 - low * 0.5
+            levels = 127.5
+        else:
+            reach = top_bits.to(tl.float32, bitcast=True)
+            levels = 127.0
+        wide = finite & (reach > 0.0)
+        inverse = tl.where(wide, tl.div_rn(levels, tl.where(wide, reach, 1.0)), 0.0)
+        scale = tl.div_rn(reach, levels)
+    if ASYMMETRIC:
+        lowest = tl.where(finite, low, 0.0) * inverse
+        lowest = tl.where(lowest == lowest, lowest, 0.0)  # 0 · inf, where levels / reach overflows
+        zero = tl.minimum(round_within(-128.0 - lowest, 512.0), 127.0)
+    elif HAS_ZERO:
+        zero = tl.load(x_zero).to(tl.float32)
+    else:
+        zero = scale * 0.0
+    zero = tl.where(finite & (zero == zero), zero, 0.0)
+    return finite, inverse, tl.where(finite, scale, float("nan")), zero
+
+
+@triton.jit
+def codes_of(values, finite, inverse, zero, SHIFTED: tl.constexpr):
+    """float32 ``values`` as int8 codes. SHIFTED: static or asymmetric."""
+    scaled = tl.where(finite, values, 0.0) * inverse
+    if SHIFTED:
+        # ±512 lies outside the codes, whatever the zero point.
+        code = tl.minimum(tl.maximum(round_within(scaled, 512.0) + zero, -128.0), 127.0)
+    else:
+        code = round_within(scaled, 127.0)
+    return code.to(tl.int8)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x,
     q,
@@ -51,44 +104,24 @@ def quantize_rows_kernel(
         amax_bits = tl.maximum(amax_bits, tl.abs(values).to(tl.int32, bitcast=True))
         if ASYMMETRIC:
             low, high = tl.minimum(low, values), tl.maximum(high, values)
-    top_bits = tl.max(amax_bits, 0)
-    finite = top_bits < 0x7F800000
-    if STATIC:
-        scale = tl.load(x_scale)
-        inverse = tl.div_rn(1.0, scale)
-    else:
-        if ASYMMETRIC:
-            # Halved, so that the difference of two large values stays finite.
-            reach = tl.max(high, 0) * 0.5 - tl.min(low, 0) * 0.5
-            levels = 127.5
-        else:
-            reach = top_bits.to(tl.float32, bitcast=True)
-            levels = 127.0
-        wide = finite & (reach > 0.0)
-        inverse = tl.where(wide, tl.div_rn(levels, tl.where(wide, reach, 1.0)), 0.0)
-        scale = tl.div_rn(reach, levels)
-    tl.store(x_scales + row, tl.where(finite, scale, float("nan")))
-    if ASYMMETRIC:
-        lowest = tl.where(finite, tl.min(low, 0), 0.0) * inverse
-        lowest = tl.where(lowest == lowest, lowest, 0.0)  # 0 · inf, where levels / reach overflows
-        zero = tl.minimum(round_within(-128.0 - lowest, 512.0), 127.0)
-    elif HAS_ZERO:
-        zero = tl.load(x_zero).to(tl.float32)
-    else:
-        zero = 0.0
+    finite, inverse, scale, zero = scaling_of(
+        tl.max(amax_bits, 0),
+        tl.min(low, 0),
+        tl.max(high, 0),
+        x_scale,
+        x_zero,
+        STATIC,
+        ASYMMETRIC,
+        HAS_ZERO,
+    )
+    tl.store(x_scales + row, scale)
     if ASYMMETRIC or HAS_ZERO:
-        zero = tl.where(finite, zero, 0.0)
         tl.store(x_zeros + row, zero.to(tl.int32))
     for start in range(0, K, BLOCK_K):
         k = start + columns
         values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        scaled = tl.where(finite, values, 0.0) * inverse
-        if STATIC or ASYMMETRIC:
-            # ±512 lies outside the codes, whatever the zero point.
-            code = tl.minimum(tl.maximum(round_within(scaled, 512.0) + zero, -128.0), 127.0)
-        else:
-            code = round_within(scaled, 127.0)
-        tl.store(q + row * K + k, code.to(tl.int8), mask=k < K)
+        codes = codes_of(values, finite, inverse, zero, STATIC or ASYMMETRIC)
+        tl.store(q + row * K + k, codes, mask=k < K)
 
 
 def quantize_rows(

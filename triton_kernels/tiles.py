@@ -15,11 +15,16 @@ GROUP_M = 8
 
 @triton.jit
 def tile_of_program(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row and column, int64, where this program's tile of [M, N] begins.
+    """Row and column, int64, where this program's tile of [M, N] begins: see `tile_at`."""
+    return tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+
+
+@triton.jit
+def tile_at(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Row and column, int64, where tile number ``program`` of [M, N] begins.
 
     Programs that run at the same time share rows and columns in L2.
     """
-    program = tl.program_id(0)
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = program // (GROUP_M * tiles_n)
     rows_in_group = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)

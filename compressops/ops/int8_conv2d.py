@@ -98,10 +98,10 @@ def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tenso
     divides = groups >= 1 and K % groups == 0
     require(divides, op, "groups", f"a divisor of {K} output channels", groups)
     sums = weight.sum((1, 2, 3), dtype=torch.int32)
-    return _pack(weight, groups, *_block(K, C, groups, weight.device.type == "cpu")), sums
+    return pack_as(weight, groups, *block_of(K, C, groups, weight.device.type == "cpu")), sums
 
 
-def _block(K: int, C: int, groups: int, cpu: bool) -> tuple[int, int]:
+def block_of(K: int, C: int, groups: int, cpu: bool) -> tuple[int, int]:
     """Output and input channels (C of a group) that lie side by side in a packed weight."""
     if _depthwise(K, C, groups):
         return _PANEL, 1
@@ -109,7 +109,7 @@ def _block(K: int, C: int, groups: int, cpu: bool) -> tuple[int, int]:
     return (_PANEL, _DEPTH) if cpu or few else (1, _CHUNK)
 
 
-def _pack(weight: torch.Tensor, groups: int, panel: int, depth: int) -> torch.Tensor:
+def pack_as(weight: torch.Tensor, groups: int, panel: int, depth: int) -> torch.Tensor:
     K, C, R, S = weight.shape
     # Channels of their own are the outputs of one group.
     groups = 1 if depth == 1 else groups
@@ -124,7 +124,7 @@ def _pack(weight: torch.Tensor, groups: int, panel: int, depth: int) -> torch.Te
 def _packed_shape(weight, K: int, C: int, groups: int) -> tuple[int, ...]:
     """Of a packed weight of these channels (C of a group), by its own block and kernel size."""
     panel, depth = weight.shape[-2:]
-    R, S = _kernel_size(weight)
+    R, S = kernel_size(weight)
     if _depthwise(K, C, groups):
         return -(-K // _PANEL), R, S, _PANEL, 1
     if (panel, depth) not in ((_PANEL, _DEPTH), (1, _CHUNK)):
@@ -137,7 +137,7 @@ def _depthwise(K: int, C: int, groups: int) -> bool:
     return groups > 1 and groups == K and C == 1
 
 
-def _unpack(weight: torch.Tensor, K: int, C: int) -> torch.Tensor:
+def unpack(weight: torch.Tensor, K: int, C: int) -> torch.Tensor:
     """``[K, C / groups, R, S]`` of any form; C is that of one group."""
     if weight.dim() == 4:
         return weight
@@ -148,7 +148,7 @@ def _unpack(weight: torch.Tensor, K: int, C: int) -> torch.Tensor:
     return rows[:, : K // groups, :C].flatten(0, 1)
 
 
-def _kernel_size(weight: torch.Tensor) -> tuple[int, int]:
+def kernel_size(weight: torch.Tensor) -> tuple[int, int]:
     first = 1 if weight.dim() == 5 else 2
     return weight.shape[first], weight.shape[first + 1]
 
@@ -157,9 +157,9 @@ def _pair(value: int | Sequence[int]) -> list[int]:
     return [value, value] if isinstance(value, int | torch.SymInt) else list(value)
 
 
-def _output_size(x, weight, stride, padding, dilation) -> list[int]:
+def output_size(x, weight, stride, padding, dilation) -> list[int]:
     size = []
-    for i, taps in enumerate(_kernel_size(weight)):
+    for i, taps in enumerate(kernel_size(weight)):
         room = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (taps - 1) - 1
         size.append(room // stride[i] + 1)
     return size
@@ -181,16 +181,16 @@ def _check_geometry(x, weight, K: int, stride, padding, dilation, groups: int) -
     C //= groups
     fits = weight.dtype == torch.int8 and weight.dim() in (4, 5, 7)
     if fits:
-        R, S = _kernel_size(weight)
+        R, S = kernel_size(weight)
         form = (K, C, R, S) if weight.dim() == 4 else _packed_shape(weight, K, C, groups)
         fits = R >= 1 and S >= 1 and tuple(weight.shape) == form
     form = f"int8 [{K}, {C}, R, S] or that as int8_conv2d_pack makes it"
     require(fits, OP, "weight", form, weight)
-    enough = all(size >= 1 for size in _output_size(x, weight, stride, padding, dilation))
+    enough = all(size >= 1 for size in output_size(x, weight, stride, padding, dilation))
     require(enough, OP, "x", f"at least as large as {R} × {S} taps, padding included", x)
 
 
-def _check(
+def check(
     x,
     weight,
     weight_scales,
@@ -213,7 +213,7 @@ def _check(
     require(fits, OP, "weight_scales", "float32 [K], K >= 1", weight_scales)
     K = weight_scales.shape[0]
     _check_geometry(x, weight, K, stride, padding, dilation, groups)
-    R, S = _kernel_size(weight)
+    R, S = kernel_size(weight)
     check_quantization(OP, x, x_scale, x_zero, symmetric)
     most = max_terms(x_scale, symmetric)
     fits = x.shape[1] // groups * R * S <= most
@@ -251,7 +251,7 @@ def _eager(
     symmetric=True,
 ) -> torch.Tensor:
     q, scales, zeros = quantize_x(x.flatten(1), x_scale, x_zero, symmetric)
-    filters = _unpack(weight, weight_scales.shape[0], x.shape[1] // groups)
+    filters = unpack(weight, weight_scales.shape[0], x.shape[1] // groups)
     # float64 holds every sum below 2^53 exactly, and has a convolution on every device.
     centred = (q.double() - zeros).view(x.shape)
     options = (list(stride), list(padding), list(dilation), groups)
@@ -275,7 +275,7 @@ def _fake(
     *_args,
     **_options,
 ) -> torch.Tensor:
-    out = _output_size(x, weight, stride, padding, dilation)
+    out = output_size(x, weight, stride, padding, dilation)
     size = (x.shape[0], weight_scales.shape[0], *out)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
@@ -305,7 +305,7 @@ def _backward(ctx, grad):
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
         shape, dtype, form = ctx.x
-        filters = _unpack(weight, weight_scales.shape[0], shape[1] // groups)
+        filters = unpack(weight, weight_scales.shape[0], shape[1] // groups)
         dequantized = filters.to(dtype) * weight_scales.to(dtype)[:, None, None, None]
         # Of x its shape and memory format alone matter.
         like = torch.empty(shape, dtype=dtype, device=grad.device, memory_format=form)
@@ -322,7 +322,7 @@ _call = register(
     OP,
     eager=_eager,
     fake=_fake,
-    check=_check,
+    check=check,
     setup_context=_setup_context,
     backward=_backward,
 )

@@ -21,8 +21,8 @@ inline int64_t range_parts(int64_t elements) {
   return parts < kMaxRangeParts ? parts : kMaxRangeParts;
 }
 
-// Images as codes: [N][pixels + 1][groups][channels of a group, padded to kDepth with zeros]. The
-// pixel after the last is the padding's: its codes mean 0.
+// Images as codes: [N][pixels + 1][groups][channels of a group, padded to `depth` with what means
+// 0]. The pixel after the last is the padding's, and means 0 too.
 struct ImageCodes {
   int64_t N, pixels, groups, channels;  // channels: of a group
   int depth;                            // 4 or 16
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kQuantizeImagesThreads, 8)
 }
 
 template <class T, int kDepth, RowScaling kScaling>
-__global__ void __launch_bounds__(kQuantizeImagesThreads, 8)
+__global__ void __launch_bounds__(kQuantizeImagesThreads, 6)
     quantize_images(QuantizeImagesArgs<T> args, bool aligned) {
   constexpr int kSides = kScaling == RowScaling::kAsymmetric ? 2 : 1;
   constexpr int kBlockChunks = kQuantizeImagesThreads * kChunksPerThread;
