@@ -16,8 +16,8 @@ from compressops import plan as plans
 from compressops.calibrate import Calibrate
 from compressops.calibration import Calibration
 from compressops.compress import record
-from compressops.compress.quantize import InputQuantizer, quantize_first_input
-from compressops.formats import Number, PackedTensor
+from compressops.compress.activations import input_quantizer, quantize_first_input
+from compressops.formats import PackedTensor
 from compressops.measure import captured_inputs, median_times
 from compressops.nn import Int8Linear, PackedModule, PackedWeight, Winograd
 from compressops.plan import Choice, Plan, naming
@@ -252,8 +252,7 @@ class Conversion:
             return self._load_float(name, module, target, config, packed)
         quantizer = None
         if "input_quantizer" in config:
-            spec = config["input_quantizer"]
-            quantizer = InputQuantizer(Number.from_spec(spec["number"]), spec["momentum"])
+            quantizer = input_quantizer(config["input_quantizer"])
             quantizer.to(module.weight.device).train(module.training)
         stored = target.from_packed(config, packed, "packed", quantizer)
         kind = _kind(module)
@@ -339,6 +338,11 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
         if name == "_forward_pre_hooks":
             # Packed modules quantize their inputs themselves, because a file holds no hooks.
             value = type(value)((k, v) for k, v in value.items() if v is not quantize_first_input)
+        rows = getattr(value, "rows", None) if name == "input_quantizer" else None
+        if isinstance(new, PackedModule) and rows in new.row_numbers:
+            # What the op does itself, with the same codes, is not to be done before it too.
+            new.quantize_rows(rows)
+            value = None
         if value is not None:
             setattr(new, name, value if memo is None else copy.deepcopy(value, memo))
 

@@ -11,7 +11,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compressops.formats import Coding, Dense, Float, Layout, LowRank, Number, PackedTensor, Raw
+from compressops.formats import (
+    Coding,
+    Dense,
+    Float,
+    Int,
+    Layout,
+    LowRank,
+    Number,
+    PackedTensor,
+    Raw,
+)
 from compressops.nn import PackedModule
 
 Config = Layout | Number | Coding | tuple | None
@@ -45,6 +55,7 @@ class Plan:
         shape: of the weight.
         groups: of a convolution.
         factors: of a layer that was factorized: the module that holds each, and its plan.
+        rows: the integers in which training wrote each row of the layer's input, if it did.
         weight: what is packed in place of the layer's own weight: float32, on the grid of
             ``params``; ``None``: its own.
     """
@@ -62,6 +73,7 @@ class Plan:
     groups: int = 1
     factors: tuple[tuple[Any, Plan], ...] = ()
     weight: Tensor | None = None
+    rows: Int | None = None
 
 
 def resolve(config: Config | Mapping[str, Config], layers: Mapping[str, Any]) -> dict[str, Choice]:
@@ -146,6 +158,7 @@ def plan(module: nn.Module, record: Any, choice: Choice) -> Plan:
         recorded=True,
         shape=shape,
         groups=groups,
+        rows=getattr(record.activations, "rows", None),
     )
 
 

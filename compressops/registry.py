@@ -151,13 +151,15 @@ def _on_integers(
     """``refuses`` of a module that computes with the codes of certain numbers.
 
     ``rounds_inputs``: activations are quantized too, which a network that was trained with such
-    weights was not asked about. Naming the number in the config asks for it.
+    weights was not asked about, unless it was trained with inputs that are rounded in the same way.
+    Naming the number in the config asks for it.
     """
 
     def refuses(plan: Plan) -> str | None:
         if not concerns(plan.number):
             return ""
-        if rounds_inputs and not plan.asked and not isinstance(plan.layout, LowRank):
+        trained = plan.asked or plan.rows in target.row_numbers
+        if rounds_inputs and not trained and not isinstance(plan.layout, LowRank):
             why = (
                 f"it may round activations, and training did not; config={plan.number} asks for it"
             )

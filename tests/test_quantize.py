@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from compressops.compress import Encode, Equalize, Prune, Quantize, record
+from compressops.compress.activations import InputQuantizer
 from compressops.compress.parametrizations import FakeQuantize, find
-from compressops.compress.quantize import InputQuantizer, Refit
+from compressops.compress.quantize import Refit
 from compressops.compress.select import weight_layers
 from compressops.compress.sizes import other_tensors, packed, sizes
 from compressops.formats import (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import compressops as co
-from compressops.compress.quantize import attach_input_quantizer
+from compressops.compress.activations import attach_input_quantizer
 from compressops.compress.sizes import sizes
 
 

@@ -18,10 +18,11 @@ from torch.nn.utils import parametrize
 
 from compressops.formats.coding import Coding, Raw
 from compressops.formats.decompose import decompose
-from compressops.formats.groupwise import Int, Ternary
+from compressops.formats.groupwise import Int
 from compressops.formats.layout import BlockSparse, Dense, Layout, Sparse
 from compressops.formats.lowrank import LowRank
 from compressops.formats.number import Float, Number
+from compressops.formats.ternary import Ternary
 
 P = TypeVar("P", bound=nn.Module)
 
@@ -135,17 +136,33 @@ class FakeQuantize(_Parametrization):
         number: a member of the number axis, fully specified (no ``integer_bits=None``).
         params: what ``number.fit`` returned, e.g. integer bits or scales; kept as buffers.
         refit: when `Retrain` fits ``params`` anew: ``"never"``, ``"epoch"`` or ``"step"``.
+        solver, loss_aware: how a `Ternary` without threshold is then fitted, see `Quantize`.
     """
 
-    def __init__(self, number: Number, params: dict[str, Tensor], refit: str = "never") -> None:
+    def __init__(
+        self,
+        number: Number,
+        params: dict[str, Tensor],
+        refit: str = "never",
+        solver: str | None = None,
+        loss_aware: bool = False,
+    ) -> None:
         super().__init__()
-        self.set_number(number, params, refit)
+        self.set_number(number, params, refit, solver, loss_aware)
 
-    def set_number(self, number: Number, params: dict[str, Tensor], refit: str) -> None:
+    def set_number(
+        self,
+        number: Number,
+        params: dict[str, Tensor],
+        refit: str,
+        solver: str | None = None,
+        loss_aware: bool = False,
+    ) -> None:
         for name in list(self._buffers):
             delattr(self, name)
         self.number = number
         self.refit = refit
+        self.solver, self.loss_aware = solver, loss_aware
         for name, value in params.items():
             self.register_buffer(name, value)
 
@@ -153,20 +170,30 @@ class FakeQuantize(_Parametrization):
     def params(self) -> dict[str, Tensor]:
         return dict(self._buffers)
 
-    def fit(self, weight: Tensor) -> None:
-        """Fit the parameters to ``weight``, in place."""
-        for name, value in self.number.fit(weight.detach()).items():
+    def fit(self, weight: Tensor, curvature: Tensor | None = None) -> None:
+        """Fit the parameters to ``weight``, and the loss's curvature if it is given, in place."""
+        how = {}
+        if self.solver is not None:
+            start = self.scales if self.solver == "alternating" else None
+            how = {"curvature": curvature, "start": start}
+        for name, value in self.number.fit(weight.detach(), **how).items():
             self._buffers[name].copy_(value)
 
     def forward(self, weight: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, self.number, self.params)
 
     def get_extra_state(self) -> dict[str, Any]:
-        return {"number": self.number.to_spec(), "refit": self.refit}
+        return {
+            "number": self.number.to_spec(),
+            "refit": self.refit,
+            "solver": self.solver,
+            "loss_aware": self.loss_aware,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         self.number = Number.from_spec(state["number"])
         self.refit = state["refit"]
+        self.solver, self.loss_aware = state["solver"], state["loss_aware"]
 
     def extra_repr(self) -> str:
         return f"{self.number}, refit={self.refit!r}"

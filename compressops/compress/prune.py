@@ -227,7 +227,13 @@ class _Schedule:
     def __init__(self, stage: Prune) -> None:
         self.stage = stage
 
-    def begin(self, model: nn.Module, step: int, total_steps: int) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        step: int,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self.layers = self.stage.weights(model)
         recover = self.stage.schedule == "surgery" and step < self._last(total_steps)
         for module in self.layers:

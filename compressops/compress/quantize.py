@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from compressops.compress import checks
-from compressops.compress.parametrizations import (
-    FakeQuantize,
-    _StraightThrough,
-    find,
-    input_of,
-    register,
-)
+from compressops.compress.activations import RANGES, attach_input_quantizer
+from compressops.compress.parametrizations import FakeQuantize, find, input_of, register
+from compressops.compress.retrain import Retrain
 from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Stage
-from compressops.formats.groupwise import Int, Ternary
+from compressops.formats.groupwise import Int
 from compressops.formats.number import FixedPoint, Number
+from compressops.formats.ternary import Ternary
 
 
 @dataclass(frozen=True)
@@ -36,13 +33,21 @@ class Quantize(Stage):
             length, fitted over all selected layers together.
         layers, exclude: globs over the names of the layers.
         activations: a number for the layers' inputs too, or ``None``; an embedding, whose inputs
-            are indices, has none, and must not be named in ``layers``. Its range follows a running
-            minimum and maximum during `Retrain`; before, it comes from ``calibration`` batches.
+            are indices, has none, and must not be named in ``layers``.
+        ranges: of the inputs. ``"running"``: one, which follows a running minimum and maximum
+            during `Retrain`; before, it comes from ``calibration`` batches. ``"rows"``: each row
+            (last dimension) has its own, for `Int`: what `Int8Linear`, `Int4Linear` and
+            `TernaryLinear` compute with, so that `convert` takes them without being asked.
         refit: when `Retrain` fits the parameters anew to the weights: ``"never"``, ``"epoch"``,
             ``"step"``, or ``"auto"``: scales (`Int`, `Ternary`) at each step, integer lengths
             (`FixedPoint`, `DynamicFixedPoint`) never, because a jump by a factor of two throws
             away what was learnt, and `FixedPoint`'s belongs to the whole network.
-        calibration: batches of training data that the inputs' ranges start from.
+        calibration: batches of training data that the inputs' running ranges start from.
+        loss_aware: fit ``Ternary(threshold=None)`` to what the loss makes of errors (LAT; Hou &
+            Kwok 2018, arXiv:1802.08635): each entry's counts by the square root of Adam's second
+            moment, so the next `Retrain` must have ``optimizer="adamw"``.
+        solver: of ``Ternary(threshold=None)`` in `Retrain`: ``"exact"``, one sort of the weight
+            each time, or ``"alternating"`` from the scales before, which costs less.
     """
 
     number: Number
@@ -50,7 +55,10 @@ class Quantize(Stage):
     exclude: str | tuple[str, ...] = ()
     activations: Number | None = None
     refit: str = "auto"
+    ranges: str = "running"
     calibration: int = 4
+    loss_aware: bool = False
+    solver: str = "exact"
 
     main_field: ClassVar[str | None] = "number"
 
@@ -59,6 +67,16 @@ class Quantize(Stage):
             raise TypeError(f"number must be one of {_known()}, got {self.number!r}")
         if self.activations is not None:
             _check_activations(self.activations)
+        checks.choice("ranges", self.ranges, RANGES)
+        if self.ranges == "rows" and not isinstance(self.activations, Int):
+            raise ValueError(f"ranges='rows' needs activations=Int(…), got {self.activations}")
+        checks.choice("solver", self.solver, ("exact", "alternating"))
+        if not isinstance(self.loss_aware, bool):
+            raise TypeError(f"loss_aware must be True or False, got {self.loss_aware!r}")
+        if (self.loss_aware or self.solver != "exact") and not _is_nearest(self.number):
+            raise ValueError(
+                f"loss_aware and solver go with Ternary(threshold=None), got {self.number}"
+            )
         checks.choice("refit", self.refit, ("auto", "never", "epoch", "step"))
         if self.refit in ("epoch", "step") and isinstance(self.number, FixedPoint):
             raise ValueError(
@@ -71,6 +89,12 @@ class Quantize(Stage):
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         found = select(model, self.layers, self.exclude)
+        training = [stage for stage in later if isinstance(stage, Retrain)]
+        if self.loss_aware and training and training[0].optimizer != "adamw":
+            raise ValueError(
+                f"loss_aware needs Adam's second moments, and the next Retrain has "
+                f"optimizer={training[0].optimizer!r}"
+            )
         if self.activations is None:
             return
         for name, module in found.items():
@@ -98,25 +122,33 @@ class Quantize(Stage):
         number = self.number.for_network(dense)
         scaled = isinstance(number, (Int, Ternary))
         refit = ("step" if scaled else "never") if self.refit == "auto" else self.refit
+        fitting = (refit, self.solver if _is_nearest(number) else None, self.loss_aware)
         for group, weight in zip(groups, dense, strict=True):
             params = number.fit(weight)
             quantized = find(group[0], FakeQuantize)
             if quantized is None:
-                quantized = FakeQuantize(number, params, refit)
+                quantized = FakeQuantize(number, params, *fitting)
                 # One for all that share the weight, so that they cannot part.
                 for module in group:
                     register(module, quantized)
             else:
-                quantized.set_number(number, params, refit)
+                quantized.set_number(number, params, *fitting)
             for module in group:
                 if self.activations is not None and not isinstance(module, nn.Embedding):
-                    attach_input_quantizer(module, self.activations)
+                    attach_input_quantizer(module, self.activations, self.ranges)
 
 
 class Refit:
     """Fits the parameters of every `FakeQuantize` anew, as often as each asks for."""
 
-    def begin(self, model: nn.Module, step: int, total_steps: int) -> None:
+    def begin(
+        self,
+        model: nn.Module,
+        step: int,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        self.optimizer = optimizer
         self.layers = [
             (module, quantized)
             for module in model.modules()
@@ -126,76 +158,20 @@ class Refit:
     def update(self, model: nn.Module, step: int, total_steps: int, epoch_ends: bool) -> None:
         for module, quantized in self.layers:
             if quantized.refit == "step" or epoch_ends or step == total_steps:
-                quantized.fit(input_of(module, quantized))
+                curvature = self._curvature(module) if quantized.loss_aware else None
+                quantized.fit(input_of(module, quantized), curvature)
+
+    def _curvature(self, module: nn.Module) -> Tensor | None:
+        """√v of Adam, the diagonal that LAT takes for the Hessian; ``None`` before it has any."""
+        if self.optimizer is None:
+            return None
+        original = module.parametrizations["weight"].original
+        second = self.optimizer.state.get(original, {}).get("exp_avg_sq")
+        return None if second is None else second.sqrt()
 
 
-class InputQuantizer(nn.Module):
-    """Quantizes a layer's input with one range per tensor.
-
-    Args:
-        number: a member of the number axis.
-        momentum: weight of a batch in the running minimum and maximum.
-
-    Shape: any float tensor to the same shape and dtype. Until a range was observed the input
-    passes unchanged. In training mode each call moves the range.
-    """
-
-    def __init__(self, number: Number, momentum: float = 0.1) -> None:
-        super().__init__()
-        self.number = number
-        self.momentum = momentum
-        # (minimum, maximum), and whether they were ever observed.
-        self.register_buffer("range", torch.zeros(2))
-        self.register_buffer("observed", torch.zeros((), dtype=torch.bool))
-
-    def params(self) -> dict[str, Tensor]:
-        """The number's parameters for the running range; scales are of one row."""
-        return self.number.fit(self.range[None])
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.observe(x.detach())
-        if not self.observed:
-            return x
-        return _StraightThrough.apply(x.reshape(1, -1), self.number, self.params()).view_as(x)
-
-    @torch.no_grad()
-    def observe(self, x: Tensor) -> None:
-        new = torch.stack([x.min(), x.max()]).float()
-        if self.observed:
-            self.range.lerp_(new, self.momentum)
-        else:
-            self.range.copy_(new)
-            self.observed.fill_(True)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"number": self.number.to_spec(), "momentum": self.momentum}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self.number = Number.from_spec(state["number"])
-        self.momentum = state["momentum"]
-
-    def extra_repr(self) -> str:
-        return f"{self.number}, momentum={self.momentum}"
-
-
-def attach_input_quantizer(module: nn.Module, number: Number) -> InputQuantizer:
-    """Let ``module``'s first input pass through an `InputQuantizer`, its child ``input_quantizer``.
-
-    The hook is a plain function that finds the quantizer in the module, so that copying and
-    pickling the module keep the two together.
-    """
-    if not hasattr(module, "input_quantizer"):
-        module.register_forward_pre_hook(quantize_first_input)
-    weight = module.parametrizations["weight"].original
-    module.input_quantizer = InputQuantizer(number).to(weight.device)
-    module.input_quantizer.train(module.training)
-    return module.input_quantizer
-
-
-def quantize_first_input(module: nn.Module, args: tuple) -> tuple:
-    """The forward pre-hook of a layer with an input quantizer."""
-    return (module.input_quantizer(args[0]), *args[1:])
+def _is_nearest(number: Number) -> bool:
+    return isinstance(number, Ternary) and number.threshold is None
 
 
 def _check_activations(number: Number) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressops.compress import checks
-from compressops.compress.quantize import InputQuantizer
+from compressops.compress.activations import InputQuantizer
 from compressops.compress.retrain import Retrain
 from compressops.compress.sizes import other_tensors
 from compressops.compress.stage import Stage

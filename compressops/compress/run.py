@@ -14,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from compressops.compress.activations import InputQuantizer
 from compressops.compress.identity import data_key, hash_json, model_key
 from compressops.compress.lowrank import Factorize
 from compressops.compress.prune import Prune
-from compressops.compress.quantize import InputQuantizer, Quantize, Refit
+from compressops.compress.quantize import Quantize, Refit
 from compressops.compress.recipe import Recipe, stage_fields
 from compressops.compress.retrain import Retrain
 from compressops.compress.sizes import sizes
@@ -206,7 +207,7 @@ class _Run:
             self.history.append([])
         else:
             stage.attach(self.model)
-            if isinstance(stage, Quantize) and stage.activations is not None:
+            if isinstance(stage, Quantize) and stage.activations and stage.ranges == "running":
                 self.calibrate(stage)
             self.history.append([])
         self.finish(number, stage.label, began, self.rows[-1] if stage.lossless else None)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import nn
 
 
@@ -15,10 +16,16 @@ class Controller(Protocol):
 
     ``begin`` is called before the first step and after a resume, with the number of optimizer
     steps done; ``update`` after each step. Both must depend on their arguments and on the state
-    of the model alone, so that a resumed run goes the same way.
+    of the model (and of the optimizer) alone, so that a resumed run goes the same way.
     """
 
-    def begin(self, model: nn.Module, step: int, total_steps: int) -> None: ...
+    def begin(
+        self,
+        model: nn.Module,
+        step: int,
+        total_steps: int,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None: ...
     def update(self, model: nn.Module, step: int, total_steps: int, epoch_ends: bool) -> None: ...
 
 

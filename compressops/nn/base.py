@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressops.formats import Dense, Float, PackedTensor, Raw
+from compressops.formats import Dense, Float, Int, PackedTensor, Raw
 from compressops.nn.weight import PackedWeight
 
 
@@ -28,6 +28,8 @@ class PackedModule(nn.Module):
     # one that is not given is the replaced module's, or None.
     settings: ClassVar[tuple[str, ...]] = ()
     weight_type: ClassVar[type[PackedWeight]] = PackedWeight
+    # The integers in which the op itself can write each row of its input.
+    row_numbers: ClassVar[tuple[Int, ...]] = ()
     # The op that runs instead of the float layer's own kernel, if one does.
     op: str | None = None
 
@@ -200,6 +202,14 @@ class PackedModule(nn.Module):
     def quantize_input(self, input: Tensor) -> Tensor:
         """``input`` through the quantizer that the compressed layer had, if it had one."""
         return input if self.input_quantizer is None else self.input_quantizer(input)
+
+    def quantize_rows(self, number: Int) -> None:
+        """Let the op write each row of its input in ``number``, one of `row_numbers`."""
+        if number not in self.row_numbers:
+            raise ValueError(
+                f"number: {type(self).__name__} writes rows in one of "
+                f"{[str(known) for known in self.row_numbers]}, got {number}"
+            )
 
     def taken(self, input: Tensor) -> Tensor:
         """``input`` as an op is to take it: through the layer's quantizer, and cast as autocast,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressops import ops
+from compressops.formats import Int
 from compressops.nn.kernel_weight import Int4Weight, Int8Weight, TernaryWeight
 from compressops.nn.linear import KernelLinear
 from compressops.nn.weight import PackedWeight, as_bytes
@@ -36,6 +37,7 @@ class Int8Linear(KernelLinear):
     """
 
     weight_type = Int8Weight
+    row_numbers = (Int(8), Int(8, symmetric=False))
     settings = ("symmetric", "static")
 
     def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
@@ -63,6 +65,11 @@ class Int8Linear(KernelLinear):
         self._check_width()
         self.static, self.symmetric = True, zero is None
         self._hold(scale, 0 if zero is None else zero)
+
+    def quantize_rows(self, number: Int) -> None:
+        super().quantize_rows(number)
+        if not self.static:
+            self.set_dynamic(number.symmetric)
 
     def set_dynamic(self, symmetric: bool = True) -> None:
         """Quantize each row of the activations to its own range from now on."""
@@ -120,11 +127,16 @@ class Int4Linear(KernelLinear):
     """
 
     weight_type = Int4Weight
+    row_numbers = (Int(8),)
     settings = ("quantize_x",)
 
     def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         super().__init__(module, weight, **settings)
         self.quantize_x = flag("quantize_x", self.quantize_x, None)
+
+    def quantize_rows(self, number: Int) -> None:
+        super().quantize_rows(number)
+        self.quantize_x = True
 
     def forward(self, input: Tensor) -> Tensor:
         held, quantize_x = self.packed_weight, self.quantize_x
@@ -153,6 +165,7 @@ class TernaryLinear(KernelLinear):
     """
 
     weight_type = TernaryWeight
+    row_numbers = (Int(8),)
 
     def forward(self, input: Tensor) -> Tensor:
         held = self.packed_weight

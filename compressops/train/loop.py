@@ -230,7 +230,7 @@ class _Run:
     def all(self, dataset: Any, bar: Progress) -> None:
         options, accelerator, plan = self.options, self.accelerator, self.plan
         for controller in self.controllers:
-            controller.begin(self.model, self.step, plan.total_steps)
+            controller.begin(self.model, self.step, plan.total_steps, self.optimizer)
         self.model.train()
         for epoch, size, first, end in plan.segments(self.step):
             if size is not None:
