@@ -115,7 +115,7 @@ def main() -> None:
     running.add_argument("--workdir", type=Path, required=True)
     running.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.25, 0.7])
     running.add_argument("--forms", nargs="+", default=["matrix", "spatial"])
-    running.add_argument("--steps", type=int, default=20)
+    running.add_argument("--steps", type=int, default=30)
     running.add_argument("--batch", type=int, default=128)
     running.add_argument("--test-images", type=int, default=1000)
     running.add_argument("--threads", type=int, default=1)

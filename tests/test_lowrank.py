@@ -384,3 +384,27 @@ def test_memory_of_cp_is_bounded() -> None:
     layout = LowRank(2048, "cp")
     assert layout.buffer_size((1, 2048, 64, 64)) == 2048 * 2048 * 64 * 64
     assert layout.buffer_size((4096, 8, 3, 3)) == 4096 * 8 * 9
+
+
+def test_multiply_accumulates_are_counted_by_position() -> None:
+    """At stride s the layers before the kernel see s² positions for one of the output's."""
+    shape, stride = (8, 6, 3, 5), (2, 3)
+    for rank, form, expected in (
+        (4, "matrix", 4 * 6 * 15 + 8 * 4),
+        (4, "spatial", 3 * 4 * 6 * 3 + 8 * 4 * 5),
+        ((3, 2), "tucker", 6 * 2 * 6 + 3 * 2 * 15 + 8 * 3),
+        (4, "cp", 6 * 4 * 6 + 4 * 15 + 8 * 4),
+    ):
+        assert LowRank(rank, form).macs(shape, stride) == expected
+
+
+def test_rivals_are_measured_against_the_dense_layer() -> None:
+    conv = nn.Conv2d(8, 8, 3)
+    for form in FORMS:
+        weight = packed(LowRank((3, 3) if form == "tucker" else 3, form), (8, 8, 3, 3))
+        new = LowRankConv2d.from_module(conv, weight)
+        mine, others = kernels.rivals(new, conv)
+        assert (mine[0], others[0]) == (new, conv)
+        assert all(type(layer) is LowRankConv2d for layer in mine)
+        assert all(layer.winograd.tile == 4 for layer in (*mine[1:], *others[1:]))
+        assert all(torch.equal(layer.weight, weight.unpack()) for layer in others[1:])
