@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressops import ops
 from compressops.formats import Int, Layout, LowRank, Number, PackedTensor, Ternary
-from compressops.nn.weight import PackedWeight, as_bytes, decode, outside_graphs
+from compressops.nn.weight import PackedWeight, as_bytes, outside_graphs
 from compressops.ops.int8_linear import MAX_IN_FEATURES
 from compressops.ops.packed_linear import GROUP_MULTIPLE
 
@@ -82,7 +82,7 @@ class KernelWeight(PackedWeight):
             }
         else:
             packed = self.packed()
-            codes, params = packed.dense_codes(decode=decode), packed.params
+            codes, params = packed.dense_codes(ops.DECODER), packed.params
         return self._pack(codes.flatten(1), params)
 
     def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
