@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from bench_int8_linear import ours as int8
 from common import interleaved, measured_read_bandwidth, median_ratio, parser
-from linear_bench import LAYERS, Layer, contestants, options, run
+from linear_bench import LAYERS, SETTLE, Layer, contestants, options, run
 from linear_peers import FLOAT, INT4, Case, symmetric
 from peers import Peer
 
@@ -89,7 +89,8 @@ def cold(layer: Layer, threads: int, rounds: int, smoke: bool) -> dict:
             if peer.note.endswith(" bytes"):
                 sizes[name] = int(peer.note.split()[0])
     cycles = {name: itertools.cycle(peers) for name, peers in rotations.items()}
-    seconds = interleaved({n: lambda c=c: next(c).run() for n, c in cycles.items()}, rounds)
+    calls = {n: lambda c=c: next(c).run() for n, c in cycles.items()}
+    seconds = interleaved(calls, rounds, settle=0.0 if smoke else SETTLE)
     found = {"layer": layer.name, "M": "1 cold", "K": layer.K, "N": layer.N, "threads": threads}
     for name, times in seconds.items():
         median = statistics.median(times)

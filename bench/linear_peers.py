@@ -8,6 +8,8 @@ quantizing the activations is part of the call unless said otherwise:
 - torch fp32: `F.linear`, and on weights that MKL packed (``torch fp32 packed``).
 - torch onednn, fbgemm, x86: `quantized.linear_dynamic` of that engine, one range for all rows.
 - torch._int_mm: the integer product alone, of activations quantized before.
+- torchao int8: `Int8DynamicActivationInt8WeightConfig`, not compiled. What it has for 4 bits on a
+  CPU is the kernel of torch int4.
 - onnxruntime int8: DynamicQuantizeLinear, MatMulInteger and the scales, fused by the library.
 - OpenVINO int8, int4: a compressed weight, with dynamic quantization of the activations.
 - torch int4: `_weight_int4pack_mm_for_cpu`, bfloat16 activations converted before.
@@ -95,6 +97,20 @@ def torch_int_mm(case: Case) -> Peer:
         return torch._int_mm(q, transposed)
 
     return Peer(run, lambda: run() * x_scales * scales.t(), "no quantization, no scales")
+
+
+def torchao_int8(case: Case) -> Peer:
+    quantization = imported("torchao.quantization")
+    layer = torch.nn.Linear(*case.weight.shape[::-1], bias=False)
+    layer.weight = torch.nn.Parameter(case.weight.clone(), requires_grad=False)
+    # A module in a module: quantize_ replaces the weights of children.
+    model = torch.nn.Sequential(layer)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig())
+
+    def run() -> Tensor:
+        return model(case.x)
+
+    return Peer(run, run, imported("torchao").__version__)
 
 
 def torch_int4(case: Case) -> Peer:
@@ -226,6 +242,7 @@ INT8: dict[str, Callable[[Case], Peer]] = {
     "torch fbgemm": lambda case: torch_dynamic(case, "fbgemm"),
     "torch x86": lambda case: torch_dynamic(case, "x86"),
     "torch._int_mm": torch_int_mm,
+    "torchao int8": torchao_int8,
     "onnxruntime int8": onnxruntime_int8,
     "OpenVINO int8": lambda case: openvino(case, 8),
 }

@@ -246,8 +246,9 @@ def _is_watched(args: tuple) -> bool:
         return True
     records = torch.is_grad_enabled()
     for value in args:
-        if isinstance(value, torch.Tensor) and (
-            type(value) not in _PLAIN or (records and value.requires_grad)
-        ):
+        if type(value) in _PLAIN:
+            if records and value.requires_grad:
+                return True
+        elif isinstance(value, torch.Tensor):
             return True
     return False

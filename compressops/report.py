@@ -17,11 +17,14 @@ from torch.nn.utils import parametrize
 from compressops import page
 from compressops.compress import record
 from compressops.compress.sizes import entries
-from compressops.formats import pools
+from compressops.formats import Raw, pools
+from compressops.formats.coding import is_coded
 from compressops.model_state import join
 from compressops.nn import PackedModule
 from compressops.page import nbytes
 from compressops.registry import is_layer
+
+STAYS_RAW = "stored raw: {} coding would gain too little"
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,8 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
         dense = packed.dtype.itemsize * module.packed_weight.shape.numel()
         kernel, backend = module.op or "dense", module.backend()
         residency = module.residency
+        if packed.coding != Raw() and not is_coded(packed.parts):
+            why = "; ".join(filter(None, [why, STAYS_RAW.format(_axis(packed.coding))]))
     else:
         weight = module.weight.detach()
         shape, dense = tuple(weight.shape), weight.nbytes

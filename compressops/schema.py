@@ -49,6 +49,7 @@ SCHEMAS = {
     "huffman_decode": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int num_symbols, int chunk_size) -> Tensor"
     ),
+    "merge_planes": "(Tensor(a!) out, Tensor[] planes, bool turned=False) -> ()",
     "winograd_conv2d": (
         "(Tensor x, Tensor weight, Tensor transformed, Tensor? bias=None, int[] padding=[0, 0], "
         "int groups=1, str activation='none', int tile=4) -> Tensor"

@@ -190,7 +190,7 @@ def _write(
 
 def _decoded_hash(name: str, packed: PackedTensor) -> str:
     try:
-        return digest(_bytes(packed.unpack(ops.huffman_decode)))
+        return digest(_bytes(packed.unpack(ops.DECODER)))
     except ValueError as error:
         raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
 
@@ -231,7 +231,7 @@ def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
                         found = PackedTensor.from_blob(
                             manifest.packed[name], _tensor(data, entry), limits.get(name)
                         )
-                        dense = found.unpack(ops.huffman_decode)
+                        dense = found.unpack(ops.DECODER)
                         _check_hash("decoded", _bytes(dense), manifest.decoded[name])
             except CorruptFileError as error:
                 problems.append(CorruptFileError(str(error), pool or [name]))

@@ -122,7 +122,8 @@ def decode(spec: dict, parts: dict[str, bytes]) -> np.ndarray:
         where, codes = (i * columns + j).ravel()[inside], codes[inside]
     assert len(where) == len(codes)
     result = np.zeros(rows * columns, np.float32)
-    result[where] = values(codes, where, number, bits, parts, columns)
+    turned = coding["type"] == "Huffman"
+    result[where] = values(codes, where, number, bits, parts, columns, turned)
     return result
 
 
@@ -157,10 +158,13 @@ def bitmask(parts: dict[str, bytes], count: int, coding: dict) -> np.ndarray:
     return np.flatnonzero(flags)
 
 
-def values(codes, where, number, bits, parts, columns) -> np.ndarray:
-    """float32 values of unsigned codes at the positions ``where``."""
+def values(codes, where, number, bits, parts, columns, turned) -> np.ndarray:
+    """float32 values of unsigned codes at the positions ``where``; those of floats may be turned:
+    rotated left by one bit."""
     kind = number["type"]
     if kind == "Float":
+        if turned:
+            codes = codes >> 1 | (codes & 1) << (bits - 1)
         if number["dtype"] == "float32":
             return codes.astype("<u4").view("<f4")
         if number["dtype"] == "float16":

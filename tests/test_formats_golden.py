@@ -16,7 +16,7 @@ from compressops.formats import PackedTensor
 from compressops.serialize import inspect, read, verify, write
 
 # The file never changes; nor does this.
-SHA256 = "9d14c3f8382ccdaad97f649833e5d6170e661bbdb7ca43eadd675ef8cbcba77b"
+SHA256 = "6e117054d5ee3fff6616f667091451baee6b95063b37b354d7021fc60c898ad8"
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:

@@ -29,7 +29,7 @@ from compressops.formats import (
     Sparse,
     Ternary,
 )
-from compressops.formats.coding import huffman_decode_reference
+from compressops.formats.coding import Decoder, huffman_decode_reference
 from compressops.formats.lowrank import low_rank_product
 
 LAYOUTS = (
@@ -222,7 +222,7 @@ def test_a_decoder_can_be_given():
         calls.append(num_symbols)
         return huffman_decode_reference(stream, offsets, lengths, num_symbols, chunk_size)
 
-    assert torch.equal(packed.unpack(decode), packed.unpack())
+    assert torch.equal(packed.unpack(Decoder(symbols=decode)), packed.unpack())
     assert packed.meta["count"] in calls
 
 

@@ -187,3 +187,21 @@ def test_a_model_without_layers() -> None:
     assert found.layers == ()
     assert "–" in str(found)
     assert torch.tensor(found.totals.dense).item() == 0
+
+
+def test_a_layer_that_gains_nothing_by_coding_is_said_to_stay_raw(tmp_path):
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100))
+    with torch.no_grad():
+        bits = torch.randint(-(2**31), 2**31 - 1, (100, 100), dtype=torch.int32)
+        model[1].weight.copy_(bits.view(torch.float32))
+    packed = convert(model, Huffman())
+    first, second = report(packed).layers
+    said = "stored raw: Huffman coding would gain too little"
+    assert said not in first.why
+    assert first.stored < 0.87 * first.dense
+    assert said in second.why
+    assert second.stored == second.dense
+    save(packed, tmp_path / "file")
+    found = {t.name: t for t in inspect(tmp_path / "file").tensors}
+    assert (found["0.weight"].coded, found["1.weight"].coded) == (True, False)
+    assert "Huffman (raw)" in str(inspect(tmp_path / "file"))

@@ -110,3 +110,32 @@ def check_same_bits(weight: Tensor, values: Tensor, what: object) -> None:
             f"{weight.numel()} values would change, the first at {list(first)} from "
             f"{weight[first].item()!r} to {values[first].item()!r}; lossy=True allows it"
         )
+
+
+def subset(parts: dict[str, Any], factor: str) -> dict[str, Any]:
+    """The parts of one factor, under their own names."""
+    return {n[len(factor) + 1 :]: p for n, p in parts.items() if n.startswith(factor + "_")}
+
+
+def parts_of_blob(
+    blob: Tensor,
+    sizes: dict[str, int],
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]],
+) -> dict[str, Tensor]:
+    """The parts that stand in a blob one after the other, of these ``sizes`` in bytes, and of the
+    ``expected`` dtypes and shapes (None: a vector).
+
+    Raises:
+        ValueError: a size that does not fit its dtype or shape.
+    """
+    parts = {}
+    chunks = blob.split(list(sizes.values()))
+    for (name, (dtype, shape)), chunk in zip(expected.items(), chunks, strict=True):
+        if chunk.numel() % dtype.itemsize:
+            raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
+        # Cloned, so that it is aligned and does not keep the whole file in memory.
+        part = chunk.clone().view(dtype)
+        if shape is not None and part.numel() != math.prod(shape):
+            raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")
+        parts[name] = part if shape is None else part.view(shape)
+    return parts

@@ -2,14 +2,15 @@
 
 A stream called ``codes`` is stored in one part (``codes``, raw) or three (``codes``,
 ``codes_sizes``, ``codes_lengths``, Huffman); codes wider than a byte are split into byte planes
-``codes_0``, ``codes_1`` …, each a stream of its own.
+``codes_0``, ``codes_1`` … (see ``planes.py``), each a stream of its own.
 """
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from compressops.formats.huffman import (
     huffman_encode,
     huffman_lengths,
 )
+from compressops.formats.planes import code_dtype, merge_planes_reference, split_planes
 from compressops.formats.registry import Axis, check_int
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "Decoder",
     "Huffman",
     "Raw",
+    "code_dtype",
     "huffman_decode_reference",
     "huffman_encode",
     "huffman_lengths",
@@ -34,15 +37,28 @@ __all__ = [
     "unpack_bits",
 ]
 
-Decoder = Callable[[Tensor, Tensor, Tensor, int, int], Tensor]
+
+@dataclass(frozen=True)
+class Decoder:
+    """The kernels that decoding takes; by default the references.
+
+    Attributes:
+        symbols: ``(stream, offsets, lengths, num_symbols, chunk_size)`` → uint8 symbols, as
+            :func:`huffman_decode_reference`.
+        merge: ``(out, planes, turned)``, as :func:`merge_planes_reference`.
+    """
+
+    symbols: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = huffman_decode_reference
+    merge: Callable[[Tensor, Sequence[Tensor], bool], None] = merge_planes_reference
+
 
 # A chunk's bytes are stored as uint16: 32,768 symbols of 12 bits are 49,152 bytes.
 MAX_CHUNK_SIZE = 32768
-
-
-def code_dtype(bits: int) -> torch.dtype:
-    """Signed integer dtype that holds a code of ``bits`` bits."""
-    return torch.int8 if bits <= 8 else torch.int16 if bits <= 16 else torch.int32
+# Codes of several planes are decoded so many at a time on a CPU: their planes then wait for the
+# merge in a core's own cache, and take no memory by the size of the weight.
+_TILE = 1 << 18
+# What a plane, or a weight of floats, has to shrink to: decoding costs more than less would save.
+WORTH = 0.95
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -59,7 +75,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         # A copy: what is packed must not change with what it was packed from.
         return codes.to(code_dtype(bits), copy=True).view(torch.uint8)
     if bits > 8:
-        low, high = pack_planes(codes, bits)
+        low, high = split_planes(codes, bits)
         position = torch.arange(bits, device=codes.device)
         spread = torch.stack([low, high], 1).to(torch.int32)
         flags = (spread[:, position // 8] >> (position % 8)) & 1
@@ -108,18 +124,6 @@ def unpack_bits(data: Tensor, count: int, bits: int) -> Tensor:
     return codes.flatten()[:count]
 
 
-def pack_planes(codes: Tensor, bits: int) -> list[Tensor]:
-    """Byte planes of codes wider than a byte, lowest first: uint8 ``[N]`` each.
-
-    Of the highest byte only the bits of the code are kept, the rest is 0.
-    """
-    data = codes.to(code_dtype(bits)).contiguous().view(torch.uint8)
-    planes = list(data.view(-1, code_dtype(bits).itemsize).t().contiguous())
-    if bits % 8:
-        planes[-1] &= 2 ** (bits % 8) - 1
-    return planes
-
-
 def sign_extend(codes: Tensor, bits: int) -> Tensor:
     """Codes of ``bits`` bits as the signed integers that they are in two's complement."""
     dtype = code_dtype(bits)
@@ -147,13 +151,28 @@ class Coding(Axis, abc.ABC):
 
     @abc.abstractmethod
     def decode(
-        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+        self,
+        parts: dict[str, Tensor],
+        name: str,
+        count: int,
+        bits: int,
+        decoder: Decoder,
+        out: Tensor | None = None,
     ) -> Tensor:
         """The ``count`` codes, signed integers ``[count]`` on the parts' device.
+
+        Args:
+            out: where codes wider than a byte go, ``[count]``, contiguous, of their dtype;
+                ``None``: into a tensor of their own.
 
         Raises:
             ValueError: the stream is corrupt.
         """
+
+    def of(self, is_float: bool) -> Coding:
+        """As this one codes the streams of a weight whose codes are floats, or are not."""
+        del is_float
+        return self
 
 
 def _check_raw(data: Tensor, name: str, count: int, bits: int) -> None:
@@ -178,9 +197,16 @@ class Raw(Coding):
         _check_raw(parts[name], name, count, bits)
 
     def decode(
-        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+        self,
+        parts: dict[str, Tensor],
+        name: str,
+        count: int,
+        bits: int,
+        decoder: Decoder,
+        out: Tensor | None = None,
     ) -> Tensor:
-        return sign_extend(unpack_bits(parts[name], count, bits), bits)
+        codes = sign_extend(unpack_bits(parts[name], count, bits), bits)
+        return codes if out is None else out.copy_(codes)
 
 
 @dataclass(frozen=True)
@@ -188,8 +214,9 @@ class Huffman(Coding):
     """Canonical Huffman codes, limited in length, in chunks that decode in parallel.
 
     A stream that would not shrink is stored raw. Codes wider than 8 bits are coded by byte
-    planes; a plane that gains less than 5 % (a float's mantissa) is stored raw, because decoding
-    it costs more than it saves.
+    planes, those of floats by planes of which the highest is the exponent; a plane that gains less
+    than 5 % (a float's mantissa) is stored raw, because decoding it costs more than it saves, and
+    so are all of them where they gain less than 5 % together.
 
     Args:
         max_length: longest code, 8 to 12 bits (a decoder's table has 2**12 entries).
@@ -198,6 +225,9 @@ class Huffman(Coding):
 
     max_length: int = 12
     chunk_size: int = 4096
+
+    # Whether the codes of more than a byte are turned before they are split, see planes.py.
+    _turned: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_int("Huffman", "max_length", self.max_length, 8, MAX_CODE_LENGTH)
@@ -210,16 +240,20 @@ class Huffman(Coding):
         widths = [8] * (bits // 8) + [bits % 8] * (bits % 8 > 0)
         return [(f"{name}_{i}", width) for i, width in enumerate(widths)]
 
+    def of(self, is_float: bool) -> Coding:
+        return _FloatHuffman(self.max_length, self.chunk_size) if is_float else self
+
     def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
         names = self._planes(name, bits)
         if bits <= 8:
-            symbols = [codes.to(torch.int8).view(torch.uint8) & (2**bits - 1)]
-        else:
-            symbols = pack_planes(codes, bits)
-        parts = {}
-        for (plane, width), values in zip(names, symbols, strict=True):
-            parts.update(self._encode_plane(values, width, plane, 1.0 if bits <= 8 else 0.95))
-        return parts
+            symbols = codes.to(torch.int8).view(torch.uint8) & (2**bits - 1)
+            return self._encode_plane(symbols, bits, name, 1.0)
+        planes = split_planes(codes, bits, self._turned)
+        parts: dict[str, Tensor] = {}
+        for (plane, width), symbols in zip(names, planes, strict=True):
+            parts |= self._encode_plane(symbols, width, plane, WORTH)
+        raw = {n: pack_bits(p, width) for (n, width), p in zip(names, planes, strict=True)}
+        return parts if _nbytes(parts) < WORTH * _nbytes(raw) else raw
 
     def _encode_plane(
         self, symbols: Tensor, bits: int, name: str, worth: float
@@ -273,24 +307,69 @@ class Huffman(Coding):
                 )
 
     def decode(
-        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
+        self,
+        parts: dict[str, Tensor],
+        name: str,
+        count: int,
+        bits: int,
+        decoder: Decoder,
+        out: Tensor | None = None,
     ) -> Tensor:
-        planes = [
-            self._decode_plane(parts, plane, count, width, decoder)
+        if bits <= 8:
+            if f"{name}_lengths" not in parts:
+                return sign_extend(unpack_bits(parts[name], count, bits), bits)
+            return sign_extend(self._reader(parts, name, count, bits, decoder)(0, count), bits)
+        readers = [
+            self._reader(parts, plane, count, width, decoder)
             for plane, width in self._planes(name, bits)
         ]
-        if bits <= 8:
-            return sign_extend(planes[0], bits)
-        size = code_dtype(bits).itemsize
-        return sign_extend(torch.stack(planes, 1).view(code_dtype(8 * size)).flatten(), bits)
+        device = parts[f"{name}_0"].device
+        codes = torch.empty(count, dtype=code_dtype(bits), device=device) if out is None else out
+        # Elsewhere a launch costs more than a cache saves.
+        tile = count if device.type != "cpu" else max(1, _TILE // self.chunk_size) * self.chunk_size
+        for start in range(0, count, max(1, tile)):
+            stop = min(start + tile, count)
+            planes = [read(start, stop) for read in readers]
+            decoder.merge(codes[start:stop], planes, self._turned)
+        return codes if bits % 8 == 0 else codes.copy_(sign_extend(codes, bits))
 
-    def _decode_plane(
+    def _reader(
         self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
-    ) -> Tensor:
+    ) -> Callable[[int, int], Tensor]:
+        """Gives the symbols from one index to another, both on an edge of a chunk, of a plane."""
         if f"{name}_lengths" not in parts:
-            return unpack_bits(parts[name], count, bits)
+            data = parts[name] if bits == 8 else unpack_bits(parts[name], count, bits)
+            return lambda start, stop: data[start:stop]
         sizes = parts[f"{name}_sizes"].to(torch.int64)
         offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         table = parts[f"{name}_lengths"]
         lengths = unpack_bits(table, 2 * table.numel(), 4)
-        return decoder(parts[name], offsets, lengths, count, self.chunk_size)
+        stream = parts[name]
+
+        def read(start: int, stop: int) -> Tensor:
+            if (start, stop) == (0, count):
+                return decoder.symbols(stream, offsets, lengths, count, self.chunk_size)
+            edges = offsets[start // self.chunk_size : -(-stop // self.chunk_size) + 1]
+            begin, end = int(edges[0]), int(edges[-1])
+            return decoder.symbols(
+                stream[begin:end], edges - begin, lengths, stop - start, self.chunk_size
+            )
+
+        return read
+
+
+@dataclass(frozen=True)
+class _FloatHuffman(Huffman):
+    """`Huffman` of the codes of floats; a file knows no other name than that."""
+
+    _turned: ClassVar[bool] = True
+
+
+def is_coded(parts: Iterable[str]) -> bool:
+    """Whether any stream of a packed tensor, by the names of its parts, is Huffman-coded: one that
+    would gain too little is stored raw."""
+    return any(name.endswith("_lengths") for name in parts)
+
+
+def _nbytes(parts: dict[str, Tensor]) -> int:
+    return sum(part.nbytes for part in parts.values())

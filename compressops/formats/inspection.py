@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from compressops.formats.coding import is_coded
 from compressops.formats.container import read_header
 from compressops.formats.manifest import naming, opened, read_manifest
 from compressops.formats.packed import PackedTensor
@@ -16,7 +17,8 @@ from compressops.formats.packed import PackedTensor
 @dataclass(frozen=True)
 class TensorInfo:
     """One tensor of a file. ``layout``, ``number`` and ``coding`` are None where it is stored as
-    it is; ``ideal_nbytes`` is the accounting of papers, ``stored_nbytes`` what the file spends.
+    it is, and ``coded`` says whether the coding gained enough to be used for any part of it;
+    ``ideal_nbytes`` is the accounting of papers, ``stored_nbytes`` what the file spends.
     ``pooled`` are the shapes of the small tensors that a pool holds, by name; else empty."""
 
     name: str
@@ -29,6 +31,7 @@ class TensorInfo:
     ideal_nbytes: float
     stored_nbytes: int
     pooled: dict[str, tuple[int, ...]]
+    coded: bool
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,8 @@ class FileInfo:
     def __str__(self) -> str:
         rows = [("tensor", "shape", "dtype", "as", "density", "ideal", "stored")]
         for t in self.tensors:
-            how = " × ".join((t.layout, t.number, t.coding)) if t.layout else "plain"
+            coding = t.coding if t.coded or t.coding == "Raw" else f"{t.coding} (raw)"
+            how = " × ".join((t.layout, t.number, coding)) if t.layout else "plain"
             dtype = str(t.dtype).removeprefix("torch.")
             name = f"{len(t.pooled)} small tensors" if t.pooled else t.name
             ideal, stored = f"{t.ideal_nbytes:,.0f}", f"{t.stored_nbytes:,}"
@@ -87,14 +91,16 @@ def inspect(path: str | os.PathLike[str]) -> FileInfo:
             nbytes = entry.end - entry.begin
             pooled = {n: tuple(s) for n, s in manifest.pools.get(entry.name, {}).items()}
             shape, dtype, axes, density, ideal = entry.shape, entry.dtype, (None,) * 3, 1.0, nbytes
-            if entry.name in manifest.packed:
+            coded = False
+            if (spec := manifest.packed.get(entry.name)) is not None:
                 with naming(entry.name):
-                    packed = PackedTensor.describe(manifest.packed[entry.name])
+                    packed = PackedTensor.describe(spec)
                 shape, dtype = packed.shape, packed.dtype
                 axes = tuple(map(str, (packed.layout, packed.number, packed.coding)))
                 density, ideal = packed.density, packed.ideal_nbytes
+                coded = is_coded(spec["parts"])
             infos.append(
-                TensorInfo(entry.name, shape, dtype, *axes, density, ideal, nbytes, pooled)
+                TensorInfo(entry.name, shape, dtype, *axes, density, ideal, nbytes, pooled, coded)
             )
     return FileInfo(
         os.fspath(path),

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from compressops.formats import checks
-from compressops.formats.coding import Coding, Decoder, Raw, huffman_decode_reference
+from compressops.formats.coding import Coding, Decoder, Raw
 from compressops.formats.decompose import decompose
 from compressops.formats.layout import Dense, Layout
 from compressops.formats.lowrank import LowRank
 from compressops.formats.number import (
+    FLOAT_DTYPES,
     Float,
     Number,
     check_dtype,
@@ -107,7 +108,9 @@ class PackedTensor:
         if not lossy:
             checks.check_same_bits(weight, values, number)
         keep = checks.bits_of(values) != 0
-        layout, parts, meta = layout.encode(codes.cpu(), keep.cpu(), number.bits, coding)
+        layout, parts, meta = layout.encode(
+            codes.cpu(), keep.cpu(), number.bits, coding.of(number.is_float)
+        )
         parts = {name: part.to(device) for name, part in parts.items()}
         # A copy: what is packed doesn't change with what is trained on.
         parts |= {
@@ -161,26 +164,38 @@ class PackedTensor:
         """
         if not isinstance(self.layout, LowRank):
             raise ValueError(f"only LowRank has factors, this layout is {self.layout}")
-        return tuple(
-            _from_spec_unchecked(self.meta[n], _subset(self.parts, n)) for n in self.layout.names
-        )
+        named = ((self.meta[name], checks.subset(self.parts, name)) for name in self.layout.names)
+        return tuple(_from_spec_unchecked(*factor) for factor in named)
 
-    def unpack(self, decode: Decoder | None = None) -> Tensor:
+    def unpack(self, decoder: Decoder | None = None, out: Tensor | None = None) -> Tensor:
         """The dense weight, bit for bit: ``shape``, ``dtype``, on the parts' device.
 
         Args:
-            decode: ``(stream, offsets, lengths, num_symbols, chunk_size) -> uint8 symbols``;
-                replaces the reference Huffman decoder.
+            decoder: kernels instead of the references.
+            out: where the weight goes: of its shape, device and any float dtype and strides; the
+                values are rounded once to its dtype. ``None``: into a tensor of its own.
 
         Raises:
             ValueError: the parts are corrupt.
         """
         if isinstance(self.layout, LowRank):
-            factors = [factor.unpack(decode) for factor in self.factors()]
-            return self.layout.product(factors, self.shape, self.dtype)
-        return self.number.dequantize(self.dense_codes(decode), self.params, self.dtype)
+            factors = [factor.unpack(decoder) for factor in self.factors()]
+            weight = self.layout.product(factors, self.shape, self.dtype)
+        elif out is not None and self._decodes_into(out):
+            codes = out.view(self.number.code_dtype).view(-1)
+            coder, bits = self.coding.of(self.number.is_float), self.number.bits
+            coder.decode(self.parts, "codes", codes.numel(), bits, decoder or Decoder(), codes)
+            return out
+        else:
+            weight = self.number.dequantize(self.dense_codes(decoder), self.params, self.dtype)
+        return weight if out is None else out.copy_(weight)
 
-    def dense_codes(self, decode: Decoder | None = None) -> Tensor:
+    def _decodes_into(self, out: Tensor) -> bool:
+        """Whether the codes are the floats that ``out`` holds, in its order."""
+        same = self.number.is_float and FLOAT_DTYPES[self.number.dtype] == self.dtype == out.dtype
+        return same and isinstance(self.layout, Dense) and out.is_contiguous()
+
+    def dense_codes(self, decoder: Decoder | None = None) -> Tensor:
         """The integer codes that ``number.dequantize`` takes: signed, of ``shape``; an entry that
         is not stored has the code of 0.0.
 
@@ -191,10 +206,8 @@ class PackedTensor:
             raise ValueError("a LowRank weight has no codes of its own; its factors() have")
         device = next(iter(self.parts.values())).device
         zero = self.number.zero_codes(self.shape, self.params, device)
-        decode = decode or huffman_decode_reference
-        return self.layout.decode(
-            self.parts, self.meta, zero, self.number.bits, self.coding, decode
-        )
+        how = self.number.bits, self.coding.of(self.number.is_float), decoder or Decoder()
+        return self.layout.decode(self.parts, self.meta, zero, *how)
 
     def __repr__(self) -> str:
         axes = f"{self.layout} × {self.number} × {self.coding}"
@@ -300,16 +313,7 @@ class PackedTensor:
         expected = packed._part_shapes(set(sizes))
         if list(sizes) != list(expected):
             raise ValueError(f"parts must be {', '.join(expected)}, got {', '.join(sizes)}")
-        parts = {}
-        chunks = blob.split(list(sizes.values()))
-        for (name, (dtype, shape)), chunk in zip(expected.items(), chunks, strict=True):
-            if chunk.numel() % dtype.itemsize:
-                raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
-            # Cloned, so that it is aligned and does not keep the whole file in memory.
-            part = chunk.clone().view(dtype)
-            if shape is not None and part.numel() != math.prod(shape):
-                raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")
-            parts[name] = part if shape is None else part.view(shape)
+        parts = checks.parts_of_blob(blob, sizes, expected)
         return cls.from_spec(spec, parts, max_entries)
 
     @classmethod
@@ -351,7 +355,7 @@ class PackedTensor:
                 f"{n}_{part}": value
                 for n in self.layout.names
                 for part, value in _from_spec_unchecked(self.meta[n], {})
-                ._part_shapes(set(_subset(dict.fromkeys(present), n)))
+                ._part_shapes(set(checks.subset(dict.fromkeys(present), n)))
                 .items()
             }
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...] | None]] = {}
@@ -366,7 +370,7 @@ class PackedTensor:
         self._check_kept()
         if rank:
             factors = [
-                PackedTensor.from_spec(self.meta[n], _subset(self.parts, n), max_entries)
+                PackedTensor.from_spec(self.meta[n], checks.subset(self.parts, n), max_entries)
                 for n in self.layout.names
             ]
             rebuilt = PackedTensor.from_factors(factors, self.shape, self.dtype, self.layout)
@@ -380,11 +384,6 @@ class PackedTensor:
             for name, param in self.params.items():
                 if param.is_floating_point() and not bool(torch.isfinite(param).all()):
                     raise ValueError(f"{name} holds NaN or infinite values")
-
-
-def _subset(parts: dict[str, Any], factor: str) -> dict[str, Any]:
-    """The parts of one factor, under their own names."""
-    return {n[len(factor) + 1 :]: p for n, p in parts.items() if n.startswith(factor + "_")}
 
 
 def _from_spec_unchecked(spec: dict[str, Any], parts: dict[str, Tensor]) -> PackedTensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressops import ops
 from compressops.formats import Int, Layout, LowRank, Number, PackedTensor, Ternary
-from compressops.nn.weight import PackedWeight, as_bytes, decode, outside_graphs
+from compressops.nn.weight import PackedWeight, as_bytes, outside_graphs
 from compressops.ops.int8_linear import MAX_IN_FEATURES
 from compressops.ops.packed_linear import GROUP_MULTIPLE
 
@@ -29,6 +29,12 @@ class KernelWeight(PackedWeight):
 
     op: ClassVar[str]
     arguments: ClassVar[tuple[str, ...]]
+    # The buffers that hold them, named once: a small layer's call is short.
+    _argument_buffers: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._argument_buffers = tuple(f"kernel_{name}" for name in cls.arguments)
 
     @classmethod
     def needs(cls, number: Number, columns: int) -> str | None:
@@ -59,7 +65,7 @@ class KernelWeight(PackedWeight):
         self.group_size = group_size(packed.number, math.prod(packed.shape[1:]))
 
     def _resident(self) -> tuple[str, ...]:
-        return tuple(f"kernel_{name}" for name in self.arguments)
+        return self._argument_buffers
 
     def _materialize(self) -> None:
         if self.residency != "decoded":
@@ -82,7 +88,7 @@ class KernelWeight(PackedWeight):
             }
         else:
             packed = self.packed()
-            codes, params = packed.dense_codes(decode=decode), packed.params
+            codes, params = packed.dense_codes(ops.DECODER), packed.params
         return self._pack(codes.flatten(1), params)
 
     def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
@@ -98,7 +104,8 @@ class KernelWeight(PackedWeight):
     def kernel(self) -> tuple[Tensor | None, ...]:
         """The weight as the op takes it: `arguments`, ``None`` for one that this weight lacks."""
         if self.residency == "decoded":
-            return tuple(self._buffers.get(name) for name in self._resident())
+            buffer = self._buffers.get
+            return tuple([buffer(name) for name in self._argument_buffers])
         return self._decode_kernel()
 
 

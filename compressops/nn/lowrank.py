@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops import backends
+from compressops import backends, ops
 from compressops.formats import Layout, LowRank, PackedTensor
 from compressops.nn.base import PackedModule
 from compressops.nn.conv import PackedConv
-from compressops.nn.weight import PackedWeight, decode, outside_graphs
+from compressops.nn.weight import PackedWeight, outside_graphs
 from compressops.nn.winograd_conv import padded
 
 OP = "low_rank"
@@ -60,7 +60,7 @@ class LowRankWeight(PackedWeight):
             return {name: torch.empty(shape, **like) for name, shape in shapes.items()}
         last = self._probe.dim() == 4 and not self._probe.is_contiguous()
         return {
-            name: factor.unpack(decode=decode)
+            name: factor.unpack(ops.DECODER)
             .reshape(shape)
             .to(**like, memory_format=torch.channels_last if last else torch.contiguous_format)
             for (name, shape), factor in zip(shapes.items(), self.packed().factors(), strict=True)

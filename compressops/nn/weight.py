@@ -147,7 +147,7 @@ class PackedWeight(nn.Module):
     def _decode(self) -> Tensor:
         device, dtype = self._probe.device, self._probe.dtype
         out = torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
-        return out if device.type == "meta" else out.copy_(self.packed().unpack(decode=decode))
+        return out if device.type == "meta" else out.copy_(self.packed().unpack(ops.DECODER))
 
     def forward(self) -> Tensor:
         """The dense weight in the compute dtype."""
@@ -262,13 +262,6 @@ def check_residency(residency: str) -> str:
     if residency not in RESIDENCIES:
         raise ValueError(f"residency must be one of {RESIDENCIES}, got {residency!r}")
     return residency
-
-
-def decode(
-    stream: Tensor, offsets: Tensor, lengths: Tensor, num_symbols: int, chunk_size: int
-) -> Tensor:
-    """`ops.huffman_decode` in the form that `PackedTensor.unpack` takes."""
-    return ops.huffman_decode(stream, offsets, lengths, num_symbols, chunk_size)
 
 
 def _version(tensor: Tensor) -> int:

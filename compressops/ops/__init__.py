@@ -1,5 +1,6 @@
 """One public function an op; see ``compressops/schema.py`` for the list."""
 
+from ..formats.coding import Decoder
 from .bsr import bsr_from_dense, bsr_to_dense
 from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
 from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
@@ -7,6 +8,7 @@ from .huffman_decode import huffman_decode
 from .int4_linear import int4_linear, int4_linear_pack
 from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
+from .merge_planes import merge_planes
 from .ternary_linear import ternary_linear, ternary_linear_pack, ternary_linear_rows
 from .winograd_conv2d import (
     winograd_conv1d,
@@ -19,7 +21,11 @@ from .winograd_conv2d_grad import winograd_conv2d_grad, winograd_conv2d_weight_g
 from .winograd_model import choose_tile
 from .winograd_transform import cook_toom
 
+# What `PackedTensor.unpack` takes to decode by the ops.
+DECODER = Decoder(huffman_decode, merge_planes)
+
 __all__ = [
+    "DECODER",
     "bsr_from_dense",
     "bsr_int8_linear",
     "bsr_int8_linear_pack",
@@ -37,6 +43,7 @@ __all__ = [
     "int8_conv2d_pack",
     "int8_linear",
     "int8_linear_pack",
+    "merge_planes",
     "quantize_rows",
     "ternary_linear",
     "ternary_linear_pack",

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..backends import register
 from .checks import ACTIVATIONS, activate, message, require
+from .huge_pages import on_huge_pages
 
 # |sum| ≤ 127·128·K must fit in an int32; with zero points it is 255·128·K.
 MAX_IN_FEATURES = 131072
@@ -84,7 +85,7 @@ def int8_linear_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     N, K = weight.shape
     padded = F.pad(weight, (0, -K % _DEPTH, 0, -N % _PANEL))
     panels = padded.view(-(-N // _PANEL), _PANEL, -(-K // _DEPTH), _DEPTH)
-    return panels.transpose(1, 2).contiguous(), sums
+    return on_huge_pages(panels.transpose(1, 2).contiguous()), sums
 
 
 def _unpack(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import ACTIVATIONS, activate, require
+from .huge_pages import on_huge_pages
 from .int8_linear import MAX_IN_FEATURES, quantize_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,7 +57,7 @@ class Codes:
         K = codes.shape[1]
         padded = F.pad(codes, (0, -K % self.inputs, 0, -codes.shape[0] % 16))
         shape = (padded.shape[0], -(-K // self.inputs), 8 // self.bits, _DEPTH)
-        return to_panels(_joined(padded.view(shape).transpose(2, 3), self.bits))
+        return on_huge_pages(to_panels(_joined(padded.view(shape).transpose(2, 3), self.bits)))
 
     def pack_fragments(self, codes: torch.Tensor) -> torch.Tensor:
         """As a GPU's kernels read them: ``[ceil(N / rows), ceil(K / 64), 512]``, N and K zero

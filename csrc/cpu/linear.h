@@ -91,7 +91,11 @@ inline Tensor new_output(const Tensor& x, int64_t N) {
   std::vector<int64_t> sizes;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
   sizes.push_back(N);
-  return torch::stable::new_empty(x, sizes);
+  // Not torch::stable::new_empty, which looks the op up by its name at each call.
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), sizes.data(), x.dim(), nullptr,
+                                                          nullptr, nullptr, 0, nullptr, &out));
+  return Tensor(out);
 }
 
 // The rows of x [M][K] to 8 bits, q_stride bytes apart, padded with the code of 0.0. Calls

@@ -12,6 +12,7 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include "quantize_row.h"
@@ -54,7 +55,15 @@ void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes
   const __m512 high = _mm512_set1_ps(how.most);
   const __m512 low = _mm512_set1_ps(how.least);
   const __m512i zero = _mm512_set1_epi32(how.zero);
-  for (int64_t k = 0; k < K; k += 16) {
+  int64_t k = 0;
+  // By a row's own largest magnitude nothing is clipped, and with a finite factor nothing is NaN:
+  // less than half of the time.
+  if (how.finite && how.least == -127.0f && how.most == 127.0f && how.inverse < INFINITY)
+    for (; k + 16 <= K; k += 16) {
+      const __m512i words = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + k), scale));
+      _mm_storeu_si128((__m128i*)(q + k), _mm512_cvtepi32_epi8(_mm512_add_epi32(words, zero)));
+    }
+  for (; k < K; k += 16) {
     const __mmask16 lanes = how.finite ? first_lanes(K - k) : (__mmask16)0;
     __m512 scaled = _mm512_mul_ps(_mm512_maskz_loadu_ps(lanes, x + k), scale);
     // 0 · Inf, where the scale is subnormal, is NaN: zero it as the other kernels do.

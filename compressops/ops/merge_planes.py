@@ -1,0 +1,60 @@
+"""Planes of bytes put together to codes of 16 or 32 bits: the second half of decoding floats."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..backends import register
+from ..formats.planes import merge_planes_reference
+
+
+def merge_planes(out: torch.Tensor, planes: Sequence[torch.Tensor], turned: bool = False) -> None:
+    """Write codes that are stored by planes of bytes (``docs/FORMAT.md``, section 5).
+
+    ``out[i]`` is given the bits Σ ``planes[p][i]`` · 2^(8p), rotated right by one bit where they
+    are ``turned``. All bits are kept, of a float −0.0, denormals and the payload of a NaN too.
+
+    Args:
+        out: ``[N]``, contiguous, of any integer or float dtype of 2 or 4 bytes.
+        planes: as many as ``out`` has bytes an element: uint8 ``[N]`` each, contiguous, on the
+            device of ``out``; the lowest bits first.
+        turned: the codes are floats, whose sign is their lowest bit.
+
+    Raises:
+        ValueError: an argument is not of that form; ``out`` is as it was then.
+    """
+    _call(out, list(planes), turned)
+
+
+def _check(out, planes, turned=False) -> None:
+    del turned
+    if out.dim() != 1 or not out.is_contiguous() or out.dtype not in _DTYPES:
+        _fail("out", "a contiguous vector of 2 or 4 bytes an element", _shown(out))
+    if len(planes) != out.element_size():
+        _fail("planes", f"{out.element_size()} tensors for {out.dtype}", len(planes))
+    for plane in planes:
+        fits = plane.dtype == torch.uint8 and plane.shape == out.shape
+        if not fits or not plane.is_contiguous() or plane.device != out.device:
+            form = f"contiguous torch.uint8 {list(out.shape)} on {out.device}"
+            _fail("planes", form, _shown(plane))
+
+
+_DTYPES = {torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32}
+
+
+def _shown(tensor: torch.Tensor) -> str:
+    contiguous = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{contiguous}"
+
+
+def _fail(argument: str, requirement: str, value: object) -> None:
+    raise ValueError(f"merge_planes: argument '{argument}' must be {requirement}, got {value}")
+
+
+def _fake(out, planes, turned=False) -> None:
+    del out, planes, turned
+
+
+_call = register("merge_planes", eager=merge_planes_reference, fake=_fake, check=_check)
