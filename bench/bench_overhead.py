@@ -12,6 +12,7 @@ from common import interleaved, parser, report
 
 import compressops as co
 from compressops import schema
+from compressops.formats.huffman import huffman_encode
 
 
 @torch.no_grad()
@@ -21,12 +22,13 @@ def main() -> None:
     rounds = 2 if arguments.smoke else max(15, arguments.rounds)
     weight = torch.randint(-127, 128, (16, 16), dtype=torch.int8)
     packed, sums = co.ops.int8_linear_pack(weight)
-    symbols = torch.zeros(1, dtype=torch.uint8)
+    lengths = torch.ones(1, dtype=torch.uint8)
+    stream, offsets = huffman_encode(torch.zeros(1, dtype=torch.uint8), lengths, 64)
     filters, image = torch.randn(16, 16, 3, 3), torch.randn(1, 16, 4, 4)
     transformed = co.ops.winograd_conv2d_pack(filters, tile=2)
     calls = {
         "int8_linear": (torch.randn(1, 16), packed, torch.ones(16), sums, None, "none"),
-        "huffman_decode": (symbols, torch.tensor([0, 1]), symbols + 1, 1, 64),
+        "huffman_decode": (stream, offsets, lengths, 1, 64),
         "winograd_conv2d": (image, filters, None, [1, 1], 1, "none", 2, transformed),
     }
     rows = []

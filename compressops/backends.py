@@ -98,7 +98,8 @@ def _load_triton(op: str) -> tuple[Kernel | None, str | None]:
     if importlib.util.find_spec("triton") is None:
         return None, "triton is not installed"
     try:
-        module = importlib.import_module(f"compressops.triton_kernels.{op}")
+        # What writes into a buffer that it is given is the sibling of what makes one.
+        module = importlib.import_module(f"compressops.triton_kernels.{op.removesuffix('_out')}")
     except ImportError as error:
         return None, f"the Triton kernel does not load: {error}"
     return getattr(module, op), None

@@ -49,6 +49,9 @@ SCHEMAS = {
     "huffman_decode": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int num_symbols, int chunk_size) -> Tensor"
     ),
+    "huffman_decode_out": (
+        "(Tensor stream, Tensor offsets, Tensor lengths, int chunk_size, Tensor(a!) out) -> ()"
+    ),
     "merge_planes": "(Tensor(a!) out, Tensor[] planes, bool turned=False) -> ()",
     "winograd_conv2d": (
         "(Tensor x, Tensor weight, Tensor transformed, Tensor? bias=None, int[] padding=[0, 0], "

@@ -204,17 +204,23 @@ def stream(parts, name, count, bits, coding) -> np.ndarray:
     sizes = np.frombuffer(parts[f"{name}_sizes"], "<u2")
     symbols, position = [], 0
     for i, size in enumerate(sizes):
-        chunk = np.frombuffer(parts[name][position : position + size], np.uint8)
-        bits_left = iter(np.unpackbits(chunk, bitorder="little").tolist())
-        for _ in range(min(coding["chunk_size"], count - i * coding["chunk_size"])):
-            length = code = 0
-            while (length, code) not in codes:
-                length, code = length + 1, 2 * code + next(bits_left)
-            symbols.append(codes[length, code])
-        padding = list(bits_left)
-        assert len(padding) < 8
-        assert not any(padding)
+        chunk = parts[name][position : position + size]
         position += size
+        assert zlib.crc32(chunk[4:]) == struct.unpack("<I", chunk[:4])[0]
+        assert chunk[4] == 1
+        left = np.unpackbits(np.frombuffer(chunk[5:], np.uint8), bitorder="little")
+        symbol = np.full(min(coding["chunk_size"], count - i * coding["chunk_size"]), -1)
+        length, code = 0, np.zeros(len(symbol), np.int64)
+        while (symbol < 0).any():
+            going_on = np.flatnonzero(symbol < 0)
+            order = going_on[np.argsort(code[going_on], kind="stable")]
+            code[order] = 2 * code[order] + left[: len(order)]
+            left, length = left[len(order) :], length + 1
+            for j in order:
+                symbol[j] = codes.get((length, code[j]), -1)
+        assert len(left) < 8
+        assert not left.any()
+        symbols += symbol.tolist()
     return np.array(symbols, np.int64)
 
 

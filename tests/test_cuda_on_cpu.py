@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import harness
-from cuda_on_cpu.huffman_streams import decode_chunk, encode, lengths_for
+from cuda_on_cpu.huffman_streams import decode_chunk, encode, framed, lengths_for, seal
 
 from compressops import backend
 from compressops.ops import int8_linear
@@ -235,7 +235,9 @@ def test_huffman_decode_of_nothing(huffman_library):
         assert (len(output), status) == (0, [0, None, 0])
 
 
-TOO_LONG, KRAFT, NO_SYMBOLS, OFFSETS, OVERRUN, INVALID, LEFTOVER, PADDING = range(1, 9)
+TOO_LONG, KRAFT, NO_SYMBOLS, OFFSETS, SIZE, CHECKSUM, CODEC, OVERRUN, LEFTOVER, PADDING, NO_CODE = (
+    range(1, 12)
+)
 
 
 @pytest.mark.parametrize(
@@ -281,21 +283,29 @@ def test_huffman_offsets_out_of_order(huffman_library, offsets, chunk):
 
 
 def test_huffman_single_faults(huffman_library):
-    def decode(data, lengths, n):
-        stream = np.array(data, np.uint8)
+    def decode(chunk, lengths, n):
         result = harness.huffman_decode(
-            huffman_library, stream, np.array([0, len(stream)]), np.array(lengths, np.uint8), n, 64
+            huffman_library, chunk, np.array([0, len(chunk)]), np.array(lengths, np.uint8), n, 64
         )
         return result[2:]
 
-    assert decode([0b0101], [1, 1], 4) == (None, 0)
-    assert decode([0b10101], [1, 1], 4) == (0, PADDING)
-    assert decode([0b0101], [1, 1], 9) == (0, OVERRUN)
-    assert decode([0b0101, 0], [1, 1], 8) == (0, LEFTOVER)
-    assert decode([], [1, 1], 1) == (0, OVERRUN)
-    assert decode([0b0100], [1], 4) == (0, INVALID)
-    assert decode([0b0000], [1], 4) == (None, 0)
-    assert decode([0xFF], [1, 3, 3, 3, 3], 3) == (0, OVERRUN)  # the third code is cut short
+    assert decode(framed("1010"), [1, 1], 4) == (None, 0)
+    assert decode(framed("10101"), [1, 1], 4) == (0, PADDING)
+    assert decode(framed("10101010"), [1, 1], 9) == (0, SIZE)
+    assert decode(framed("1010" + 12 * "0"), [1, 1], 8) == (0, LEFTOVER)
+    assert decode(np.zeros(0, np.uint8), [1, 1], 1) == (0, SIZE)
+    assert decode(np.zeros(4, np.uint8), [1, 1], 1) == (0, SIZE)
+    assert decode(framed(24 * "0"), [1, 1], 9) == (0, LEFTOVER)
+    assert decode(framed(128 * "0"), [1, 1], 9) == (0, SIZE)
+    assert decode(framed("0010"), [1], 4) == (0, NO_CODE)
+    assert decode(framed("0000"), [1], 4) == (None, 0)
+    assert decode(framed("11111111"), [1, 3, 3, 3, 3], 3) == (0, OVERRUN)
+    flipped = framed("1010")
+    flipped[5] ^= 1
+    assert decode(flipped, [1, 1], 4) == (0, CHECKSUM)
+    other = framed("1010")
+    other[4] = 2
+    assert decode(seal(other), [1, 1], 4) == (0, CODEC)
 
 
 @pytest.mark.parametrize("name", ["skewed", "normal", "two", "one"])
@@ -308,8 +318,10 @@ def test_huffman_corrupt_streams(huffman_library, name):
         broken, bounds = stream.copy(), offsets.copy()
         if trial % 3 == 0:
             broken[random.integers(len(broken))] ^= 1 << random.integers(8)
-        elif trial % 3 == 1:
-            broken[:] = random.integers(0, 256, len(broken))
+        elif trial % 3 == 1:  # with CRCs that fit
+            for begin, end in itertools.pairwise(bounds):
+                broken[random.integers(begin + 5, end)] ^= 1 << random.integers(8)
+                broken[begin:end] = seal(broken[begin:end])
         else:
             inner = bounds[1:-1]
             inner += random.integers(-3, 4, len(inner))

@@ -208,32 +208,28 @@ PACKED_PLANTS = {
 }
 HUFFMAN_PLANTS = {
     "off by one": (
-        Plant(HUFFMAN, "kHuffmanTileBits / 32 + 2", "kHuffmanTileBits / 32 + 1"),
-        'shared array "words".* out of bounds',
+        Plant(HUFFMAN, "const int words = bytes / 8 + 1;", "const int words = bytes / 8;"),
+        'shared array "dynamic".* never written|wrong result',
     ),
     "off by one in the output": (
-        Plant(HUFFMAN, "first + 4 <= shift + count)", "first < shift + count)"),
-        "out of bounds|never written",
+        Plant(HUFFMAN, "first + 16 <= count)", "first < count)"),
+        'global array "output".* out of bounds',
     ),
     "missing __syncthreads": (
-        Plant(
-            HUFFMAN,
-            "  __syncthreads();\n\n  const Shared<uint32_t> my_words",
-            "  const Shared<uint32_t> my_words",
-        ),
-        'race on shared array "table"|never written',
+        Plant(HUFFMAN, "  __syncthreads();\n\n  // Each thread counts", "  // Each thread counts"),
+        "race on shared array|never written",
     ),
-    "missing __syncwarp": (
-        Plant(HUFFMAN, "__syncwarp();  // all symbols", "// all symbols"),
-        'race on shared array "symbols"|never written',
+    "missing __syncthreads between levels": (
+        Plant(HUFFMAN, "level_bits;\n    __syncthreads();", "level_bits;"),
+        "race on shared array|never written",
     ),
-    "out-of-bounds shared write": (
-        Plant(HUFFMAN, "kHuffmanTileBits + 16", "kHuffmanTileBits / 8"),
-        'shared array "symbols".* out of bounds',
-    ),
-    "one round too few": (
-        Plant(HUFFMAN, "round < kWarpSize; ++round", "round < 1; ++round"),
+    "wrong power": (
+        Plant(HUFFMAN, "kHuffmanPowers + behind]", "kHuffmanPowers + behind + 1]"),
         "wrong result",
+    ),
+    "wrong place": (
+        Plant(HUFFMAN, "is_one ? ones : place - ones", "is_one ? ones : place"),
+        "wrong result|out of bounds|never written",
     ),
 }
 PIXELS, CHUNK, PRODUCT, FUSED = (

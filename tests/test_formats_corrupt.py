@@ -175,6 +175,7 @@ def test_the_largest_expansion_stays_within_the_limit():
     script = """
 import resource, torch
 from compressops.formats import PackedTensor
+from cuda_on_cpu.huffman_streams import framed
 import golden
 spec = golden.tensors()["sparse_zero"].to_spec()
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -182,10 +183,10 @@ resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29, resource.RLIM_INFINITY
 symbols = 8 * 1024
 numel = 255 * symbols
 spec |= {"shape": [1, numel], "meta": {"count": 0, "gaps": symbols}}
-spec["parts"] = {"index": 1024, "index_sizes": 4, "index_lengths": 128, "codes": 0, "scales": 4}
+spec["parts"] = {"index": 1029, "index_sizes": 2, "index_lengths": 128, "codes": 0, "scales": 4}
 table = torch.zeros(128, dtype=torch.uint8); table[-1] = 16
-sizes = torch.tensor([512, 512], dtype=torch.uint16).view(torch.uint8)
-blob = torch.cat([torch.zeros(1024, dtype=torch.uint8), sizes, table,
+sizes = torch.tensor([1029], dtype=torch.uint16).view(torch.uint8)
+blob = torch.cat([torch.from_numpy(framed(symbols * "0")), sizes, table,
                   torch.zeros(4, dtype=torch.uint8)])
 assert PackedTensor.from_blob(spec, blob).unpack().shape == (1, numel)
 print("whole")

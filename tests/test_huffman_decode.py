@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 from conftest import kernel_params
+from cuda_on_cpu.huffman_streams import seal
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -79,21 +83,74 @@ def flips(args, bit: int):
     return (stream, *args[1:])
 
 
-def test_backends_agree_on_every_flipped_bit() -> None:
-    """A flipped bit is either an error for all or the same other symbols for all."""
+def sealed(args):
+    """The arguments with CRCs that suit the stream, whatever was done to it."""
+    stream, bounds = args[0].cpu().numpy(), args[1].tolist()
+    chunks = [seal(stream[a:b]) for a, b in itertools.pairwise(bounds)]
+    return (torch.from_numpy(np.concatenate(chunks)).to(args[0].device), *args[1:])
+
+
+@FAST_KERNELS
+def test_every_flipped_bit_of_a_small_stream_is_an_error(kernel: torch.device) -> None:
+    args = make(skewed(300, 12), 64, device=kernel)
+    for bit in range(8 * args[0].numel()):
+        with pytest.raises(ValueError, match=r"huffman_decode: .*chunk \d"):
+            co.ops.huffman_decode(*flips(args, bit))
+
+
+def test_flipped_bits_of_64_kilobytes_are_errors() -> None:
+    """Every 997th bit; tests/fuzz flips all of them."""
+    args = make(skewed(160_000, 64), 32768)
+    assert args[0].numel() > 1 << 16
+    for bit in range(0, 8 * args[0].numel(), 997):
+        with pytest.raises(ValueError, match=r"chunk \d: its CRC"):
+            co.ops.huffman_decode(*flips(args, bit))
+
+
+def test_backends_agree_on_damage_that_the_crc_hides() -> None:
+    """With the CRC made to fit, a flipped bit is an error for all or the same symbols for all."""
     args = make(skewed(300, 12), 64)
     errors = 0
     for bit in range(8 * args[0].numel()):
         results = []
+        damaged = sealed(flips(args, bit))
         for backend in ("eager", "cpu"):
             with co.backend(backend):
                 try:
-                    results.append(co.ops.huffman_decode(*flips(args, bit)).tolist())
+                    results.append(co.ops.huffman_decode(*damaged).tolist())
                 except ValueError:
                     results.append(None)
         assert results[0] == results[1]
         errors += results[0] is None
-    assert errors > 0
+    assert 0 < errors < 8 * args[0].numel()
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("chunk_size", [64, 1000])
+def test_decodes_into_a_buffer(kernel: torch.device, chunk_size: int) -> None:
+    symbols = skewed(300, 12)
+    args = make(symbols, chunk_size, device=kernel)
+    buffer = torch.full((306,), 0x5A, dtype=torch.uint8, device=kernel)
+    out = buffer[3:303]
+    assert co.ops.huffman_decode(*args, out=out) is out
+    assert torch.equal(out.cpu(), symbols)
+    assert buffer[:3].tolist() == buffer[303:].tolist() == [0x5A] * 3
+
+
+@pytest.mark.parametrize(
+    "out",
+    [
+        torch.empty(299, dtype=torch.uint8),
+        torch.empty(2, 150, dtype=torch.uint8),
+        torch.empty(300, dtype=torch.int8),
+        torch.empty(600, dtype=torch.uint8)[::2],
+        torch.empty(300, dtype=torch.uint8, device="meta"),
+    ],
+    ids=["short", "matrix", "dtype", "strided", "device"],
+)
+def test_buffers_that_do_not_fit_are_errors(out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"huffman_decode: argument 'out' must be .*, got "):
+        co.ops.huffman_decode(*make(skewed(300, 12), 64), out=out)
 
 
 @ALL_KERNELS
@@ -142,14 +199,15 @@ def test_corrupt_streams_are_errors(kernel: torch.device) -> None:
     rejects("huffman", num_symbols=count - 1)
     rejects("chunk_size", chunk_size=0)
     rejects("chunk_size", chunk_size=-5)
+    rejects("chunk_size", chunk_size=32769)
 
 
 @ALL_KERNELS
 def test_padding_bits_must_be_zero(kernel: torch.device) -> None:
     args = make(torch.tensor([0, 1, 1], dtype=torch.uint8), 3, device=kernel)
-    assert args[0].numel() == 1  # three bits, five of padding
+    assert args[0].numel() == 6  # a header, three bits, five of padding
     with pytest.raises(ValueError, match="huffman"):
-        co.ops.huffman_decode(*flips(args, 7))
+        co.ops.huffman_decode(*sealed(flips(args, 47)))
 
 
 @ALL_KERNELS
@@ -162,6 +220,8 @@ def test_random_bytes_never_crash(kernel: torch.device) -> None:
         chunks = int(torch.randint(1, 6, (1,), generator=generator))
         inner = torch.randint(0, size + 1, (chunks - 1,), generator=generator).sort().values
         offsets = torch.tensor([0, *inner.tolist(), size], device=kernel)
+        if int(offsets.diff().min()) >= 4:
+            stream = sealed((stream, offsets))[0]
         count = chunks * 50 - int(torch.randint(0, 50, (1,), generator=generator))
         if count > 8 * size:
             continue
@@ -204,13 +264,17 @@ def test_bad_arguments_are_named(name: str, bad: torch.Tensor, native: bool) -> 
 def test_opcheck(kernel: torch.device) -> None:
     args = make(skewed(300, 12), 64, device=kernel)
     torch.library.opcheck(torch.ops.compressops.huffman_decode.default, args)
+    out = torch.empty(300, dtype=torch.uint8, device=kernel)
+    into = (*args[:3], 64, out)
+    torch.library.opcheck(torch.ops.compressops.huffman_decode_out.default, into)
 
 
 def test_compiles_to_one_graph() -> None:
     args = make(skewed(300, 12), 64)
 
     def layer(*args):
-        return co.ops.huffman_decode(*args).int() + 1
+        out = torch.empty(args[3], dtype=torch.uint8)
+        return co.ops.huffman_decode(*args).int() + co.ops.huffman_decode(*args, out=out)
 
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*args), layer(*args))

@@ -50,7 +50,9 @@ def test_figures_add_up(tmp_path: Path, residency: str) -> None:
     # Loaded elsewhere it is the same.
     again = report(load(file, CifarNet(width=0.25), residency), file)
     assert again.totals == found.totals
-    assert {layer.why for layer in again.layers} == {"loaded from a file"}
+    # The smallest layer gains less than a chunk's header takes.
+    raw = "loaded from a file; stored raw: Huffman coding would gain too little"
+    assert {layer.why for layer in again.layers} <= {"loaded from a file", raw}
 
 
 def is_conv(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -15,7 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported
 import numpy as np
 import pytest
 import torch
-from cuda_on_cpu.huffman_streams import decode_chunk
+from cuda_on_cpu.huffman_streams import decode_chunk, framed, seal
 from test_cuda_on_cpu import ALPHABETS, Case, assert_same, make, make_stream, reference
 
 pytest.importorskip("triton")
@@ -145,8 +146,10 @@ def test_huffman_decode_of_corrupt_streams(huffman_decode):
         broken = stream.copy()
         if trial % 2:
             broken[random.integers(len(broken))] ^= 1 << random.integers(8)
-        else:
-            broken[:] = random.integers(0, 256, len(broken))
+        else:  # with CRCs that fit
+            for begin, end in itertools.pairwise(offsets):
+                broken[random.integers(begin + 5, end)] ^= 1 << random.integers(8)
+                broken[begin:end] = seal(broken[begin:end])
         chunks = [
             decode_chunk(
                 broken[offsets[c] : offsets[c + 1]], lengths, min(chunk_size, n - c * chunk_size)
@@ -164,28 +167,25 @@ def test_huffman_decode_of_corrupt_streams(huffman_decode):
 
 @needs_interpreter
 @pytest.mark.parametrize(
-    ("data", "offsets", "lengths", "n", "message"),
+    ("chunks", "offsets", "lengths", "n", "message"),
     [
-        ([0], [0, 1], [1, 13], 4, "'lengths' must be code lengths of at most 12 bits, got 13"),
-        ([0], [0, 1], [1, 2], 4, "'lengths' must be a complete prefix code .* got 3072"),
-        ([0], [0, 2], [1, 1], 4, r"'offsets' must be from 0 to the stream's 1 bytes, got \[0, 2\]"),
-        (
-            [0, 0, 0],
-            [0, 9, 3],
-            [1, 1],
-            17,
-            "'offsets' must be non-decreasing, got chunk 0: offsets",
-        ),
-        ([0, 0], [0, 2], [1, 1], 8, "chunk 0: whole bytes are left over"),
-        ([0xF0], [0, 1], [1, 1], 4, "chunk 0: padding bits"),
-        ([0x04], [0, 1], [1], 4, "chunk 0: a bit pattern that is no code"),
-        ([0xFF], [0, 1], [1, 2, 2], 5, "chunk 0: the codes run past"),
+        (["0"], None, [1, 13], 4, "'lengths' must be code lengths of at most 12 bits, got 13"),
+        (["0"], None, [1, 2], 4, "'lengths' must be a complete prefix code .* got 3072"),
+        (["0"], [0, 7], [1, 1], 4, r"'offsets' must be from 0 to the stream's 6 bytes, got \[0, 7"),
+        (["0", "0"], [0, 19, 12], [1, 1], 17, "'offsets' must be non-decreasing, got chunk 0: off"),
+        (["0"], None, [1, 1], 9, "chunk 0: it is shorter or longer"),
+        ([16 * "0"], None, [1, 1], 8, "chunk 0: whole bytes are left over"),
+        (["00001111"], None, [1, 1], 4, "chunk 0: the bits after the last code"),
+        (["0010"], None, [1], 4, "chunk 0: it holds bits that are no code"),
+        ([8 * "1"], None, [1, 2, 2], 5, "chunk 0: its codes run past"),
     ],
 )
-def test_huffman_decode_refuses(huffman_decode, data, offsets, lengths, n, message):
-    stream, lengths = torch.tensor(data).byte(), torch.tensor(lengths).byte()
+def test_huffman_decode_refuses(huffman_decode, chunks, offsets, lengths, n, message):
+    chunks = list(map(framed, chunks))
+    offsets = torch.tensor(offsets or [0, *itertools.accumulate(map(len, chunks))])
+    stream = torch.from_numpy(np.concatenate(chunks))
     with pytest.raises(ValueError, match=message):
-        huffman_decode(stream, torch.tensor(offsets), lengths, n, 16)
+        huffman_decode(stream, offsets, torch.tensor(lengths).byte(), n, 16)
 
 
 COMPILE = """
@@ -290,16 +290,22 @@ for capability in (80, 90):
         multiples = [name for name in types if name not in ("M", "groups", "steps")]
         results[f"packed {x} {M} {bits} {group} {capability}"] = build(
             capability, packed_linear.packed_linear_kernel, types, constants, multiples, **options)
-    types = {"stream": "*u8", "offsets": "*i64", "table": "*i16", "output": "*u8",
-             "errors": "*i32", "stream_bytes": "i64", "chunks": "i64", "num_symbols": "i64",
-             "chunk_size": "i64"}
+    types = {"stream": "*u8", "ones_before": "*i64", "starts": "*i64", "ranks": "*i64",
+             "children": "*i32", "output": "*u8", "nodes": "i32", "levels": "i32",
+             "num_symbols": "i64", "chunk_size": "i32"}
     results[f"huffman {capability}"] = build(
-        capability, huffman_decode.huffman_decode_kernel, types, {"BLOCK": 32}, num_warps=1)
-    for name in ("chunks", "num_symbols", "chunk_size"):
-        del types[name]
+        capability, huffman_decode.huffman_decode_kernel, types, {"BLOCK": 1024}, num_warps=4)
+    ones = dict.fromkeys(("nodes", "levels", "num_symbols", "chunk_size"), 1)
+    types = {name: type_ for name, type_ in types.items() if name not in ones}
     results[f"huffman of one symbol {capability}"] = build(
-        capability, huffman_decode.huffman_decode_kernel, types,
-        {"BLOCK": 32, "chunks": 1, "num_symbols": 1, "chunk_size": 1}, num_warps=1)
+        capability, huffman_decode.huffman_decode_kernel, types, {"BLOCK": 1, **ones},
+        num_warps=4)
+    types = {"stream": "*u8", "offsets": "*i64", "table": "*i32", "powers": "*i32",
+             "crcs": "*i32"}
+    for segment_bytes in (1, 64):
+        results[f"huffman crc {segment_bytes} {capability}"] = build(
+            capability, huffman_decode.crc_kernel, types,
+            {"SEGMENTS": 1024, "SEGMENT_BYTES": segment_bytes}, num_warps=8)
     for dtype, alpha_h, alpha_w, tile in (
         ("fp32", 8, 8, 6), ("fp16", 6, 6, 4), ("bf16", 4, 4, 2), ("fp16", 1, 8, 4)
     ):

@@ -1,10 +1,13 @@
-"""huffman_decode in Triton: a program decodes a block of chunks side by side, symbol by symbol.
+"""huffman_decode in Triton: every symbol goes down the code's tree on its own.
 
-The code's table is built by PyTorch on the stream's device. Stream format and semantics:
+Where each node's bits are is found by PyTorch, level by level for all chunks at once, from sums of
+ones over the stream's bytes. Stream format and semantics:
 :func:`compressops.ops.huffman_decode`.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -14,95 +17,309 @@ from .checks import require
 
 OP = "huffman_decode"
 MAX_LENGTH = 12
-TABLE_SIZE: tl.constexpr = tl.constexpr(1 << MAX_LENGTH)
-# A table entry is symbol | length << 8, or this, of length 1, where no code begins like the window.
-INVALID: tl.constexpr = tl.constexpr(1 << 12)
-NO_CODE = 1 << 8 | 1 << 12
+MAX_CHUNK_SIZE = 32768
+HEADER_BYTES: tl.constexpr = tl.constexpr(5)
+CODEC = 1
+POLYNOMIAL = 0xEDB88320
+# A chunk's CRC is made of those of its segments, each times a power of x for what follows it.
+SEGMENTS = 1024
 
 CHUNK_ERRORS = {
     1: "offsets do not rise within the stream",
-    2: "the codes run past the chunk's end",
-    3: "a bit pattern that is no code",
-    4: "whole bytes are left over after the last symbol",
-    5: "padding bits are not 0",
+    2: "it is shorter or longer than its symbols can be",
+    3: "its codec is unknown",
+    4: "its CRC-32 is not the one that it states",
+    5: "its codes run past its end",
+    6: "whole bytes are left over after the last code",
+    7: "the bits after the last code are not 0",
+    8: "it holds bits that are no code",
 }
+
+
+@triton.jit
+def crc_kernel(
+    stream,
+    offsets,
+    table,
+    powers,
+    crcs,
+    SEGMENTS: tl.constexpr,
+    SEGMENT_BYTES: tl.constexpr,
+):
+    """CRC-32 of a chunk without its first four bytes, to crcs [chunks]."""
+    chunk = tl.program_id(0).to(tl.int64)
+    begin = tl.load(offsets + chunk) + 4
+    end = tl.load(offsets + chunk + 1)
+    behind = tl.arange(0, SEGMENTS)
+    start = end - (behind.to(tl.int64) + 1) * SEGMENT_BYTES
+    last = (start <= begin) & (start + SEGMENT_BYTES > begin)
+    state = tl.where(last, -1, 0).to(tl.int32)
+    for i in range(SEGMENT_BYTES):
+        here = start + i >= begin
+        byte = tl.load(stream + start + i, mask=here, other=0).to(tl.int32)
+        step = tl.load(table + ((state ^ byte) & 255), mask=here, other=0)
+        state = tl.where(here, ((state >> 8) & 0xFFFFFF) ^ step, state)
+    power = tl.load(powers + behind)
+    product = tl.zeros([SEGMENTS], tl.int32)
+    for i in tl.static_range(32):
+        product = tl.where((power >> (31 - i)) & 1 != 0, product ^ state, product)
+        state = ((state >> 1) & 0x7FFFFFFF) ^ tl.where(state & 1 != 0, -306674912, 0)
+    tl.store(crcs + chunk, ~tl.xor_sum(product, 0))
 
 
 @triton.jit
 def huffman_decode_kernel(
     stream,
-    offsets,
-    table,
+    ones_before,
+    starts,
+    ranks,
+    children,
     output,
-    errors,
-    stream_bytes,
-    chunks,
+    nodes,
+    levels,
     num_symbols,
     chunk_size,
     BLOCK: tl.constexpr,
 ):
-    """Decodes BLOCK chunks; errors [chunks] gets a key of CHUNK_ERRORS or 0 for each."""
-    chunk = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = chunk < chunks
-    begin = tl.load(offsets + chunk, mask=exists, other=0)
-    end = tl.load(offsets + chunk + 1, mask=exists, other=0)
-    good = exists & (begin >= 0) & (begin <= end) & (end <= stream_bytes)
-    symbols = tl.where(good, tl.minimum(num_symbols - chunk * chunk_size, chunk_size), 0)
-    target = output + chunk * chunk_size
-    bit = begin * 8
-    seen = tl.zeros([BLOCK], tl.int32)
-    eight = tl.arange(0, 8)
-    # 8 bytes hold 4 codes of 12 bits wherever in the first byte they begin.
-    for start in range(0, tl.minimum(chunk_size, num_symbols), 4):
-        byte = (bit >> 3)[:, None] + eight[None, :]
-        here = tl.load(stream + byte, mask=good[:, None] & (byte < end[:, None]), other=0)
-        window = tl.sum(here.to(tl.int64) << (8 * eight)[None, :].to(tl.int64), 1) >> (bit & 7)
-        for step in tl.static_range(4):
-            wanted = start + step < symbols
-            entry = tl.load(table + (window & (TABLE_SIZE - 1)), mask=wanted, other=0).to(tl.int32)
-            tl.store(target + start + step, (entry & 255).to(tl.uint8), mask=wanted)
-            seen |= entry
-            length = (entry >> 8) & 15
-            window = window >> length
-            bit += length
-    left = end * 8 - bit
-    padded = good & (left > 0) & (left < 8)
-    last = tl.load(stream + (bit >> 3), mask=padded, other=0).to(tl.int64) >> (bit & 7)
-    error = tl.where(padded & (last != 0), 5, 0)
-    error = tl.where(left >= 8, 4, error)
-    error = tl.where(left < 0, 2, error)
-    error = tl.where((seen & INVALID) != 0, 3, error)
-    error = tl.where(good, error, 1)
-    tl.store(errors + chunk, error.to(tl.int32), mask=exists)
+    """Decodes BLOCK symbols of a chunk. ones_before [B]: ones in the stream before a byte; starts,
+    ranks [chunks, nodes]: the bit where a node begins, and the ones before it; children [nodes, 2]:
+    a node, or a symbol s as -1 - s."""
+    chunk = tl.program_id(0).to(tl.int64)
+    inside = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    target = chunk * chunk_size + inside
+    wanted = (inside < chunk_size) & (target < num_symbols)
+    place = inside.to(tl.int64)
+    node = tl.zeros([BLOCK], tl.int32)
+    for _ in range(levels):
+        walks = wanted & (node >= 0)
+        at = chunk * nodes + node
+        bit = tl.load(starts + at, mask=walks, other=0) + place
+        byte = tl.load(stream + (bit >> 3), mask=walks, other=0).to(tl.int32)
+        shift = (bit & 7).to(tl.int32)
+        below = byte & ((1 << shift) - 1)
+        below = below - ((below >> 1) & 0x55)
+        below = (below & 0x33) + ((below >> 2) & 0x33)
+        below = (below + (below >> 4)) & 15
+        ones = tl.load(ones_before + (bit >> 3), mask=walks, other=0) + below
+        ones -= tl.load(ranks + at, mask=walks, other=0)
+        taken = (byte >> shift) & 1
+        place = tl.where(taken != 0, ones, place - ones)
+        child = tl.load(children + 2 * node + taken, mask=walks, other=0)
+        node = tl.where(walks, child, node)
+    tl.store(output + target, (-1 - node).to(tl.uint8), mask=wanted)
 
 
-def build_table(lengths: torch.Tensor, num_symbols: int) -> torch.Tensor:
-    """All 2^12 windows: int16 ``[4096]``, symbol | length << 8; ``NO_CODE`` if none.
-
-    Canonical codes, by length, then symbol, are consecutive when written with all 12 bits; so the
-    window that a symbol ends before is a cumulative sum, and reversing the window's bits gives its
-    place in the stream's order.
+def build_tree(lengths: torch.Tensor, num_symbols: int) -> tuple[list[list[int]], list[int], int]:
+    """The children of the inner nodes, in the order of their bits; how many nodes each level has;
+    and the lone symbol, or -1. In the order of their codes a level's leaves come first.
 
     Raises:
         ValueError: the lengths are no complete prefix code of at most 12 bits.
     """
-    wide = lengths.cpu().long()
-    longest = int(wide.max()) if wide.numel() else 0
+    of_symbol = lengths.tolist()
+    longest = max(of_symbol, default=0)
     require(longest <= MAX_LENGTH, OP, "lengths", "code lengths of at most 12 bits", longest)
-    present = wide > 0
-    kraft = int((present * (1 << (MAX_LENGTH - wide))).sum())
-    lone = int(present.sum()) == 1 and longest == 1
-    nothing = num_symbols == 0 and not present.any()
-    complete = kraft == 1 << MAX_LENGTH or lone or nothing
+    used = [s for s, length in enumerate(of_symbol) if length]
+    kraft = sum(1 << (MAX_LENGTH - of_symbol[s]) for s in used)
+    lone = len(used) == 1 and longest == 1
+    complete = kraft == 1 << MAX_LENGTH or lone or (num_symbols == 0 and not used)
     require(complete, OP, "lengths", "a complete prefix code (Kraft sum of 4096/4096)", kraft)
-    order = torch.sort(torch.where(present, wide, MAX_LENGTH + 1), stable=True).indices
-    order = order[: int(present.sum())]
-    entries = (order | wide[order] << 8).repeat_interleave(1 << (MAX_LENGTH - wide[order]))
-    table = torch.full((1 << MAX_LENGTH,), NO_CODE)
-    table[: len(entries)] = entries
-    window = torch.arange(1 << MAX_LENGTH)
-    reversed_window = sum((window >> i & 1) << (MAX_LENGTH - 1 - i) for i in range(MAX_LENGTH))
-    return table[reversed_window].to(torch.int16).to(lengths.device)
+    places: list[int] = []
+    sizes: list[int] = []
+    inner = 0 if lone or not used else 1
+    while inner:
+        leaves = [s for s in used if of_symbol[s] == len(sizes) + 1]
+        sizes.append(inner)
+        inner = 2 * inner - len(leaves)
+        places += [-1 - s for s in leaves] + list(range(sum(sizes), sum(sizes) + inner))
+    children = [places[i : i + 2] for i in range(0, len(places), 2)]
+    return children, sizes, used[0] if lone else -1
+
+
+def times_x(value: int) -> int:
+    """A remainder of CRC-32 times x; its highest bit is the coefficient of x^0."""
+    return value >> 1 ^ (POLYNOMIAL if value & 1 else 0)
+
+
+def crc_product(a: int, b: int) -> int:
+    product = 0
+    for i in reversed(range(32)):
+        product ^= a if b >> i & 1 else 0
+        a = times_x(a)
+    return product
+
+
+@functools.cache
+def crc_tables(segment_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a byte becomes when a byte follows it, ``[256]``, and x to the bits of 0, 1, 2 …
+    segments, ``[SEGMENTS]``; int32."""
+    after = list(range(256))
+    for _ in range(8):
+        after = [times_x(value) for value in after]
+    segment = 1 << 31
+    for _ in range(8 * segment_bytes):
+        segment = times_x(segment)
+    powers = [1 << 31]
+    while len(powers) < SEGMENTS:
+        powers.append(crc_product(powers[-1], segment))
+    signed = [torch.tensor(t, dtype=torch.int64).to(torch.int32) for t in (after, powers)]
+    return signed[0], signed[1]
+
+
+def _find(bad: torch.Tensor, error: int, errors: torch.Tensor) -> None:
+    """Note the error of chunks that have none yet."""
+    errors[bad & (errors == 0)] = error
+
+
+def _check_frames(stream, offsets, counts, chunk_size) -> torch.Tensor:
+    """The errors of the chunks' sizes and headers: keys of CHUNK_ERRORS, or 0."""
+    begin, end = offsets[:-1], offsets[1:]
+    errors = torch.zeros(len(counts), dtype=torch.int64, device=stream.device)
+    _find((begin < 0) | (begin > end) | (end > stream.numel()), 1, errors)
+    # Where an offset lies, no difference and no address is made of it.
+    start = torch.where(errors == 0, begin, 0)
+    size = torch.where(errors == 0, end, 0) - start - HEADER_BYTES.value
+    _find((size < (counts + 7) // 8) | (size > (counts * MAX_LENGTH + 7) // 8), 2, errors)
+    if bool((errors != 0).any()):
+        return errors
+    _find(stream[start + 4] != CODEC, 3, errors)
+    most = 1 + (chunk_size * MAX_LENGTH + 7) // 8
+    segment_bytes = triton.next_power_of_2(triton.cdiv(most, SEGMENTS))
+    table, powers = (t.to(stream.device) for t in crc_tables(segment_bytes))
+    crcs = torch.empty(len(counts), dtype=torch.int32, device=stream.device)
+    with torch.cuda.device_of(stream):
+        crc_kernel[(len(counts),)](
+            *(stream, offsets, table, powers, crcs),
+            SEGMENTS=SEGMENTS,
+            SEGMENT_BYTES=segment_bytes,
+            num_warps=8,
+        )
+    stated = sum(stream[start + i].to(torch.int64) << (8 * i) for i in range(4))
+    _find(stated != crcs.to(torch.int64) & 0xFFFFFFFF, 4, errors)
+    return errors
+
+
+class _Ranks:
+    """How many ones there are in a stream before any of its bits."""
+
+    def __init__(self, stream: torch.Tensor) -> None:
+        in_byte = sum(stream >> i & 1 for i in range(8))
+        self.stream = torch.nn.functional.pad(stream, (0, 1))
+        self.before = torch.nn.functional.pad(in_byte.cumsum(0), (1, 0))
+
+    def __call__(self, bit: torch.Tensor) -> torch.Tensor:
+        byte, shift = bit >> 3, bit & 7
+        below = self.stream[byte].to(torch.int64) & ((1 << shift) - 1)
+        return self.before[byte] + sum(below >> i & 1 for i in range(8))
+
+
+def _place_nodes(ranks, children, sizes, counts, begin, end, errors):
+    """Where each node begins, ``[chunks, nodes]``, and where all end, ``[chunks]``; in bits."""
+    starts, at = [], 8 * (begin + HEADER_BYTES.value)
+    below = counts[:, None]
+    first = 0
+    for size in sizes:
+        starts.append(at[:, None] + below.cumsum(1) - below)
+        after = starts[-1] + below
+        at = after[:, -1]
+        _find(at > 8 * end, 5, errors)
+        limit = (8 * end)[:, None]
+        ones = ranks(after.minimum(limit)) - ranks(starts[-1].minimum(limit))
+        both = torch.stack([below - ones, ones], 2).flatten(1)
+        inner = [c >= 0 for pair in children[first : first + size] for c in pair]
+        below = both[:, torch.tensor(inner, device=both.device)]
+        first += size
+    return torch.cat(starts, 1), at
+
+
+def huffman_decode_out(
+    stream: torch.Tensor,
+    offsets: torch.Tensor,
+    lengths: torch.Tensor,
+    chunk_size: int,
+    out: torch.Tensor,
+) -> None:
+    """Decode ``out.numel()`` symbols of a chunked canonical Huffman stream into ``out``.
+
+    Reads lengths, ends of offsets and the verdict on the stream back from the device, so it
+    synchronises and cannot be captured in a CUDA graph.
+
+    Args:
+        stream: uint8 ``[B]``.
+        offsets: int64 ``[chunks + 1]``.
+        lengths: uint8 ``[S]``, S ≤ 256.
+        chunk_size: symbols in each chunk but the last, 1 to 32768.
+        out: uint8 ``[num_symbols]``.
+
+    Raises:
+        ValueError: the lengths are no code, the offsets do not fit, or a chunk is corrupt.
+    """
+    for name, tensor, dtype in (
+        ("stream", stream, torch.uint8),
+        ("offsets", offsets, torch.int64),
+        ("lengths", lengths, torch.uint8),
+        ("out", out, torch.uint8),
+    ):
+        vector = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype == dtype
+        here = tensor.device == stream.device
+        require(
+            vector and here, OP, name, f"a contiguous {dtype} vector on {stream.device}", tensor
+        )
+    require(lengths.numel() <= 256, OP, "lengths", "at most 256 long", lengths.numel())
+    sizes_allowed = f"from 1 to {MAX_CHUNK_SIZE}"
+    require(1 <= chunk_size <= MAX_CHUNK_SIZE, OP, "chunk_size", sizes_allowed, chunk_size)
+    num_symbols = out.numel()
+    chunks = -(-num_symbols // chunk_size)
+    entries = f"of {chunks + 1} entries (one a chunk, and the end)"
+    require(offsets.numel() == chunks + 1, OP, "offsets", entries, offsets.numel())
+    ends = [int(offsets[0]), int(offsets[-1])]
+    span = f"from 0 to the stream's {stream.numel()} bytes"
+    require(ends == [0, stream.numel()], OP, "offsets", span, ends)
+    children, sizes, lone = build_tree(lengths, num_symbols)
+    if num_symbols == 0:
+        return
+    counts = torch.full((chunks,), chunk_size, dtype=torch.int64, device=stream.device)
+    counts[-1] = num_symbols - (chunks - 1) * chunk_size
+    errors = _check_frames(stream, offsets, counts, chunk_size)
+    _raise_first(errors)
+    ranks = _Ranks(stream)
+    begin, end = offsets[:-1], offsets[1:]
+    if lone >= 0:
+        used = 8 * (begin + HEADER_BYTES.value) + counts
+    else:
+        starts, used = _place_nodes(ranks, children, sizes, counts, begin, end, errors)
+    left = 8 * end - used
+    _find(left < 0, 5, errors)
+    _find(left >= 8, 6, errors)
+    at = used.minimum(8 * end)
+    _find(ranks(8 * end) != ranks(at), 7, errors)
+    if lone >= 0:
+        _find(ranks(at) != ranks(8 * (begin + HEADER_BYTES.value)), 8, errors)
+    _raise_first(errors)
+    if lone >= 0:
+        out.fill_(lone)
+        return
+    block = min(1024, triton.next_power_of_2(chunk_size))
+    with torch.cuda.device_of(stream):
+        huffman_decode_kernel[(chunks, triton.cdiv(chunk_size, block))](
+            *(stream, ranks.before, starts, ranks(starts)),
+            torch.tensor(children, dtype=torch.int32, device=stream.device),
+            *(out, len(children), len(sizes), num_symbols, chunk_size),
+            BLOCK=block,
+            num_warps=4,
+        )
+
+
+def _raise_first(errors: torch.Tensor) -> None:
+    bad = errors.nonzero()
+    if not bad.numel():
+        return
+    chunk = int(bad[0])
+    error = int(errors[chunk])
+    what = f"chunk {chunk}: {CHUNK_ERRORS[error]}"
+    if error == 1:
+        require(False, OP, "offsets", "non-decreasing", what)
+    require(False, OP, "stream", "a sound Huffman stream", what)
 
 
 def huffman_decode(
@@ -112,65 +329,10 @@ def huffman_decode(
     num_symbols: int,
     chunk_size: int,
 ) -> torch.Tensor:
-    """Decode the symbols of a chunked canonical Huffman stream.
-
-    Reads lengths, ends of offsets and the verdict on the stream back from the device, so it
-    synchronises and cannot be captured in a CUDA graph.
-
-    Args:
-        stream: uint8 ``[B]``.
-        offsets: int64 ``[chunks + 1]``.
-        lengths: uint8 ``[S]``, S ≤ 256.
-        num_symbols: how many symbols the stream holds.
-        chunk_size: symbols in each chunk but the last.
-
-    Returns:
-        uint8 ``[num_symbols]``.
-
-    Raises:
-        ValueError: the lengths are no code, the offsets do not fit, or a chunk is corrupt.
-    """
-    for name, tensor, dtype in (
-        ("stream", stream, torch.uint8),
-        ("offsets", offsets, torch.int64),
-        ("lengths", lengths, torch.uint8),
-    ):
-        vector = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype == dtype
-        here = tensor.device == stream.device
-        require(
-            vector and here, OP, name, f"a contiguous {dtype} vector on {stream.device}", tensor
-        )
-    require(lengths.numel() <= 256, OP, "lengths", "at most 256 long", lengths.numel())
-    require(chunk_size > 0, OP, "chunk_size", "positive", chunk_size)
+    """As :func:`huffman_decode_out`, into a new tensor: uint8 ``[num_symbols]``."""
     bits = 8 * stream.numel()
     possible = f"between 0 and the {bits} bits of stream"
     require(0 <= num_symbols <= bits, OP, "num_symbols", possible, num_symbols)
-    chunks = -(-num_symbols // chunk_size)
-    entries = f"of {chunks + 1} entries (one a chunk, and the end)"
-    require(offsets.numel() == chunks + 1, OP, "offsets", entries, offsets.numel())
-    ends = [int(offsets[0]), int(offsets[-1])]
-    span = f"from 0 to the stream's {stream.numel()} bytes"
-    require(ends == [0, stream.numel()], OP, "offsets", span, ends)
-    table = build_table(lengths, num_symbols)
-    output = torch.empty(num_symbols, dtype=torch.uint8, device=stream.device)
-    if num_symbols == 0:
-        return output
-    errors = torch.empty(chunks, dtype=torch.int32, device=stream.device)
-    # A warp's worth: the lanes walk through chunks of their own, so more would only share a fate.
-    block = 32
-    with torch.cuda.device_of(stream):
-        huffman_decode_kernel[(triton.cdiv(chunks, block),)](
-            *(stream, offsets, table, output, errors),
-            *(stream.numel(), chunks, num_symbols, chunk_size),
-            BLOCK=block,
-            num_warps=1,
-        )
-    bad = errors.nonzero()
-    if bad.numel():
-        chunk = int(bad[0])
-        error = int(errors[chunk])
-        what = f"chunk {chunk}: {CHUNK_ERRORS[error]}"
-        if error == 1:
-            require(False, OP, "offsets", "non-decreasing", what)
-        require(False, OP, "stream", "a sound Huffman stream", what)
-    return output
+    out = torch.empty(num_symbols, dtype=torch.uint8, device=stream.device)
+    huffman_decode_out(stream, offsets, lengths, chunk_size, out)
+    return out

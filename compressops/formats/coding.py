@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from compressops.formats.huffman import (
+    HEADER_BYTES,
+    MAX_CHUNK_SIZE,
     MAX_CODE_LENGTH,
     huffman_decode_reference,
     huffman_encode,
@@ -52,8 +54,9 @@ class Decoder:
     merge: Callable[[Tensor, Sequence[Tensor], bool], None] = merge_planes_reference
 
 
-# A chunk's bytes are stored as uint16: 32,768 symbols of 12 bits are 49,152 bytes.
-MAX_CHUNK_SIZE = 32768
+# What a chunk takes beside its codes: its header, and its size as uint16 (32,768 symbols of 12 bits
+# are 49,152 bytes).
+_CHUNK_BYTES = HEADER_BYTES + 2
 # Codes of several planes are decoded so many at a time on a CPU: their planes then wait for the
 # merge in a core's own cache, and take no memory by the size of the weight.
 _TILE = 1 << 18
@@ -219,12 +222,12 @@ class Huffman(Coding):
     so are all of them where they gain less than 5 % together.
 
     Args:
-        max_length: longest code, 8 to 12 bits (a decoder's table has 2**12 entries).
-        chunk_size: symbols to a chunk, 1 to 32768; each costs 2 bytes and half a byte of padding.
+        max_length: longest code, 8 to 12 bits.
+        chunk_size: symbols to a chunk, 1 to 32768; each costs 7 bytes and half a byte of padding.
     """
 
     max_length: int = 12
-    chunk_size: int = 4096
+    chunk_size: int = 32768
 
     # Whether the codes of more than a byte are turned before they are split, see planes.py.
     _turned: ClassVar[bool] = False
@@ -265,7 +268,7 @@ class Huffman(Coding):
         lengths = huffman_lengths(counts, self.max_length)
         table = pack_bits(lengths, 4)
         chunks = -(-symbols.numel() // self.chunk_size)
-        coded = int((counts * lengths).sum()) // 8 + table.numel() + 2 * chunks
+        coded = int((counts * lengths).sum()) // 8 + table.numel() + _CHUNK_BYTES * chunks
         if coded >= worth * raw.numel():
             return {name: raw}
         stream, offsets = huffman_encode(symbols, lengths, self.chunk_size)

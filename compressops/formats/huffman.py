@@ -1,13 +1,16 @@
 """Canonical, length-limited Huffman codes: reference encoder and decoder, vectorised.
 
 The stream is the one of ``docs/FORMAT.md``, "Huffman": codes of at most 12 bits, assigned as in
-DEFLATE (RFC 1951, 3.2.2), written lowest bit first, in chunks that each start on a byte.
+DEFLATE (RFC 1951, 3.2.2), in chunks that decode independently. A chunk holds the first bits of all
+its codes, then the second bits grouped by the first, and so on: a Huffman-shaped wavelet tree
+(Grossi, Gupta and Vitter, SODA 2003), whose levels decode without looking for where codes end.
 """
 
 from __future__ import annotations
 
-import itertools
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,15 +18,10 @@ from torch import Tensor
 
 MAX_CODE_LENGTH = 12
 MAX_SYMBOLS = 256
-
-# Symbols encoded at a time: temporaries stay within ten megabytes, whatever the stream.
-_ENCODE_BATCH = 1 << 16
-# Symbols decoded at a time. The decoder works on every bit of a batch, and a batch of this size
-# stays below the 32,768 elements from which PyTorch starts threads: on a busy machine, waiting for
-# them at each of its many small steps took 80 times as long as the work.
-_DECODE_BATCH = 1 << 12
-# Doublings of the decoder's jump table: 2**6 symbols to a step of its Python loop.
-_LEVELS = 6
+MAX_CHUNK_SIZE = 32768
+# In front of a chunk's bits: the CRC-32 of all that follows, and the codec.
+HEADER_BYTES = 5
+CODEC = 1
 
 
 def huffman_lengths(counts: Sequence[int] | Tensor, max_length: int = MAX_CODE_LENGTH) -> Tensor:
@@ -101,39 +99,13 @@ def check_lengths(lengths: Tensor) -> np.ndarray:
     return array
 
 
-def _bit_reversed(values: np.ndarray, width: np.ndarray | int) -> np.ndarray:
-    """The lowest ``width`` bits of ``values``, reversed; width at most 12."""
-    result = np.zeros_like(values)
-    for bit in range(MAX_CODE_LENGTH):
-        result = (result << 1) | ((values >> bit) & 1)
-    return result >> (MAX_CODE_LENGTH - width)
-
-
-def _decode_table(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Symbol (uint8) and code length (int32, 0 = no code) for each of the next 12 bits' values."""
-    array = check_lengths(lengths)
-    order = np.lexsort((np.arange(array.size), array))
-    order = order[array[order] > 0]
-    spans = 2 ** (MAX_CODE_LENGTH - array[order])
-    # In canonical order the codes, first bit highest, fill the table from 0 on without gaps.
-    symbols = np.zeros(2**MAX_CODE_LENGTH, dtype=np.uint8)
-    steps = np.zeros(2**MAX_CODE_LENGTH, dtype=np.int32)
-    symbols[: spans.sum()] = np.repeat(order, spans)
-    steps[: spans.sum()] = np.repeat(array[order], spans)
-    flip = _bit_reversed(np.arange(2**MAX_CODE_LENGTH), MAX_CODE_LENGTH)
-    return (
-        torch.from_numpy(symbols[flip]).to(lengths.device),
-        torch.from_numpy(steps[flip]).to(lengths.device),
-    )
-
-
 def _codes(array: np.ndarray) -> np.ndarray:
-    """Each symbol's canonical code, bit-reversed so that its first bit is its lowest."""
+    """Each symbol's canonical code, a number whose highest bit is the code's first."""
     order = np.lexsort((np.arange(array.size), array))
     order = order[array[order] > 0]
     spans = 2 ** (MAX_CODE_LENGTH - array[order])
     codes = np.zeros(array.size, dtype=np.int64)
-    codes[order] = _bit_reversed(np.cumsum(spans) - spans, MAX_CODE_LENGTH)
+    codes[order] = (np.cumsum(spans) - spans) >> (MAX_CODE_LENGTH - array[order])
     return codes
 
 
@@ -144,10 +116,10 @@ def huffman_encode(symbols: Tensor, lengths: Tensor, chunk_size: int) -> tuple[T
         ``(stream, offsets)``: uint8 ``[B]`` and int64 ``[chunks + 1]``, on the CPU.
 
     Raises:
-        ValueError: ``lengths`` are no prefix code, or a symbol has no code.
+        ValueError: ``lengths`` are no prefix code, a symbol has no code, or ``chunk_size`` is not
+            1 to 32768.
     """
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, got {chunk_size}")
+    _check_chunk_size(chunk_size)
     array = check_lengths(lengths)
     values = symbols.cpu().numpy()
     padded = np.zeros(MAX_SYMBOLS, dtype=np.int64)
@@ -156,86 +128,104 @@ def huffman_encode(symbols: Tensor, lengths: Tensor, chunk_size: int) -> tuple[T
     codes[: array.size] = _codes(array)
     if values.size and not (has_code := padded[values] > 0).all():
         raise ValueError(f"symbol {values[~has_code][0]} has no code: its length is 0")
-    batch = max(1, _ENCODE_BATCH // chunk_size) * chunk_size
-    streams, sizes = [np.zeros(0, np.uint8)], [np.zeros(1, np.int64)]
-    for start in range(0, values.size, batch):
-        part = values[start : start + batch]
-        stream, chunk_bytes = _encode_batch(part, padded, codes, chunk_size)
-        streams.append(stream)
-        sizes.append(chunk_bytes)
-    offsets = np.cumsum(np.concatenate(sizes))
-    return torch.from_numpy(np.concatenate(streams)), torch.from_numpy(offsets)
+    chunks = [
+        _encode_chunk(values[start : start + chunk_size], padded, codes)
+        for start in range(0, values.size, chunk_size)
+    ]
+    offsets = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
+    stream = np.frombuffer(b"".join(chunks), dtype=np.uint8)
+    return torch.from_numpy(stream.copy()), torch.from_numpy(offsets)
 
 
-def _encode_batch(
-    values: np.ndarray, lengths: np.ndarray, codes: np.ndarray, chunk_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    count = values.size
-    chunk_size = min(chunk_size, count)
-    chunks = -(-count // chunk_size)
-    widths = np.zeros(chunks * chunk_size, dtype=np.int64)
-    widths[:count] = lengths[values]
-    ends = np.cumsum(widths.reshape(chunks, chunk_size), axis=1)
-    chunk_bytes = (ends[:, -1] + 7) // 8
-    starts = np.cumsum(chunk_bytes) - chunk_bytes
-    position = ((ends + starts[:, None] * 8).reshape(-1) - widths)[:count]
-    # A code, shifted to its bit within the byte where it starts, reaches at most two bytes on.
-    # Codes that start in the same byte are merged first, so that no index repeats below.
-    byte = position >> 3
-    shifted = codes[values] << (position & 7)
-    first = np.flatnonzero(np.diff(byte, prepend=-1))
-    merged = np.bitwise_or.reduceat(shifted, first)
-    byte = byte[first]
-    stream = np.zeros(int(chunk_bytes.sum()) + 2, dtype=np.uint8)
-    for k in range(3):
-        stream[byte + k] |= ((merged >> (8 * k)) & 255).astype(np.uint8)
-    return stream[:-2], chunk_bytes
+def _encode_chunk(values: np.ndarray, lengths: np.ndarray, codes: np.ndarray) -> bytes:
+    levels = []
+    for level in range(int(lengths[values].max())):
+        # The symbols whose codes go on, in the order of the codes' first `level` bits.
+        values = values[lengths[values] > level]
+        begun = codes[values] >> (lengths[values] - level)
+        values = values[np.argsort(begun.astype(np.uint16), kind="stable")]
+        levels.append((codes[values] >> (lengths[values] - level - 1)) & 1)
+    bits = np.packbits(np.concatenate(levels).astype(np.uint8), bitorder="little")
+    checked = bytes([CODEC]) + bits.tobytes()
+    return zlib.crc32(checked).to_bytes(4, "little") + checked
+
+
+@dataclass(frozen=True)
+class HuffmanTree:
+    """The inner nodes of a code's tree, level by level from the root, in the order of their codes.
+
+    Args:
+        zeros, ones: int64 ``[nodes]``, what a node's bits 0 and 1 lead to: a node, or a symbol s as
+            ``-1 - s``.
+        lone: the only symbol of the code, 1 bit long, which has no sibling; else ``None``.
+    """
+
+    zeros: np.ndarray
+    ones: np.ndarray
+    lone: int | None
+
+
+def huffman_tree(lengths: Tensor) -> HuffmanTree:
+    """The tree of the canonical code of ``lengths``; raises as :func:`check_lengths`."""
+    array = check_lengths(lengths)
+    used = np.flatnonzero(array)
+    if used.size <= 1:
+        empty = np.zeros(0, np.int64)
+        return HuffmanTree(empty, empty, int(used[0]) if used.size else None)
+    children, first, inner = [], 0, 1
+    for length in range(1, int(array.max()) + 1):
+        # In the order of their codes the leaves of a level come first.
+        leaves = np.flatnonzero(array == length)
+        inner, first = 2 * inner - leaves.size, first + inner
+        children += [-1 - leaves, np.arange(first, first + inner)]
+    pairs = np.concatenate(children).reshape(-1, 2)
+    return HuffmanTree(pairs[:, 0], pairs[:, 1], None)
 
 
 def huffman_decode_reference(
     stream: Tensor, offsets: Tensor, lengths: Tensor, num_symbols: int, chunk_size: int
 ) -> Tensor:
-    """Decode a chunked Huffman stream with plain torch operations, on the stream's device.
+    """Decode a chunked Huffman stream with numpy; one on a GPU is copied from there and back.
 
     Args:
         stream: uint8 ``[B]``.
         offsets: int64 ``[chunks + 1]``, byte offset of each chunk in ``stream``, then B.
         lengths: uint8 ``[S]``, S ≤ 256, code length of each symbol, 0 = absent.
         num_symbols: N, the symbols in the stream.
-        chunk_size: symbols in a chunk; the last chunk may hold fewer.
+        chunk_size: symbols in a chunk, at most 32768; the last chunk may hold fewer.
 
     Returns:
         uint8 ``[N]``.
 
     Raises:
         ValueError: the lengths are no complete prefix code, the offsets don't fit the stream, or
-            a chunk does not end where its bytes end.
+            a chunk's checksum or codec is wrong, or it does not end where its bytes end.
     """
     chunks = _check_offsets(stream, offsets, num_symbols, chunk_size)
-    symbol_of, step_of = _decode_table(lengths)
-    out = torch.empty(num_symbols, dtype=torch.uint8, device=stream.device)
-    if not chunks:
-        return out
-    chunk_size = min(chunk_size, num_symbols)
-    per_batch = max(1, _DECODE_BATCH // chunk_size)
-    bounds = offsets[::per_batch].tolist()
-    if chunks % per_batch:
-        bounds.append(stream.numel())
-    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        first = i * per_batch
-        counted = out[first * chunk_size : (first + per_batch) * chunk_size]
-        edges = (offsets[first : first + per_batch + 1] - begin).to(torch.int32) * 8
-        _decode_batch(stream[begin:end], edges, symbol_of, step_of, chunk_size, counted, first)
-    return out
+    tree = huffman_tree(lengths)
+    if chunks and not tree.zeros.size and tree.lone is None:
+        raise ValueError(f"lengths have no code for the {num_symbols} symbols")
+    data, bounds = stream.cpu().numpy(), offsets.tolist()
+    out = np.empty(num_symbols, dtype=np.uint8)
+    for chunk in range(chunks):
+        part = out[chunk * chunk_size : (chunk + 1) * chunk_size]
+        try:
+            _decode_chunk(data[bounds[chunk] : bounds[chunk + 1]], tree, part)
+        except ValueError as error:
+            raise ValueError(f"chunk {chunk} {error}") from None
+    return torch.from_numpy(out).to(stream.device)
+
+
+def _check_chunk_size(chunk_size: int) -> None:
+    if not 1 <= chunk_size <= MAX_CHUNK_SIZE:
+        raise ValueError(f"chunk_size must be 1 to {MAX_CHUNK_SIZE}, got {chunk_size}")
 
 
 def _check_offsets(stream: Tensor, offsets: Tensor, num_symbols: int, chunk_size: int) -> int:
     """Number of chunks, if each has a number of bytes that its symbols can take."""
-    if chunk_size < 1 or num_symbols < 0:
-        raise ValueError(
-            f"chunk_size must be positive and num_symbols not negative, "
-            f"got {chunk_size} and {num_symbols}"
-        )
+    _check_chunk_size(chunk_size)
+    if num_symbols < 0:
+        raise ValueError(f"num_symbols must not be negative, got {num_symbols}")
     chunks = -(-num_symbols // chunk_size)
     if offsets.dim() != 1 or offsets.numel() != chunks + 1:
         raise ValueError(
@@ -251,76 +241,60 @@ def _check_offsets(stream: Tensor, offsets: Tensor, num_symbols: int, chunk_size
         return 0
     counts = torch.full((chunks,), chunk_size, dtype=torch.int64, device=offsets.device)
     counts[-1] = num_symbols - (chunks - 1) * chunk_size
-    sizes = offsets.diff()
+    sizes = offsets.diff() - HEADER_BYTES
     # From 1 bit to 12 a symbol: this also bounds what the decoder allocates by the stream.
     bad = (sizes < (counts + 7) // 8) | (sizes > (counts * MAX_CODE_LENGTH + 7) // 8)
+    # A difference that wraps around is one of offsets outside of the stream.
+    bad |= (offsets[:-1] < 0) | (offsets[1:] > stream.numel())
     if bool(bad.any()):
         chunk = int(bad.nonzero()[0])
         raise ValueError(
             f"chunk {chunk} of {chunks} cannot hold {int(counts[chunk])} symbols "
-            f"in {int(sizes[chunk])} bytes"
+            f"in {int(offsets[chunk + 1]) - int(offsets[chunk])} bytes"
         )
-    if min(chunk_size, num_symbols) > 1 << 27:
-        raise ValueError(f"chunk_size must be at most {1 << 27}, got {chunk_size}")
     return chunks
 
 
-def _decode_batch(
-    stream: Tensor,
-    edges: Tensor,
-    symbol_of: Tensor,
-    step_of: Tensor,
-    chunk_size: int,
-    out: Tensor,
-    first_chunk: int,
-) -> None:
-    """Decode the chunks between ``edges`` (bits, int32 ``[chunks + 1]``) into ``out``.
+def _decode_chunk(data: np.ndarray, tree: HuffmanTree, out: np.ndarray) -> None:
+    stated = int.from_bytes(data[:4].tobytes(), "little")
+    found = zlib.crc32(data[4:].tobytes())
+    if found != stated:
+        raise ValueError(f"is corrupt: its CRC is {found:08x}, not the {stated:08x} that it states")
+    if data[4] != CODEC:
+        raise ValueError(f"has codec {data[4]}; there is only {CODEC}")
+    bits = np.unpackbits(data[HEADER_BYTES:], bitorder="little").view(bool)
+    if tree.lone is not None:
+        _check_end(bits, out.size)
+        if bits.any():
+            raise ValueError("holds bits that are no code")
+        out[:] = tree.lone
+        return
+    # Downwards: each node's bits. They stand one after the other.
+    nodes, start = len(tree.zeros), 0
+    counts, chosen = np.full(nodes, out.size), []
+    for node, children in enumerate(zip(tree.zeros, tree.ones, strict=True)):
+        mine = bits[start : start + counts[node]]
+        start += counts[node]
+        taken = int(np.count_nonzero(mine))
+        for child, count in zip(children, (mine.size - taken, taken), strict=True):
+            if child >= 0:
+                counts[child] = count
+        chosen.append(mine)
+    _check_end(bits, start)
+    # Upwards: the symbols below a node are those below its children, merged.
+    below: list[np.ndarray | None] = [None] * nodes
+    for node in reversed(range(nodes)):
+        merged = out if node == 0 else np.empty(counts[node], dtype=np.uint8)
+        for child, here in ((tree.zeros[node], ~chosen[node]), (tree.ones[node], chosen[node])):
+            merged[here] = below[child] if child >= 0 else -1 - child
+        below[node] = merged
 
-    Every bit position is looked up at once, as if a code began there. What is serial in a
-    Huffman stream, that a code ends where the next begins, becomes a table of jumps by 1, 2, 4 …
-    symbols, each the last one applied twice.
-    """
-    device = stream.device
-    data = torch.nn.functional.pad(stream, (0, 4)).to(torch.int32)
-    three = data[:-2] | data[1:-1] << 8 | data[2:] << 16
-    bit = torch.arange(8, dtype=torch.int32, device=device)
-    window = ((three[:, None] >> bit) & (2**MAX_CODE_LENGTH - 1)).flatten()
-    step = step_of.index_select(0, window)
-    # A jump out of the data lands in the two zero bytes behind it and stays there.
-    last = window.numel() - 1
-    here = torch.arange(window.numel(), dtype=torch.int32, device=device)
-    jumps = [(here + step.clamp(min=1)).clamp(max=last)]
-    for _ in range(min(_LEVELS, (chunk_size - 1).bit_length())):
-        jumps.append(jumps[-1].index_select(0, jumps[-1]))
-    stride = 2 ** (len(jumps) - 1)
 
-    chunks = edges.numel() - 1
-    starts = torch.empty((-(-chunk_size // stride), chunks), dtype=torch.int32, device=device)
-    starts[0] = edges[:-1]
-    for i in range(1, len(starts)):
-        torch.index_select(jumps[-1], 0, starts[i - 1], out=starts[i])
-    position = starts.t()
-    for jump in reversed(jumps[:-1]):
-        after = jump.index_select(0, position.flatten()).view(position.shape)
-        position = torch.stack([position, after], dim=-1).flatten(1)
-    position = position[:, :chunk_size].flatten()[: out.numel()]
-    code = window.index_select(0, position)
-    out.copy_(symbol_of.index_select(0, code))
-
-    step = step_of.index_select(0, code)
-    if bool((step == 0).any()):
-        chunk = int((step == 0).nonzero()[0]) // chunk_size + first_chunk
-        raise ValueError(f"chunk {chunk} holds bits that are no code")
-    final = torch.full((chunks,), chunk_size, dtype=torch.int64, device=device).cumsum(0) - 1
-    final[-1] = out.numel() - 1
-    end = position[final] + step[final]
-    padding = edges[1:] - end
-    bad = (padding < 0) | (padding > 7)
-    byte = stream.index_select(0, edges[1:] // 8 - 1).to(torch.int32)
-    bad |= (byte >> (8 - padding.clamp(0, 7))) != 0
-    if bool(bad.any()):
-        chunk = int(bad.nonzero()[0])
+def _check_end(bits: np.ndarray, used: int) -> None:
+    """Raise a ``ValueError`` unless the bits end at ``used``, but for less than 8 zeros."""
+    left = bits.size - used
+    if not 0 <= left < 8 or bits[used:].any():
         raise ValueError(
-            f"chunk {chunk + first_chunk} is corrupt: its codes end {int(padding[chunk])} bits "
-            "before its bytes do, or the bits after them are not zero"
+            f"is corrupt: its codes end {left} bits before its bytes do, or the bits after them "
+            "are not zero"
         )

@@ -6,10 +6,11 @@
 namespace compressops::cpu {
 
 struct Features {
-  bool avx2 = false;          // AVX2, FMA, F16C
+  bool avx2 = false;          // AVX2, FMA, F16C, PCLMUL
   bool avx512 = false;        // and AVX-512 F, BW, DQ, VL
   bool avx512_vnni = false;   // and VNNI
-  bool avx512_vbmi2 = false;  // and VBMI, VBMI2
+  bool avx512_vbmi2 = false;  // and what came with Ice Lake and Zen 4: VBMI, VBMI2, BITALG,
+                              // VPOPCNTDQ, VPCLMULQDQ
 };
 
 // Read by CPUID once, lowered by limit_isa or by COMPRESSOPS_CPU_ISA.

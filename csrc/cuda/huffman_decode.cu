@@ -33,28 +33,24 @@ void check_vector(const Tensor& tensor, const char* argument, const char* dtype_
 
 // Waits for the kernels once, because whether the stream was sound is known only then. So it cannot
 // be captured in a CUDA graph.
-Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor& lengths,
-                      int64_t num_symbols, int64_t chunk_size) {
+void huffman_decode_out(const Tensor& stream, const Tensor& offsets, const Tensor& lengths,
+                        int64_t chunk_size, Tensor out) {
   check_vector(stream, "stream", "uint8", ScalarType::Byte, stream);
   check_vector(offsets, "offsets", "int64", ScalarType::Long, stream);
   check_vector(lengths, "lengths", "uint8", ScalarType::Byte, stream);
+  check_vector(out, "out", "uint8", ScalarType::Byte, stream);
   COMPRESSOPS_CHECK(lengths.numel() <= kHuffmanMaxSymbols, kOp, "lengths", "at most 256 long",
                     lengths.numel());
-  COMPRESSOPS_CHECK(chunk_size > 0, kOp, "chunk_size", "positive", chunk_size);
-  // A symbol takes at least one bit: a lying count cannot ask for more memory than this.
-  COMPRESSOPS_CHECK(
-      num_symbols >= 0 && num_symbols / 8 + (num_symbols % 8 != 0) <= stream.numel(), kOp,
-      "num_symbols",
-      "between 0 and 8 times the " + std::to_string(stream.numel()) + " bytes of the stream",
-      num_symbols);
-  const int64_t chunks = num_symbols == 0 ? 0 : (num_symbols - 1) / chunk_size + 1;
+  COMPRESSOPS_CHECK(chunk_size > 0 && chunk_size <= kHuffmanMaxChunkSize, kOp, "chunk_size",
+                    "from 1 to 32768", chunk_size);
+  const int64_t num_symbols = out.numel();
+  const int64_t chunks = ceil_div(num_symbols, chunk_size);
   COMPRESSOPS_CHECK(offsets.numel() == chunks + 1, kOp, "offsets",
                     std::to_string(chunks + 1) + " long (one a chunk, and the end)",
                     offsets.numel());
 
   const torch::stable::accelerator::DeviceGuard guard(stream.get_device_index());
-  const Tensor output = torch::stable::new_empty(stream, {num_symbols});
-  const Tensor table = torch::stable::new_empty(stream, {kHuffmanTableSize}, ScalarType::Short);
+  const Tensor table = torch::stable::new_empty(stream, {kHuffmanTableWords}, ScalarType::Int);
   const Tensor device_status =
       torch::stable::new_empty(stream, {kHuffmanStatusWords}, ScalarType::Long);
   const HuffmanArgs args = {static_cast<const uint8_t*>(stream.const_data_ptr()),
@@ -64,10 +60,10 @@ Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor&
                             static_cast<const uint8_t*>(lengths.const_data_ptr()),
                             static_cast<int>(lengths.numel()),
                             num_symbols,
-                            chunk_size,
-                            static_cast<uint16_t*>(table.mutable_data_ptr()),
+                            static_cast<int>(chunk_size),
+                            static_cast<uint32_t*>(table.mutable_data_ptr()),
                             static_cast<HuffmanStatus*>(device_status.mutable_data_ptr()),
-                            static_cast<uint8_t*>(output.mutable_data_ptr())};
+                            static_cast<uint8_t*>(out.mutable_data_ptr())};
   const cudaStream_t cuda_stream = current_stream(stream, kOp);
   check_cuda(launch_huffman_decode(args, multiprocessor_count(stream, kOp), cuda_stream), kOp);
   HuffmanStatus status[kHuffmanStatusWords];
@@ -76,7 +72,19 @@ Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor&
       kOp);
   check_cuda(cudaStreamSynchronize(cuda_stream), kOp);
   if (status[0] != 0 || status[1] != kHuffmanNoBadChunk) fail_status(status);
-  return output;
+}
+
+Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor& lengths,
+                      int64_t num_symbols, int64_t chunk_size) {
+  // A symbol takes at least one bit: a lying count cannot ask for more memory than this.
+  COMPRESSOPS_CHECK(
+      num_symbols >= 0 && num_symbols / 8 + (num_symbols % 8 != 0) <= stream.numel(), kOp,
+      "num_symbols",
+      "between 0 and 8 times the " + std::to_string(stream.numel()) + " bytes of the stream",
+      num_symbols);
+  Tensor out = torch::stable::new_empty(stream, {num_symbols}, ScalarType::Byte);
+  huffman_decode_out(stream, offsets, lengths, chunk_size, out);
+  return out;
 }
 
 }  // namespace
@@ -84,4 +92,5 @@ Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor&
 
 STABLE_TORCH_LIBRARY_IMPL(compressops_native, CUDA, m) {
   m.impl("huffman_decode", TORCH_BOX(&compressops::huffman_decode));
+  m.impl("huffman_decode_out", TORCH_BOX(&compressops::huffman_decode_out));
 }

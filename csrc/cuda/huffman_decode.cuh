@@ -1,26 +1,31 @@
 // huffman_decode: chunks of a canonical, length-limited Huffman stream to bytes.
 //
-// Kernel 1, one block, checks the code lengths and builds the table of all 2^12 windows. Kernel 2
-// gives each chunk to a warp. A tile of 32 · 128 bits is split among the lanes, and each decodes
-// its part from a guessed start: wrong at first, but Huffman codes synchronise themselves after a
-// few symbols, so most lanes end where the true decoding would. Each lane then takes its left
-// neighbour's end as its start and decodes again until nothing changes. After round r the first r
-// lanes are certainly right, so 32 rounds suffice for any stream; three or so are typical.
-// (A. Weißenberger, B. Schmidt: Massively Parallel Huffman Decoding on GPUs, ICPP 2018.)
+// Kernel 1, one block, checks the code lengths and builds the code's tree. Kernel 2 gives each
+// chunk to a block. A chunk holds the first bits of all its codes, then the second bits grouped by
+// the first, and so on (docs/FORMAT.md), so a symbol's bits are found one by one: its place below a
+// node's child is the number of such bits before it in the node. Counts of the ones before every 64
+// bits, in shared memory beside the bits, answer that by one look-up and one popcount, and all
+// symbols go down the tree on their own: no lane waits for where another one's code ended. A thread
+// takes 16 symbols, whose bits stand beside each other, and writes them at once.
 //
-// Traffic: the stream once, the symbols once. Nothing in a broken stream leads out of an array or
-// round a loop more often than the bits that are there.
+// Traffic: the stream once, the symbols once. Work: some ten instructions for each bit of a code,
+// so a third of an instruction a warp and bit; 40,000 for a chunk of 32,768 symbols of 4 bits. The
+// CRC adds a tenth. Nothing in a broken stream leads out of an array: the first check is that each
+// node's bits are there.
 #pragma once
 
 #include "device.cuh"
+#include "huffman_crc.cuh"
 #include "ptx.cuh"
 
 namespace compressops {
 
 constexpr int kHuffmanMaxLength = 12;
 constexpr int kHuffmanMaxSymbols = 256;
-constexpr int kHuffmanTableSize = 1 << kHuffmanMaxLength;
-constexpr int kHuffmanTableThreads = 256;
+constexpr int kHuffmanMaxChunkSize = 32768;
+constexpr int kHuffmanHeaderBytes = 5;
+constexpr int kHuffmanCodec = 1;
+constexpr int kHuffmanThreads = 256;
 
 // What can be wrong. The table's errors come first; a chunk's are packed with its index.
 enum class HuffmanError : int {
@@ -29,10 +34,13 @@ enum class HuffmanError : int {
   kKraftSum,
   kNoSymbols,
   kOffsets,
+  kSize,
+  kChecksum,
+  kCodec,
   kOverrun,
-  kInvalidCode,
   kLeftover,
   kPadding,
+  kNoCode,
 };
 
 constexpr const char* huffman_error_text(HuffmanError error) {
@@ -47,14 +55,20 @@ constexpr const char* huffman_error_text(HuffmanError error) {
       return "no symbol has a code";
     case HuffmanError::kOffsets:
       return "offsets do not rise from 0 to the stream's size";
+    case HuffmanError::kSize:
+      return "it is shorter or longer than its symbols can be";
+    case HuffmanError::kChecksum:
+      return "its CRC-32 is not the one that it states";
+    case HuffmanError::kCodec:
+      return "its codec is unknown";
     case HuffmanError::kOverrun:
-      return "the codes run past the chunk's end";
-    case HuffmanError::kInvalidCode:
-      return "a bit pattern that is no code";
+      return "its codes run past its end";
     case HuffmanError::kLeftover:
-      return "whole bytes are left over after the last symbol";
+      return "whole bytes are left over after the last code";
     case HuffmanError::kPadding:
-      return "padding bits are not 0";
+      return "the bits after the last code are not 0";
+    case HuffmanError::kNoCode:
+      return "it holds bits that are no code";
   }
   return "unknown error";
 }
@@ -64,9 +78,14 @@ using HuffmanStatus = unsigned long long;
 constexpr int kHuffmanStatusWords = 2;
 constexpr HuffmanStatus kHuffmanNoBadChunk = ~0ull;
 
-// A table entry: symbol | length << 8, and this bit where no code begins like the window; such an
-// entry has length 1, so that a decoder always moves on.
-constexpr unsigned kHuffmanInvalid = 0x8000u;
+// What kernel 1 leaves to kernel 2, in words: the two children of each inner node (16 bits each; a
+// node, or a symbol s as -1 - s), the first node of each level and behind the last, the number of
+// levels, the lone symbol or -1, and powers for the CRC.
+constexpr int kHuffmanFirstNode = kHuffmanMaxSymbols;
+constexpr int kHuffmanLevels = kHuffmanFirstNode + kHuffmanMaxLength + 1;
+constexpr int kHuffmanLoneSymbol = kHuffmanLevels + 1;
+constexpr int kHuffmanPowers = kHuffmanLoneSymbol + 1;
+constexpr int kHuffmanTableWords = kHuffmanPowers + kCrcSegments;
 
 struct HuffmanArgs {
   Global<const uint8_t> stream;
@@ -76,24 +95,26 @@ struct HuffmanArgs {
   Global<const uint8_t> lengths;
   int symbols;  // size of the alphabet, at most 256
   int64_t num_symbols;
-  int64_t chunk_size;
-  Global<uint16_t> table;        // scratch [kHuffmanTableSize]
+  int chunk_size;                // at most kHuffmanMaxChunkSize
+  Global<uint32_t> table;        // scratch [kHuffmanTableWords]
   Global<HuffmanStatus> status;  // [kHuffmanStatusWords]
   Global<uint8_t> output;        // [num_symbols]
 };
 
-// Canonical code numbers: by length, then by symbol; bit-reversed in the stream.
+// Canonical code numbers: by length, then by symbol. In that order a level's leaves come first.
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args) {
   static_assert(kThreads >= kHuffmanMaxSymbols);
   COMPRESSOPS_SHARED_ARRAY(int, counts, kHuffmanMaxLength + 1);
-  COMPRESSOPS_SHARED_ARRAY(int, first_code, kHuffmanMaxLength + 1);
   COMPRESSOPS_SHARED_ARRAY(int, first_rank, kHuffmanMaxLength + 1);
+  COMPRESSOPS_SHARED_ARRAY(int, first_node, kHuffmanMaxLength + 1);
   COMPRESSOPS_SHARED_ARRAY(int, too_long, 1);
+  COMPRESSOPS_SHARED_ARRAY(int, levels, 1);
   COMPRESSOPS_SHARED_ARRAY(uint8_t, lengths, kHuffmanMaxSymbols);
   COMPRESSOPS_SHARED_ARRAY(uint8_t, by_rank, kHuffmanMaxSymbols);
   const int thread = static_cast<int>(threadIdx.x);
 
+  if (thread < kHuffmanMaxSymbols) args.table[thread] = 0;
   if (thread <= kHuffmanMaxLength) counts[thread] = 0;
   if (thread == 0) too_long[0] = 0;
   __syncthreads();
@@ -108,32 +129,37 @@ __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args
   __syncthreads();
 
   if (thread == 0) {
-    int code = 0, rank = 0, present = 0;
+    int rank = 0;
     unsigned kraft = 0;  // in units of 2^-12
     for (int bits = 1; bits <= kHuffmanMaxLength; ++bits) {
-      const int count = counts[bits];
-      code <<= 1;
-      first_code[bits] = code;
       first_rank[bits] = rank;
-      code += count;
-      rank += count;
-      present += count;
-      kraft += static_cast<unsigned>(count) << (kHuffmanMaxLength - bits);
+      rank += counts[bits];
+      kraft += static_cast<unsigned>(counts[bits]) << (kHuffmanMaxLength - bits);
     }
     const int singles = counts[1];
-    const bool lone_symbol = present == 1 && singles == 1;
+    const bool lone_symbol = rank == 1 && singles == 1;
     HuffmanError error = HuffmanError::kNone;
     if (too_long[0] != 0) {
       error = HuffmanError::kLengthTooLong;
-    } else if (present == 0) {
+    } else if (rank == 0) {
       if (args.num_symbols > 0) error = HuffmanError::kNoSymbols;
-    } else if (kraft != kHuffmanTableSize && !lone_symbol) {
+    } else if (kraft != 1u << kHuffmanMaxLength && !lone_symbol) {
       error = HuffmanError::kKraftSum;
     }
     args.status[0] = static_cast<HuffmanStatus>(error);
     const bool ends_match = args.offsets[0] == 0 && args.offsets[args.chunks] == args.stream_bytes;
     args.status[1] =
         ends_match ? kHuffmanNoBadChunk : static_cast<HuffmanStatus>(HuffmanError::kOffsets);
+    // Of a code that is none, no levels: the rest has nothing to do then.
+    int inner = error == HuffmanError::kNone && rank > 1 ? 1 : 0, level = 0;
+    first_node[0] = 0;
+    for (; inner > 0; ++level) {
+      first_node[level + 1] = first_node[level] + inner;
+      inner = 2 * inner - counts[level + 1];
+    }
+    levels[0] = error == HuffmanError::kNone && lone_symbol ? -1 : level;
+    args.table[kHuffmanLevels] = static_cast<uint32_t>(level);
+    args.table[kHuffmanLoneSymbol] = ~0u;
   }
   __syncthreads();
 
@@ -141,56 +167,29 @@ __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args
     int before = 0;
     for (int other = 0; other < thread; ++other) before += lengths[other] == length;
     by_rank[first_rank[length] + before] = static_cast<uint8_t>(thread);
+    if (levels[0] < 0) args.table[kHuffmanLoneSymbol] = static_cast<uint32_t>(thread);
   }
   __syncthreads();
 
-  for (int window = thread; window < kHuffmanTableSize; window += kThreads) {
-    const int reversed = static_cast<int>(__brev(static_cast<unsigned>(window)) >> 20);
-    unsigned entry = kHuffmanInvalid | 1u << 8;
-    for (int bits = 1; bits <= kHuffmanMaxLength; ++bits) {
-      const int place = (reversed >> (kHuffmanMaxLength - bits)) - first_code[bits];
-      if (place >= 0 && place < counts[bits]) {
-        const unsigned symbol = by_rank[first_rank[bits] + place];
-        entry = symbol | static_cast<unsigned>(bits) << 8;
-        break;
-      }
+  for (int level = 0; level < levels[0]; ++level) {
+    const int first = first_node[level], next = first_node[level + 1], leaves = counts[level + 1];
+    if (thread == 0) {
+      args.table[kHuffmanFirstNode + level] = static_cast<uint32_t>(first);
+      args.table[kHuffmanFirstNode + level + 1] = static_cast<uint32_t>(next);
     }
-    args.table[window] = static_cast<uint16_t>(entry);
+    if (thread < first || thread >= next) continue;
+    uint32_t both = 0;
+    for (int bit = 0; bit < 2; ++bit) {
+      const int place = 2 * (thread - first) + bit;
+      const int child =
+          place < leaves ? -1 - by_rank[first_rank[level + 1] + place] : next + place - leaves;
+      both |= (static_cast<uint32_t>(child) & 0xffffu) << (16 * bit);
+    }
+    args.table[thread] = both;
   }
+  for (int i = thread; i < kCrcSegments; i += kThreads)
+    args.table[kHuffmanPowers + i] = crc_power(static_cast<unsigned>(i));
 }
-
-// 8 warps share a table; with it a block takes 44 KB of shared memory, so an SM of sm_90 holds 5
-// blocks and 40 chunks.
-constexpr int kHuffmanWarps = 8;
-constexpr int kHuffmanLaneBits = 128;
-constexpr int kHuffmanTileBits = kWarpSize * kHuffmanLaneBits;
-// A tile that begins inside its first word, and the window of its last symbol past its end.
-constexpr int kHuffmanTileWords = kHuffmanTileBits / 32 + 2;
-// At least a bit a symbol; symbols are placed as misaligned as they will be in the output.
-constexpr int kHuffmanTileSymbols = kHuffmanTileBits + 16;
-
-// Reads words of the tile as one row of bits.
-class HuffmanReader {
- public:
-  __device__ __forceinline__ HuffmanReader(Shared<uint32_t> words, int position)
-      : words_(words), position_(position) {}
-
-  __device__ __forceinline__ int position() const { return position_; }
-
-  // The next table entry, past which it moves.
-  __device__ __forceinline__ unsigned next(Shared<uint16_t> table) {
-    const int word = position_ / 32;
-    const unsigned low = words_[word], high = words_[word + 1];
-    const unsigned window = __funnelshift_r(low, high, static_cast<unsigned>(position_ % 32));
-    const unsigned entry = table[window % kHuffmanTableSize];
-    position_ += static_cast<int>(entry >> 8 & 15u);
-    return entry;
-  }
-
- private:
-  Shared<uint32_t> words_;
-  int position_;
-};
 
 // Word `index` of the stream, counted from the aligned address at or before its start, with zeros
 // for the bytes outside [begin, end). `shift`: how far before the start that address is.
@@ -210,159 +209,260 @@ __device__ __forceinline__ uint32_t load_stream_word(Global<const uint8_t> strea
   return word;
 }
 
-// A warp writes `count` symbols, held in shared memory from `shift` on, to output[begin ...);
-// `shift` is that address modulo 4, so that whole words go out as words.
-__device__ __forceinline__ void store_symbols(Shared<uint8_t> symbols, int shift, int count,
-                                              Global<uint8_t> output, int64_t begin) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  for (int word = lane; 4 * word < shift + count; word += kWarpSize) {
-    const int first = 4 * word;
-    if (first >= shift && first + 4 <= shift + count) {
-      const uint32_t four = view_as<uint32_t>(symbols)[word];
-      view_as<uint32_t>(output + (begin + first - shift))[0] = four;
-    } else {
-      for (int i = max(first, shift); i < min(first + 4, shift + count); ++i) {
-        output[begin + i - shift] = symbols[i];
-      }
-    }
+// A chunk in shared memory: its bits, and how many ones there are before each 64 of them.
+struct HuffmanBits {
+  Shared<uint64_t> words;
+  Shared<uint32_t> ones;
+
+  __device__ __forceinline__ uint32_t rank(unsigned bit) const {
+    const uint64_t below = words[bit / 64] & ((uint64_t{1} << bit % 64) - 1);
+    return ones[bit / 64] + static_cast<uint32_t>(__popcll(below));
   }
+};
+
+// What a symbol on its way down has to know of a node.
+struct HuffmanNode {
+  uint32_t start, rank;  // of its bits, and of the first of them
+};
+
+struct HuffmanBlock {
+  Shared<uint32_t> children;  // [kHuffmanMaxSymbols]
+  Shared<uint32_t> first_node;
+  Shared<HuffmanNode> nodes;  // [kHuffmanMaxSymbols + 1]
+  Shared<uint32_t> counts;
+  Shared<uint32_t> crc_table;
+  Shared<uint32_t> warp_sums;
+  Shared<uint32_t> crc;
+  int levels;
+  int lone_symbol;
+};
+
+// Words of 64 bits for so many symbols, and one more: a rank may be asked for at the very end.
+__host__ __device__ constexpr int64_t huffman_words(int64_t symbols) {
+  return ceil_div<int64_t>(symbols * kHuffmanMaxLength, 64) + 1;
 }
 
-// A warp decodes one chunk: n symbols from the bytes [begin, end) of the stream.
-__device__ __forceinline__ HuffmanError huffman_decode_chunk(
-    const HuffmanArgs& args, Shared<uint16_t> table, Shared<uint32_t> words,
-    Shared<uint8_t> symbols, int64_t begin, int64_t end, int64_t output_begin, int64_t n) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  const int stream_shift = misalignment(args.stream, 4);
-  const int64_t end_bit = 8 * (end + stream_shift);
-  int64_t bit = 8 * (begin + stream_shift);  // where the next symbol starts
-  int64_t done = 0;
-  bool invalid = false;
+// And then as many ranks.
+__host__ __device__ constexpr int64_t huffman_shared_bytes(int64_t words) {
+  return 8 * (words + ceil_div<int64_t>(words, 2));
+}
 
-  while (done < n && bit < end_bit) {
-    const int64_t first_word = bit / 32;
-    __syncwarp();  // the tile before is read to its end
-    for (int word = lane; word < kHuffmanTileWords; word += kWarpSize) {
-      words[word] = load_stream_word(args.stream, stream_shift, first_word + word, begin, end);
-    }
-    __syncwarp();
+// The chunk's bits from the stream, their ranks, and the CRC over codec and bits.
+__device__ __forceinline__ void huffman_load(const HuffmanArgs& args, const HuffmanBlock& block,
+                                             const HuffmanBits& bits, int64_t begin, int64_t end) {
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
+  const int shift = misalignment(args.stream, 4);
+  const int64_t data = begin + kHuffmanHeaderBytes + shift;
+  const int bytes = static_cast<int>(end - begin) - kHuffmanHeaderBytes;
+  const int words = bytes / 8 + 1;
+  const Shared<uint32_t> halves = view_as<uint32_t>(bits.words);
+  if (thread == 0) block.crc[0] = 0;
+  for (int i = thread; i < 2 * words; i += kHuffmanThreads) {
+    const int64_t at = data / 4 + i;
+    const uint32_t low = load_stream_word(args.stream, shift, at, begin, end);
+    const uint32_t high = load_stream_word(args.stream, shift, at + 1, begin, end);
+    halves[i] = __funnelshift_r(low, high, static_cast<unsigned>(data % 4 * 8));
+  }
+  __syncthreads();
 
-    // Positions count from the first word. This lane's symbols are those that start in
-    // [start, limit), where the guess for `start` is corrected until its neighbour agrees.
-    const int tile_start = static_cast<int>(bit - 32 * first_word);
-    const int64_t bits_left = end_bit - 32 * first_word;
-    const int chunk_limit =
-        static_cast<int>(min(bits_left, static_cast<int64_t>(tile_start + kHuffmanTileBits)));
-    const int limit = min(tile_start + (lane + 1) * kHuffmanLaneBits, chunk_limit);
-    int start = tile_start + lane * kHuffmanLaneBits;
-    int stop = start, count = 0;
-    bool again = true;
-    for (int round = 0; round < kWarpSize; ++round) {
-      if (again) {
-        HuffmanReader reader(words, start);
-        count = 0;
-        while (reader.position() < limit) {
-          reader.next(table);
-          ++count;
-        }
-        stop = reader.position();
-      }
-      const int neighbour_stop = __shfl_up_sync(kFullWarp, stop, 1);
-      again = lane > 0 && neighbour_stop != start;
-      if (again) start = neighbour_stop;
-      if (!__any_sync(kFullWarp, again)) break;
-    }
-
-    // Where this lane's symbols go: the counts of the lanes before, summed.
-    int up_to_here = count;
+  // Each thread counts in a run of words, and then goes on from what is before it.
+  const int run = ceil_div(words, kHuffmanThreads);
+  const int first = min(thread * run, words), last = min(first + run, words);
+  uint32_t ones = 0;
+  for (int w = first; w < last; ++w) ones += static_cast<uint32_t>(__popcll(bits.words[w]));
+  uint32_t up_to_here = ones;
 #pragma unroll
-    for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-      const int below = __shfl_up_sync(kFullWarp, up_to_here, static_cast<unsigned>(lanes));
-      if (lane >= lanes) up_to_here += below;
-    }
-    const int place = up_to_here - count;
-    const int64_t wanted = n - done;
-    const int tile_count =
-        static_cast<int>(min(wanted, int64_t{__shfl_sync(kFullWarp, up_to_here, kWarpSize - 1)}));
-    const int output_shift = misalignment(args.output + (output_begin + done), 4);
-    HuffmanReader reader(words, start);
-    for (int i = place; i < min(place + count, tile_count); ++i) {
-      const unsigned entry = reader.next(table);
-      invalid |= (entry & kHuffmanInvalid) != 0;
-      symbols[output_shift + i] = static_cast<uint8_t>(entry & 0xffu);
-    }
-    // The tile ends behind the lane that wrote its last symbol.
-    const bool wrote_last = count > 0 && place < tile_count && tile_count <= place + count;
-    const unsigned last_lane = __ballot_sync(kFullWarp, wrote_last);
-    const int tile_stop =
-        __shfl_sync(kFullWarp, reader.position(), __ffs(static_cast<int>(last_lane)) - 1);
-    __syncwarp();  // all symbols are in shared memory
-    store_symbols(symbols, output_shift, tile_count, args.output, output_begin + done);
-    done += tile_count;
-    bit = 32 * first_word + tile_stop;
+  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
+    const uint32_t below = __shfl_up_sync(kFullWarp, up_to_here, static_cast<unsigned>(lanes));
+    if (lane >= lanes) up_to_here += below;
+  }
+  if (lane == kWarpSize - 1) block.warp_sums[thread / kWarpSize] = up_to_here;
+  __syncthreads();
+  uint32_t before = up_to_here - ones;
+  for (int warp = 0; warp < thread / kWarpSize; ++warp) before += block.warp_sums[warp];
+  for (int w = first; w < last; ++w) {
+    bits.ones[w] = before;
+    before += static_cast<uint32_t>(__popcll(bits.words[w]));
   }
 
-  if (__any_sync(kFullWarp, invalid)) return HuffmanError::kInvalidCode;
-  if (done < n || bit > end_bit) return HuffmanError::kOverrun;
-  if (end_bit - bit >= 8) return HuffmanError::kLeftover;
-  if (bit < end_bit) {
-    const unsigned last_byte = args.stream[end - 1];
-    if (last_byte >> (8 - (end_bit - bit)) != 0) return HuffmanError::kPadding;
+  const int segments = ceil_div(bytes, kCrcSegmentBytes);
+  const Shared<uint8_t> payload = view_as<uint8_t>(bits.words);
+  uint32_t crc = 0;
+  for (int behind = thread; behind < segments; behind += kHuffmanThreads) {
+    const int segment_end = bytes - behind * kCrcSegmentBytes;
+    const bool is_first = behind == segments - 1;
+    uint32_t state = is_first ? crc_step(block.crc_table, ~0u, kHuffmanCodec) : 0;
+    for (int i = max(0, segment_end - kCrcSegmentBytes); i < segment_end; ++i)
+      state = crc_step(block.crc_table, state, payload[i]);
+    crc ^= crc_product(state, args.table[kHuffmanPowers + behind]);
   }
+  atomicXor(block.crc + 0, crc);
+  __syncthreads();
+}
+
+// Where each node's bits are, level by level, or that there are not so many.
+__device__ __forceinline__ HuffmanError huffman_place_nodes(const HuffmanBlock& block,
+                                                            const HuffmanBits& bits, int count,
+                                                            int bytes) {
+  const int thread = static_cast<int>(threadIdx.x);
+  const unsigned all_bits = 8u * static_cast<unsigned>(bytes);
+  if (thread == 0) {
+    block.nodes[0] = HuffmanNode{0, 0};
+    block.counts[0] = static_cast<uint32_t>(count);
+  }
+  __syncthreads();
+  unsigned level_start = 0;
+  for (int level = 0; level < block.levels; ++level) {
+    const int first = static_cast<int>(block.first_node[level]);
+    const int next = static_cast<int>(block.first_node[level + 1]);
+    const int v = first + thread;
+    unsigned level_bits = 0, start = level_start;
+    for (int other = first; other < next; ++other) {
+      if (other == v) start = level_start + level_bits;
+      level_bits += block.counts[other];
+    }
+    if (level_bits > all_bits - level_start) return HuffmanError::kOverrun;
+    if (v < next) {
+      const uint32_t rank = bits.rank(start);
+      const uint32_t ones = bits.rank(start + block.counts[v]) - rank;
+      block.nodes[v] = HuffmanNode{start, rank};
+      const int zero_child = static_cast<int16_t>(block.children[v] & 0xffffu);
+      const int one_child = static_cast<int16_t>(block.children[v] >> 16);
+      if (zero_child >= 0) block.counts[zero_child] = block.counts[v] - ones;
+      if (one_child >= 0) block.counts[one_child] = ones;
+    }
+    level_start += level_bits;
+    __syncthreads();
+  }
+  const unsigned used = block.lone_symbol >= 0 ? static_cast<unsigned>(count) : level_start;
+  if (used > all_bits) return HuffmanError::kOverrun;
+  if (all_bits - used >= 8) return HuffmanError::kLeftover;
+  if (bits.rank(all_bits) != bits.rank(used)) return HuffmanError::kPadding;
+  if (block.lone_symbol >= 0 && bits.rank(used) != 0) return HuffmanError::kNoCode;
   return HuffmanError::kNone;
 }
 
-__global__ void __launch_bounds__(kHuffmanWarps* kWarpSize)
-    huffman_decode_chunks(HuffmanArgs args) {
-  COMPRESSOPS_SHARED_ARRAY(uint16_t, table, kHuffmanTableSize);
-  COMPRESSOPS_SHARED_ARRAY(uint32_t, words, kHuffmanWarps* kHuffmanTileWords);
-  COMPRESSOPS_SHARED_ARRAY(uint8_t, symbols, kHuffmanWarps* kHuffmanTileSymbols);
+// The symbol at `place` of a chunk.
+__device__ __forceinline__ uint32_t huffman_symbol(const HuffmanBlock& block,
+                                                   const HuffmanBits& bits, unsigned place) {
+  int v = 0;
+  for (int level = 0; level < block.levels; ++level) {
+    const HuffmanNode node = block.nodes[v];
+    const unsigned bit = node.start + place;
+    const uint64_t word = bits.words[bit / 64];
+    const bool is_one = (word >> bit % 64 & 1) != 0;
+    const uint32_t before = bits.ones[bit / 64] +
+                            static_cast<uint32_t>(__popcll(word & ((uint64_t{1} << bit % 64) - 1)));
+    const uint32_t ones = before - node.rank;
+    place = is_one ? ones : place - ones;
+    v = static_cast<int16_t>(is_one ? block.children[v] >> 16 : block.children[v] & 0xffffu);
+    if (v < 0) break;
+  }
+  return static_cast<uint32_t>(-1 - v);
+}
+
+// All `count` symbols to output[begin ...), 16 to a thread, by 16-byte stores where all are there.
+__device__ __forceinline__ void huffman_write(const HuffmanArgs& args, const HuffmanBlock& block,
+                                              const HuffmanBits& bits, int64_t begin, int count) {
+  const int shift = misalignment(args.output + begin, 16);
+  for (int group = static_cast<int>(threadIdx.x); 16 * group < shift + count;
+       group += kHuffmanThreads) {
+    const int first = 16 * group - shift;
+    uint32_t four[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      const int place = min(max(first + i, 0), count - 1);
+      const uint32_t symbol = block.lone_symbol >= 0
+                                  ? static_cast<uint32_t>(block.lone_symbol)
+                                  : huffman_symbol(block, bits, static_cast<unsigned>(place));
+      four[i / 4] |= symbol << (8 * (i % 4));
+    }
+    if (first >= 0 && first + 16 <= count) {
+      view_as<int4>(args.output + (begin + first))[0] =
+          make_int4(static_cast<int>(four[0]), static_cast<int>(four[1]), static_cast<int>(four[2]),
+                    static_cast<int>(four[3]));
+    } else {
+      for (int i = max(0, -first); i < 16 && first + i < count; ++i)
+        args.output[begin + first + i] = static_cast<uint8_t>(four[i / 4] >> (8 * (i % 4)));
+    }
+  }
+}
+
+__device__ __forceinline__ HuffmanError huffman_decode_chunk(const HuffmanArgs& args,
+                                                             const HuffmanBlock& block,
+                                                             const HuffmanBits& bits,
+                                                             int64_t chunk) {
+  const int64_t begin = args.offsets[chunk], end = args.offsets[chunk + 1];
+  if (begin < 0 || begin > end || end > args.stream_bytes) return HuffmanError::kOffsets;
+  const int64_t output_begin = chunk * args.chunk_size;
+  const int count =
+      static_cast<int>(min(int64_t{args.chunk_size}, args.num_symbols - output_begin));
+  const int64_t bytes = end - begin - kHuffmanHeaderBytes;
+  if (bytes < ceil_div(count, 8) || bytes > ceil_div(count * kHuffmanMaxLength, 8))
+    return HuffmanError::kSize;
+  huffman_load(args, block, bits, begin, end);
+  uint32_t stated = 0;
+  for (int i = 0; i < 4; ++i) stated |= static_cast<uint32_t>(args.stream[begin + i]) << (8 * i);
+  if (args.stream[begin + 4] != kHuffmanCodec) return HuffmanError::kCodec;
+  if (~block.crc[0] != stated) return HuffmanError::kChecksum;
+  const HuffmanError error = huffman_place_nodes(block, bits, count, static_cast<int>(bytes));
+  if (error == HuffmanError::kNone) huffman_write(args, block, bits, output_begin, count);
+  return error;
+}
+
+__global__ void __launch_bounds__(kHuffmanThreads) huffman_decode_chunks(HuffmanArgs args) {
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, children, kHuffmanMaxSymbols);
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, first_node, kHuffmanMaxLength + 1);
+  COMPRESSOPS_SHARED_ARRAY(HuffmanNode, nodes, kHuffmanMaxSymbols);
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, counts, kHuffmanMaxSymbols);
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, crc_table, 256);
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, warp_sums, kHuffmanThreads / kWarpSize);
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, crc, 1);
+  const int64_t words = huffman_words(min(int64_t{args.chunk_size}, args.num_symbols));
+  COMPRESSOPS_DYNAMIC_SHARED(uint64_t, dynamic, huffman_shared_bytes(words));
   if (args.status[0] != 0)
     return;  // the table is no code: written before this launch, so all agree
 
   const int thread = static_cast<int>(threadIdx.x);
-  const int lane = thread % kWarpSize, warp = thread / kWarpSize;
-  constexpr int kTableVectors = kHuffmanTableSize * static_cast<int>(sizeof(uint16_t)) / 16;
-  for (int i = thread; i < kTableVectors; i += kHuffmanWarps * kWarpSize) {
-    view_as<int4>(table)[i] =
-        load_nc<int4>(view_as<const int4>(Global<const uint16_t>(args.table)), i);
-  }
-  __syncthreads();
-
-  const Shared<uint32_t> my_words = slice(words, warp * kHuffmanTileWords, kHuffmanTileWords);
-  const Shared<uint8_t> my_symbols =
-      slice(symbols, warp * kHuffmanTileSymbols, kHuffmanTileSymbols);
-  for (int64_t chunk = int64_t{blockIdx.x} * kHuffmanWarps + warp; chunk < args.chunks;
-       chunk += int64_t{gridDim.x} * kHuffmanWarps) {
-    const int64_t begin = args.offsets[chunk], end = args.offsets[chunk + 1];
-    const int64_t output_begin = chunk * args.chunk_size;
-    const int64_t n = min(args.chunk_size, args.num_symbols - output_begin);
-    HuffmanError error = HuffmanError::kOffsets;
-    if (begin >= 0 && begin <= end && end <= args.stream_bytes) {
-      error = huffman_decode_chunk(args, table, my_words, my_symbols, begin, end, output_begin, n);
-    }
-    if (lane == 0 && error != HuffmanError::kNone) {
+  const int levels = static_cast<int>(args.table[kHuffmanLevels]);
+  static_assert(kHuffmanThreads == kHuffmanMaxSymbols);
+  children[thread] = args.table[thread];
+  if (thread <= levels) first_node[thread] = args.table[kHuffmanFirstNode + thread];
+  crc_table[thread] = crc_byte(static_cast<unsigned>(thread));
+  const HuffmanBlock block = {
+      children, first_node, nodes,
+      counts,   crc_table,  warp_sums,
+      crc,      levels,     static_cast<int>(args.table[kHuffmanLoneSymbol])};
+  const HuffmanBits bits = {slice(dynamic, 0, words),
+                            view_as<uint32_t>(slice(dynamic, words, ceil_div<int64_t>(words, 2)))};
+  for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
+    __syncthreads();  // the tables are there, the chunk before is read
+    const HuffmanError error = huffman_decode_chunk(args, block, bits, chunk);
+    if (thread == 0 && error != HuffmanError::kNone) {
       atomicMin(args.status + 1,
                 static_cast<HuffmanStatus>(chunk) << 8 | static_cast<HuffmanStatus>(error));
     }
   }
 }
 
-// Launches both kernels; `args.status` tells afterwards how it went. The table must be 16-byte
-// aligned. Needs `chunks` = ceil(num_symbols / chunk_size), chunk_size > 0, symbols ≤ 256.
+// Launches both kernels; `args.status` tells afterwards how it went. Needs `chunks` =
+// ceil(num_symbols / chunk_size), chunk_size from 1 to kHuffmanMaxChunkSize, symbols ≤ 256.
 inline cudaError_t launch_huffman_decode(const HuffmanArgs& args, int64_t multiprocessors,
                                          cudaStream_t stream) {
-  cudaError_t error = launch(huffman_build_table<kHuffmanTableThreads>, dim3(1),
-                             dim3(kHuffmanTableThreads), 0, stream, args);
+  cudaError_t error =
+      launch(huffman_build_table<kHuffmanThreads>, dim3(1), dim3(kHuffmanThreads), 0, stream, args);
   if (error != cudaSuccess || args.chunks == 0) return error;
-  // As many blocks as fit at once: each loads the table once and goes on with the next chunks.
-  constexpr int64_t kBlocksPerMultiprocessor = 5;
-  const int64_t wanted = ceil_div<int64_t>(args.chunks, kHuffmanWarps);
-  const int64_t blocks = wanted < kBlocksPerMultiprocessor * multiprocessors
-                             ? wanted
+  // Bits and ranks of the longest codes; of 32,768 symbols 74 KB, which leaves room for two blocks
+  // on an SM of sm_80 and for three on one of sm_90.
+  const int64_t most = args.num_symbols < args.chunk_size ? args.num_symbols : args.chunk_size;
+  const auto shared_bytes = static_cast<size_t>(huffman_shared_bytes(huffman_words(most)));
+  // Each block makes its tables once and goes on with the next chunks.
+  constexpr int64_t kBlocksPerMultiprocessor = 8;
+  const int64_t blocks = args.chunks < kBlocksPerMultiprocessor * multiprocessors
+                             ? args.chunks
                              : kBlocksPerMultiprocessor * multiprocessors;
-  return launch(huffman_decode_chunks, dim3(static_cast<unsigned>(blocks)),
-                dim3(kHuffmanWarps * kWarpSize), 0, stream, args);
+  return launch(huffman_decode_chunks, dim3(static_cast<unsigned>(blocks)), dim3(kHuffmanThreads),
+                shared_bytes, stream, args);
 }
 
 }  // namespace compressops

@@ -11,7 +11,7 @@ CUDA_ON_CPU_EXPORT int run_huffman_decode(const uint8_t* stream, int64_t stream_
                                           int64_t chunk_size, uint8_t* output, uint64_t* status,
                                           int order, unsigned seed, char* message) {
   using namespace compressops;
-  const std::unique_ptr<int4[]> table(new int4[kHuffmanTableSize / 8]);
+  const std::unique_ptr<uint32_t[]> table(new uint32_t[kHuffmanTableWords]);
   HuffmanStatus words[kHuffmanStatusWords] = {};
   const int result = cuda_on_cpu::guarded(order, seed, message, [&] {
     HuffmanArgs args;
@@ -22,9 +22,8 @@ CUDA_ON_CPU_EXPORT int run_huffman_decode(const uint8_t* stream, int64_t stream_
     args.lengths = Global<const uint8_t>(lengths, symbols, "lengths");
     args.symbols = symbols;
     args.num_symbols = num_symbols;
-    args.chunk_size = chunk_size;
-    args.table =
-        Global<uint16_t>(reinterpret_cast<uint16_t*>(table.get()), kHuffmanTableSize, "table");
+    args.chunk_size = static_cast<int>(chunk_size);
+    args.table = Global<uint32_t>(table.get(), kHuffmanTableWords, "table");
     args.status = Global<HuffmanStatus>(words, kHuffmanStatusWords, "status");
     args.output = Global<uint8_t>(output, num_symbols, "output");
     return launch_huffman_decode(args, /*multiprocessors=*/1, nullptr);

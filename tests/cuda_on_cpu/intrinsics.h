@@ -112,6 +112,7 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   return result;
 }
 inline int __popc(unsigned value) { return std::popcount(value); }
+inline int __popcll(unsigned long long value) { return std::popcount(value); }
 inline int __ffs(int value) {
   return value ? std::countr_zero(static_cast<unsigned>(value)) + 1 : 0;
 }
@@ -210,6 +211,7 @@ CUDA_ON_CPU_ATOMIC(atomicMax, std::max(old, value))
 CUDA_ON_CPU_ATOMIC(atomicMin, std::min(old, value))
 CUDA_ON_CPU_ATOMIC(atomicOr, old | value)
 CUDA_ON_CPU_ATOMIC(atomicAnd, old& value)
+CUDA_ON_CPU_ATOMIC(atomicXor, old ^ value)
 CUDA_ON_CPU_ATOMIC(atomicExch, (static_cast<void>(old), value))
 #undef CUDA_ON_CPU_ATOMIC
 template <template <class> class Pointer, class T>

@@ -1,0 +1,52 @@
+// The body of huffman_decode, written once. Included by one translation unit per instruction set,
+// inside its anonymous namespace, after huffman_decode_bits.h and the definitions of
+//
+//   count_ones(bits, n)                                  how many of n bits are 1
+//   merge_symbols(bits, n, zero, one, out, exact)        both children are symbols
+//   merge_symbol_node(bits, n, zero, ones, out, exact)   the first one is
+//   merge_nodes(bits, n, zeros, ones, out, exact)        none is; the last one never is alone
+//
+// The merges put one of the two (the next of two arrays) to out[i] for each of n bits. They may
+// read and write kHuffmanSlack bytes past the ends of arrays, but nothing past an `exact` out.
+
+inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
+                                  uint8_t* result, int64_t count) {
+  const uint8_t* data = scratch.chunk + kHuffmanHeaderBytes;
+  // Downwards: how many symbols are below each node, and where its bits are.
+  int32_t counts[kHuffmanMaxSymbols], starts[kHuffmanMaxSymbols];
+  counts[0] = (int32_t)count;
+  starts[0] = 0;
+  for (int v = 0; v < tree.nodes; ++v) {
+    starts[v + 1] = starts[v] + counts[v];
+    if (starts[v + 1] > 8 * bytes) return kHuffmanOverrun;
+    const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
+    if (one_child < 0) continue;  // and then the other one is a symbol, too
+    counts[one_child] = (int32_t)count_ones({data, starts[v]}, counts[v]);
+    if (zero_child >= 0) counts[zero_child] = counts[v] - counts[one_child];
+  }
+  const HuffmanFault end = huffman_check_end(data, bytes, starts[tree.nodes]);
+  if (end != kHuffmanSound) return end;
+
+  // Upwards, each level from the one below. Within a level from left to right, so that what a merge
+  // writes past its end is overwritten by the next.
+  for (int level = tree.levels - 1; level >= 0; --level) {
+    const int first = tree.first_node[level], next = tree.first_node[level + 1];
+    const uint8_t* below = scratch.levels[(level + 1) % 2] - starts[next];
+    uint8_t* here = level == 0 ? result : scratch.levels[level % 2] - starts[first];
+    for (int v = first; v < next; ++v) {
+      const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
+      const Bits bits = {data, starts[v]};
+      uint8_t* out = here + starts[v];
+      const bool exact = level == 0;
+      if (one_child < 0) {
+        merge_symbols(bits, counts[v], -1 - zero_child, -1 - one_child, out, exact);
+      } else if (zero_child < 0) {
+        merge_symbol_node(bits, counts[v], -1 - zero_child, below + starts[one_child], out, exact);
+      } else {
+        merge_nodes(bits, counts[v], below + starts[zero_child], below + starts[one_child], out,
+                    exact);
+      }
+    }
+  }
+  return kHuffmanSound;
+}
