@@ -222,13 +222,15 @@ class Conversion:
             if backend == "eager":
                 return False, f"{name} not used: its op has no compiled kernel here"
             return True, f"{name}: its {backend} kernel is assumed faster, not measured"
-        mine, others = kernels.rivals(new, dense)
+        mine, others = kernels.rivals(new, dense, inputs[0])
         # The dense layer that is replaced has its weight at hand, and does not compute it.
         with parametrize.cached():
-            seconds = median_times([lambda m=m: m(*inputs) for m in (*mine, *others)])
-        ours, theirs = min(seconds[: len(mine)]), min(seconds[len(mine) :])
-        times = f"{ours * 1e6:.0f} µs, dense {theirs * 1e6:.0f} µs"
-        return ours < theirs, f"{name}{'' if ours < theirs else ' not used'}: measured {times}"
+            seconds = median_times([lambda m=m: m(*inputs) for m in (*mine, *others.values())])
+        ours, theirs = min(seconds[: len(mine)]), seconds[len(mine) :]
+        times = [f"{ours * 1e6:.0f} µs"]
+        times += [f"{rival} {s * 1e6:.0f} µs" for rival, s in zip(others, theirs, strict=True)]
+        taken = ours < min(theirs)
+        return taken, f"{name}{'' if taken else ' not used'}: measured {', '.join(times)}"
 
     def _make(
         self, module: nn.Module, target: type[PackedModule], packed: PackedTensor, **settings: Any
@@ -256,7 +258,7 @@ class Conversion:
             quantizer.to(module.weight.device).train(module.training)
         stored = target.from_packed(config, packed, "packed", quantizer)
         kind = _kind(module)
-        if not issubclass(kind, (target, target.source)):
+        if not target.replaces(kind):
             raise ValueError(f"the file has a {target.__name__}, the model a {kind.__name__}")
         options = {option: getattr(stored, option) for option in target.options}
         _check_options({**options, "bias": config["bias"]}, module)

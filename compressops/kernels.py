@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compressops import backends
 from compressops.measure import observe, times_in_place
 from compressops.nn import (
+    Int8Conv2d,
     LowRankConv2d,
     PackedConv1d,
     PackedConv2d,
@@ -64,17 +65,27 @@ def with_winograd(layer: nn.Module, tile: int) -> nn.Module:
     return new.train(layer.training)
 
 
-def rivals(new: nn.Module, dense: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
-    """What is to be measured of a packed module, and against what: of a low-rank convolution both
-    also as Winograd's, which either may run as afterwards."""
-    if not isinstance(new, LowRankConv2d):
-        return [new], [dense]
+def rivals(
+    new: nn.Module, dense: nn.Module, input: Tensor
+) -> tuple[list[nn.Module], dict[str, nn.Module]]:
+    """What is to be measured of a packed module, and against what, by name.
+
+    A convolution on integers has Winograd's as a rival, on the same weight, with each tile that is
+    safe on ``input``. Of a low-rank one both are measured also as Winograd's, which either may run
+    as afterwards.
+    """
+    if not isinstance(new, (Int8Conv2d, LowRankConv2d)):
+        return [new], {"dense": dense}
     whole = PackedConv2d.from_module(dense, new.packed_weight.packed())
-    found = []
-    for layer in (new, whole):
-        able = _no_candidate(layer) is None and _TILE in tiles_for(layer)
-        found.append([with_winograd(layer, _TILE)] if able else [])
-    return [new, *found[0]], [dense, *found[1]]
+    able = _no_candidate(whole) is None
+    if isinstance(new, Int8Conv2d):
+        tiles = [t for t in tiles_for(whole) if able and unsafe(whole, input, t) is None]
+        mine = [new]
+    else:
+        tiles = [_TILE] if able and _TILE in tiles_for(whole) else []
+        runs = _no_candidate(new) is None and _TILE in tiles_for(new)
+        mine = [new, *([with_winograd(new, _TILE)] if runs else [])]
+    return mine, {"dense": dense, **{_label(whole, t): with_winograd(whole, t) for t in tiles}}
 
 
 def prepare(model: nn.Module) -> None:

@@ -15,14 +15,8 @@ from convert_models import HUFFMAN, Small, Tied, compressed, is_packed, kinds
 
 from compressops.compress import Prune, Quantize
 from compressops.convert import convert, from_packed
-from compressops.formats import (
-    DynamicFixedPoint,
-    Huffman,
-    Int,
-)
-from compressops.nn import (
-    Int8Linear,
-)
+from compressops.formats import DynamicFixedPoint, Float, Huffman, Int, Ternary
+from compressops.nn import Int8Linear
 from compressops.serialize import load, save
 
 
@@ -136,3 +130,59 @@ def test_an_unknown_module_type_is_named(small: Small) -> None:
     found["head"]["config"]["type"] = "WarpLinear"
     with pytest.raises(ValueError, match="'head': unknown module type 'WarpLinear'; known: Int4"):
         from_packed(Small(), found)
+
+
+def linears() -> nn.Module:
+    return nn.Sequential(nn.Linear(48, 20), nn.ReLU(), nn.Linear(20, 7)).eval()
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 20, 3, padding=1), nn.Conv2d(20, 7, 3)).eval()
+
+
+def embedding() -> nn.Module:
+    return nn.Sequential(nn.Embedding(9, 48), nn.Linear(48, 3)).eval()
+
+
+ANY_FORM = [
+    *(
+        (linears, config, torch.Size([5, 48]))
+        for config in (Float("float16"), Int(bits=8), Int(bits=4), Ternary())
+    ),
+    *((convolutions, config, torch.Size([2, 3, 8, 8])) for config in (Huffman(), Int(bits=8))),
+    *((embedding, config, torch.Size([4])) for config in (Int(bits=6), Ternary())),
+]
+
+
+def static(model: nn.Module) -> nn.Module:
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            layer.set_static(0.03, -5)
+    return model
+
+
+@pytest.mark.parametrize("residency", ["decoded", "packed"])
+@pytest.mark.parametrize("case", ANY_FORM, ids=lambda case: f"{case[0].__name__} {case[1]}")
+def test_a_file_replaces_whatever_packed_module_the_model_has(
+    tmp_path: Path, case: tuple, residency: str
+) -> None:
+    make, config, shape = case
+    stored = static(convert(make(), config, prefer="size"))
+    x = torch.randint(0, 9, shape) if make is embedding else torch.randn(shape)
+    save(stored, tmp_path / "net.safetensors")
+    others = [other for kind, other, _ in ANY_FORM if kind is make]
+    for model in (make(), *(static(convert(make(), other, prefer="size")) for other in others)):
+        before = model(x)
+        again = load(tmp_path / "net.safetensors", model, residency)
+        assert kinds(again) == kinds(stored)
+        assert [m.residency for m in again.modules() if is_packed(m)] == [residency] * 2
+        assert torch.equal(again(x), stored(x))
+        assert torch.equal(model(x), before)
+
+
+def test_another_kind_of_layer_is_not_replaced() -> None:
+    stored = convert(convolutions(), Int(bits=8), prefer="size")
+    model = convert(linears(), Int(bits=8), prefer="size")[::2]
+    message = "'0': the file has a Int8Conv2d, the model a Int8Linear"
+    with pytest.raises(ValueError, match=message):
+        from_packed(model, entries(stored))

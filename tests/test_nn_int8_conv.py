@@ -151,17 +151,41 @@ def test_convert_save_load(residency: str, tmp_path: Path) -> None:
     assert "Int8Conv2d: int8_conv2d" in " ".join(str(report(packed)).split())
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_convert_measures_it(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+@pytest.mark.parametrize("fastest", [0, 1, 2, 3])
+@pytest.mark.parametrize("safe", [(2, 4), ()], ids=str)
+def test_convert_measures_it(monkeypatch: pytest.MonkeyPatch, fastest: int, safe: tuple) -> None:
+    """Against the dense convolution, and against Winograd's with every tile that is safe."""
+    seen = []
+
     def fake_times(functions: list) -> list[float]:
         assert len({function().shape for function in functions}) == 1
-        return [1e-5, 2e-5] if faster else [2e-5, 1e-5]
+        seen.append(len(functions))
+        return [1e-5 if i == fastest else 2e-5 for i in range(len(functions))]
+
+    def fake_times_in_place(model: nn.Module, layers: dict, variants: dict, inputs: object) -> dict:
+        assert type(layers["0"]) is nn.Conv2d
+        ratio = 1 + variants["0"][1].__self__.winograd.tile
+        return {"0": [[1e-5 * ratio] * 8, [1e-5] * 8]}
 
     monkeypatch.setattr("compressops.conversion.median_times", fake_times)
-    model = net()[:1]
-    packed = co.convert(model, INT8, example_inputs=torch.randn(2, 8, 9, 9))
-    assert type(packed[0]) is (Int8Conv2d if faster else PackedConv2d)
-    assert "µs" in packed.conversion_notes["0"].why
+    monkeypatch.setattr("compressops.kernels.times_in_place", fake_times_in_place)
+    unsafe = {t: None if t in safe else "not here" for t in (2, 4, 6)}
+    monkeypatch.setattr("compressops.kernels.unsafe", lambda layer, input, tile: unsafe[tile])
+    monkeypatch.setattr("compressops.backends.name", lambda op, device: "cpu")
+    packed = co.convert(net()[:1], INT8, example_inputs=torch.randn(2, 8, 9, 9))
+    assert seen == [2 + len(safe)]
+    # Where nothing else is the fastest, both are as fast, and the dense one is taken.
+    assert type(packed[0]) is (Int8Conv2d if fastest == 0 else PackedConv2d)
+    why = packed.conversion_notes["0"].why
+    used = "" if fastest == 0 else " not used"
+    rivals = [
+        f"Winograd F({tile}, 3) {10 if i + 2 == fastest else 20} µs" for i, tile in enumerate(safe)
+    ]
+    times = [f"{10 if fastest == 0 else 20} µs", f"dense {10 if fastest == 1 else 20} µs", *rivals]
+    assert f"Int8Conv2d{used}: measured {', '.join(times)}" in why
+    if fastest:
+        runs = packed[0].winograd
+        assert (runs and runs.tile) == (4 if safe else None)
 
 
 @pytest.mark.parametrize("asked", [{"activations": "minmax"}, {"symmetric": False}], ids=str)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from compressops import backends
 from compressops.formats import Dense, Float, Int, PackedTensor, Raw
 from compressops.nn.weight import PackedWeight
 
@@ -100,6 +101,13 @@ class PackedModule(nn.Module):
         return cls.from_module(module, packed, residency, **settings)
 
     @classmethod
+    def replaces(cls, kind: type[nn.Module]) -> bool:
+        """Whether a layer of this type can give its place to one of this class: the float layer
+        can, and so can every packed module that stands for it."""
+        source = kind.source if issubclass(kind, PackedModule) else kind
+        return issubclass(source, cls.source)
+
+    @classmethod
     def from_module(
         cls,
         module: nn.Module,
@@ -108,7 +116,7 @@ class PackedModule(nn.Module):
         **settings: Any,
     ) -> PackedModule:
         """A layer with ``module``'s options and bias that runs ``packed`` as its weight."""
-        if not isinstance(module, (cls, cls.source)):
+        if not cls.replaces(type(module)):
             raise TypeError(
                 f"module: {cls.__name__} replaces a {cls.source.__name__}, got a "
                 f"{type(module).__name__}"
@@ -223,7 +231,8 @@ class PackedModule(nn.Module):
 
     def backend(self) -> str:
         """What runs the layer: ``"torch"``, or the backend of its op."""
-        return "torch"
+        op = self.op
+        return "torch" if op is None else backends.name(op, self.packed_weight.device.type)
 
     def assumed_faster(self) -> str | None:
         """Why this layer is taken for faster than the dense one where nothing is measured, though

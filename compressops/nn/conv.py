@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops import backends
 from compressops.formats import PackedTensor
 from compressops.nn.base import PackedModule
 from compressops.nn.weight import PackedWeight
@@ -97,11 +96,6 @@ class PackedConv(ConvModule):
     def op(self) -> str | None:
         """``"winograd_conv2d"`` or None."""
         return None if self.winograd is None else OP
-
-    def backend(self) -> str:
-        return (
-            "torch" if self.op is None else backends.name(self.op, self.packed_weight.device.type)
-        )
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self.quantize_input(input), self.padding

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops import backends, ops
+from compressops import ops
 from compressops.nn.conv import ConvModule
 from compressops.nn.kernel_weight import Int8Weight
 
@@ -87,6 +87,3 @@ class Int8Conv2d(ConvModule):
                 return input, (top, left)
             return F.pad(input, around), (0, 0)
         return F.pad(input, around, mode=self.padding_mode), (0, 0)
-
-    def backend(self) -> str:
-        return backends.name(self.op, self.packed_weight.device.type)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops import backends
 from compressops.nn.base import PackedModule
 
 
@@ -39,6 +38,3 @@ class KernelLinear(PackedModule):
     def op(self) -> str:
         """The op that runs instead of the dense kernel."""
         return self.weight_type.op
-
-    def backend(self) -> str:
-        return backends.name(self.op, self.packed_weight.device.type)
