@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from compressops import backends
 from compressops.formats import Dense, Float, Int, PackedTensor, Raw
 from compressops.nn.weight import PackedWeight
+from compressops.schema import SCHEMAS
 
 
 class PackedModule(nn.Module):
@@ -231,8 +232,9 @@ class PackedModule(nn.Module):
 
     def backend(self) -> str:
         """What runs the layer: ``"torch"``, or the backend of its op."""
-        op = self.op
-        return "torch" if op is None else backends.name(op, self.packed_weight.device.type)
+        # Factors and look-ups have names here too, but no kernels to choose from.
+        known = self.op in SCHEMAS
+        return backends.name(self.op, self.packed_weight.device.type) if known else "torch"
 
     def assumed_faster(self) -> str | None:
         """Why this layer is taken for faster than the dense one where nothing is measured, though
