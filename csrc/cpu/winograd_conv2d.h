@@ -6,6 +6,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "element.h"
+
 namespace compressops::cpu {
 
 // Channels are handled in blocks of 16 floats, one cache line: input channels by the transform of
@@ -17,8 +19,6 @@ constexpr int64_t kPanel = 32;
 // Rows of the largest register block of `multiply`; callers split their tiles evenly into blocks
 // of no more than that.
 constexpr int kMaxTileRows = 12;
-
-enum class Element { kFloat, kHalf, kBFloat16 };
 
 // Element strides of a [C, H, W] image, or of a part of one.
 struct ImageStrides {

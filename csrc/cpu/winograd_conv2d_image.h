@@ -12,6 +12,7 @@
 #include "../check.h"
 #include "conv.h"
 #include "cpu_features.h"
+#include "elements.h"
 #include "winograd_conv2d.h"
 #include "winograd_conv2d_plan.h"
 
@@ -24,19 +25,6 @@ inline const WinogradConv2dKernels& winograd_conv2d_kernels() {
   if (cpu.avx2) return winograd_conv2d_avx2();
 #endif
   return winograd_conv2d_baseline();
-}
-
-inline Element element_of(const char* op, const Tensor& tensor, const char* argument) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return Element::kFloat;
-    case ScalarType::Half:
-      return Element::kHalf;
-    case ScalarType::BFloat16:
-      return Element::kBFloat16;
-    default:
-      fail_argument(op, argument, "of dtype float32, float16 or bfloat16", tensor);
-  }
 }
 
 struct Image {
@@ -59,7 +47,7 @@ struct Image {
 inline Image image_of(const Tensor& tensor, const void* data, Element element) {
   return {static_cast<char*>(const_cast<void*>(data)),
           element,
-          element == Element::kFloat ? 4 : 2,
+          element_bytes(element),
           tensor.stride(0),
           {tensor.stride(1), tensor.stride(2), tensor.stride(3)}};
 }

@@ -1,37 +1,9 @@
 // The body of winograd_conv2d's kernels, written once over vectors of kLanes floats. Included by
-// one translation unit per instruction set, inside its anonymous namespace, after it has defined
-//   kLanes, kRegisterRows   floats in a vector; rows of the largest register block of `multiply`
-//   Vec, Short              vectors of kLanes float and uint16_t
-//   widen, narrow           float16 bits (Short) to Vec and back
-//   load_first, store_first the first `count` floats of a vector; the others load as 0
-// The vectors are those of GCC and Clang: the compiler's target decides the instructions.
-
-typedef float VecUnaligned __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-typedef uint32_t Bits __attribute__((vector_size(kLanes * 4)));
+// one translation unit per instruction set, inside its anonymous namespace, after that set's simd
+// header and
+//   kRegisterRows   rows of the largest register block of `multiply`
 
 constexpr int kParts = kBlock / kLanes;  // vectors in a block of 16 channels
-
-template <int... I>
-struct Indices {};
-template <int N, int... I>
-struct UpTo : UpTo<N - 1, N - 1, I...> {};
-template <int... I>
-struct UpTo<0, I...> {
-  using type = Indices<I...>;
-};
-
-inline Vec load(const float* from) { return *(const VecUnaligned*)from; }
-inline void store(float* to, Vec value) { *(VecUnaligned*)to = value; }
-
-inline Vec bfloat_to_float(Short bits) { return (Vec)(__builtin_convertvector(bits, Bits) << 16); }
-
-// To the nearest, ties to even. A NaN stays one, where the addition could carry it to Inf.
-inline Short float_to_bfloat(Vec value) {
-  const Bits raw = (Bits)value;
-  const Bits rounded = (raw + 0x7fff + ((raw >> 16) & 1)) >> 16;
-  const Bits nan = (Bits)(value != value);
-  return __builtin_convertvector((rounded & ~nan) | (((raw >> 16) | 0x40) & nan), Short);
-}
 
 #include "winograd_conv2d_window.h"
 

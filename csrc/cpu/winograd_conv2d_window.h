@@ -1,68 +1,6 @@
 // Images to windows of 16 channels and back: the part of winograd_conv2d_simd.h, which includes it,
 // that knows strides and element types.
 
-// Elements of an image: kLanes side by side to a vector and back.
-struct Float {
-  typedef float Storage;
-  static Vec get(const float* from) { return load(from); }
-  static void put(float* to, Vec value) { store(to, value); }
-  static Vec get_first(const float* from, int64_t count) { return load_first(from, count); }
-  static void put_first(float* to, int64_t count, Vec value) { store_first(to, count, value); }
-};
-struct Short16 {
-  typedef uint16_t Storage;
-  static Short get_bits(const uint16_t* from, int64_t count) {
-    Short bits = {};
-    memcpy(&bits, from, count * sizeof(uint16_t));
-    return bits;
-  }
-  static void put_bits(uint16_t* to, int64_t count, Short bits) {
-    memcpy(to, &bits, count * sizeof(uint16_t));
-  }
-};
-struct Half : Short16 {
-  static Vec get(const uint16_t* from) { return widen(get_bits(from, kLanes)); }
-  static void put(uint16_t* to, Vec value) { put_bits(to, kLanes, narrow(value)); }
-  static Vec get_first(const uint16_t* from, int64_t count) { return widen(get_bits(from, count)); }
-  static void put_first(uint16_t* to, int64_t count, Vec value) {
-    put_bits(to, count, narrow(value));
-  }
-};
-struct BFloat16 : Short16 {
-  static Vec get(const uint16_t* from) { return bfloat_to_float(get_bits(from, kLanes)); }
-  static void put(uint16_t* to, Vec value) { put_bits(to, kLanes, float_to_bfloat(value)); }
-  static Vec get_first(const uint16_t* from, int64_t count) {
-    return bfloat_to_float(get_bits(from, count));
-  }
-  static void put_first(uint16_t* to, int64_t count, Vec value) {
-    put_bits(to, count, float_to_bfloat(value));
-  }
-};
-
-// log2(kLanes) riffles, each of the first half of the rows with the second, transpose a matrix.
-template <int... I>
-inline void riffle(const Vec* from, Vec* to, Indices<I...>) {
-  constexpr int kHalf = kLanes / 2;
-#pragma GCC unroll 16
-  for (int i = 0; i < kHalf; ++i) {
-    to[2 * i] =
-        __builtin_shufflevector(from[i], from[i + kHalf], (I % 2 ? I / 2 + kLanes : I / 2)...);
-    to[2 * i + 1] = __builtin_shufflevector(from[i], from[i + kHalf],
-                                            (I % 2 ? I / 2 + kLanes + kHalf : I / 2 + kHalf)...);
-  }
-}
-
-inline void transpose(Vec* rows) {
-  using All = typename UpTo<kLanes>::type;
-  Vec other[kLanes];
-  riffle(rows, other, All());
-  riffle(other, rows, All());
-  if constexpr (kLanes >= 8) riffle(rows, other, All());
-  if constexpr (kLanes >= 16) riffle(other, rows, All());
-  if constexpr (kLanes == 8)
-    for (int i = 0; i < kLanes; ++i) rows[i] = other[i];
-}
-
 // `count` values `stride` apart; the other lanes are 0.
 template <typename T>
 inline Vec get_strided(const typename T::Storage* from, ptrdiff_t stride, int64_t count) {

@@ -1,0 +1,237 @@
+// What the ops on block-sparse weights share: checks of their indices, strips, and the loop over
+// panels of rows and groups of strips.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "../check.h"
+#include "bsr_linear.h"
+#include "elements.h"
+#include "workers.h"
+
+namespace compressops::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The stored blocks of a weight in block-sparse rows, as a caller gave them.
+struct BsrBlocks {
+  Tensor values, crow, col;  // contiguous
+  bool packed;               // values are [nnz][c / quad][r][quad], not [nnz][r][c]
+  int64_t r, c, nnz;
+  int64_t rows, columns;  // of the grid of blocks
+
+  const int32_t* starts() const { return static_cast<const int32_t*>(crow.const_data_ptr()); }
+  const int32_t* where() const { return static_cast<const int32_t*>(col.const_data_ptr()); }
+};
+
+// Outputs of a strip of blocks of r outputs: the largest power of two up to 16 that divides r.
+inline int strip_of(int64_t r) {
+  int strip = kStrip;
+  while (r % strip != 0) strip /= 2;
+  return strip;
+}
+
+inline Tensor check_index(const char* op, const char* argument, const Tensor& tensor,
+                          int64_t length) {
+  COMPRESSOPS_CHECK(tensor.is_cpu() && tensor.dim() == 1 &&
+                        tensor.scalar_type() == ScalarType::Int && tensor.size(0) == length,
+                    op, argument, "a CPU int32 tensor [" + std::to_string(length) + "]", tensor);
+  return as_contiguous(tensor);
+}
+
+// Indices that no kernel can leave its buffers by. Blocks that are stored twice are added twice.
+inline void check_indices(const char* op, const BsrBlocks& blocks) {
+  const int32_t *starts = blocks.starts(), *where = blocks.where();
+  const std::string form = "ascending from 0 to " + std::to_string(blocks.nnz);
+  COMPRESSOPS_CHECK(starts[0] == 0, op, "crow_indices", form, int64_t{starts[0]});
+  for (int64_t i = 0; i < blocks.rows; ++i)
+    COMPRESSOPS_CHECK(starts[i + 1] >= starts[i], op, "crow_indices", form, int64_t{starts[i + 1]});
+  COMPRESSOPS_CHECK(starts[blocks.rows] == blocks.nnz, op, "crow_indices", form,
+                    int64_t{starts[blocks.rows]});
+  // A negative one is above all others as an unsigned number.
+  const uint64_t columns = blocks.columns;
+  bool outside = false;
+  for (int64_t b = 0; b < blocks.nnz; ++b) outside |= static_cast<uint32_t>(where[b]) >= columns;
+  for (int64_t b = 0; outside && b < blocks.nnz; ++b)
+    COMPRESSOPS_CHECK(where[b] >= 0 && where[b] < blocks.columns, op, "col_indices",
+                      "from 0 to " + std::to_string(blocks.columns - 1), int64_t{where[b]});
+}
+
+// The blocks of a weight [N, K]; `quad` items of int8 go together in packed values, or 1.
+inline BsrBlocks check_blocks(const char* op, const Tensor& values, const Tensor& crow_indices,
+                              const Tensor& col_indices, int64_t N, int64_t K, int64_t quad) {
+  constexpr int64_t kMost = int64_t{1} << 40;
+  COMPRESSOPS_CHECK(N >= 0 && N <= kMost, op, "out_features", "from 0 to 2^40", N);
+  COMPRESSOPS_CHECK(K >= 0 && K <= kMost, op, "in_features", "from 0 to 2^40", K);
+  bool fits = values.is_cpu() && (values.dim() == 3 || values.dim() == 4);
+  for (int64_t i = 1; fits && i < values.dim(); ++i) fits = values.size(i) > 0;
+  const bool packed = values.dim() == 4;
+  if (fits && packed)
+    fits = values.size(3) == quad && values.size(2) <= kStrip &&
+           strip_of(values.size(2)) == values.size(2);
+  fits = fits && (packed || values.size(2) % quad == 0);
+  const std::string q = std::to_string(quad);
+  COMPRESSOPS_CHECK(fits, op, "values",
+                    "a CPU tensor [nnz, r, c], c a multiple of " + q + ", or packed as [nnz, c / " +
+                        q + ", r, " + q + "]",
+                    values);
+  BsrBlocks blocks{};
+  blocks.values = as_contiguous(values);
+  blocks.packed = packed, blocks.nnz = values.size(0);
+  blocks.r = packed ? values.size(2) : values.size(1);
+  blocks.c = packed ? values.size(1) * quad : values.size(2);
+  blocks.rows = ceil_div(N, blocks.r), blocks.columns = ceil_div(K, blocks.c);
+  blocks.crow = check_index(op, "crow_indices", crow_indices, blocks.rows + 1);
+  blocks.col = check_index(op, "col_indices", col_indices, blocks.nnz);
+  check_indices(op, blocks);
+  return blocks;
+}
+
+// A weight as the kernels read it: strips of `r` outputs, as BsrStrip says.
+struct BsrWeight {
+  const char* values;
+  Element element;
+  int r;
+  int64_t depth;
+  int64_t outputs, inputs;  // inputs: those of the grid, in items
+  const int32_t* starts;    // [strips + 1]
+  const int32_t* columns;
+
+  int64_t item_bytes() const { return element_bytes(element); }
+  int64_t strips() const { return ceil_div(outputs, r); }
+  // Groups are the strips of 16 outputs.
+  int strips_of_group() const { return kStrip / r; }
+  int64_t groups() const { return ceil_div(outputs, kStrip); }
+  int64_t first_block(int64_t group) const {
+    return starts[std::min(group * strips_of_group(), strips())];
+  }
+  BsrStrip strip(int64_t i) const {
+    const int64_t first = starts[i];
+    return {values + first * depth * r * item_bytes(), columns + first, starts[i + 1] - first,
+            depth, r};
+  }
+  // The first group of the i-th of `parts` parts of equal work; a group is worth a block by itself.
+  int64_t part(int64_t i, int64_t parts) const {
+    const int64_t total = first_block(groups()) + groups();
+    int64_t low = 0, high = groups();
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if ((first_block(middle) + middle) * parts < total * i)
+        low = middle + 1;
+      else
+        high = middle;
+    }
+    return low;
+  }
+};
+
+inline BsrWeight packed_weight(const BsrBlocks& blocks, Element element, int64_t outputs,
+                               int64_t quad) {
+  const int64_t depth = blocks.c / quad;
+  return {static_cast<const char*>(blocks.values.const_data_ptr()),
+          element,
+          static_cast<int>(blocks.r),
+          depth,
+          outputs,
+          blocks.columns * depth,
+          blocks.starts(),
+          blocks.where()};
+}
+
+// Panels of rows of x. All but the last are `width` wide.
+struct BsrPanels {
+  int64_t M, width, count;
+
+  BsrPanels(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t M)
+      : M(M), width(kStrip), count(ceil_div(M, kStrip)) {
+    if (weight.r < kStrip) return;  // rows are across the vectors there
+    const int64_t least = ceil_div(M, isa.most_rows);
+    width = wide_enough(ceil_div(M, least));
+    count = ceil_div(M, width);
+  }
+  static int64_t wide_enough(int64_t rows) { return rows <= 8 ? rows : (rows + 1) / 2 * 2; }
+  int64_t rows(int64_t panel) const { return std::min(width, M - panel * width); }
+  int64_t width_of(int64_t panel, const BsrWeight& weight) const {
+    return weight.r < kStrip ? kStrip : wide_enough(rows(panel));
+  }
+};
+
+// sums [m][16] of a panel's rows and a group's outputs.
+inline void multiply_group(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t group,
+                           const float* panel, int64_t width, float* sums) {
+  if (weight.r == kStrip)
+    return isa.multiply(weight.strip(group), weight.element, panel, static_cast<int>(width), sums);
+  alignas(64) float transposed[kStrip * kStrip] = {};
+  static thread_local Scratch own;
+  const int64_t first = group * weight.strips_of_group();
+  const int64_t end = std::min(first + weight.strips_of_group(), weight.strips());
+  for (int64_t i = first; i < end; ++i) {
+    BsrStrip strip = weight.strip(i);
+    if (weight.element != Element::kFloat) {
+      const int64_t items = strip.blocks * strip.depth * strip.r;
+      float* widened = own.get(items);
+      isa.copy(strip.values, weight.element, items, 1, items, widened, items);
+      strip.values = widened;
+    }
+    isa.multiply_narrow(strip, panel, transposed + (i - first) * weight.r * kStrip);
+  }
+  isa.pack(transposed, Element::kFloat, kStrip, kStrip, kStrip, sums, kStrip);
+}
+
+// Multiplies M rows of x by a weight. pack(m, rows, begin, end, panel, width) makes the items
+// [begin, end) of a panel of the rows from m on; `x`, if not null, is the one panel already.
+// finish(m, rows, n, columns, sums) takes the sums of `columns` outputs from n on.
+template <typename Pack, typename Finish>
+void bsr_multiply(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t M, const float* x,
+                  Pack&& pack, Finish&& finish) {
+  constexpr int64_t kPanelBytes = 8 << 20;  // at a time, in L3
+  constexpr int64_t kPiece = 512;           // items that are packed as one task
+  const BsrPanels panels(isa, weight, M);
+  const int64_t threads = torch::stable::get_num_threads(), groups = weight.groups();
+  const int64_t panel_items = weight.inputs * panels.width;
+  const int64_t most = std::max(2 * threads, kPanelBytes / std::max<int64_t>(1, panel_items * 4));
+  const int64_t batches = ceil_div(panels.count, most);
+  const int64_t batch = ceil_div(panels.count, batches);
+  // A thread is worth starting for some 10 µs.
+  const int64_t vectors = weight.first_block(groups) * weight.depth * weight.r / kStrip * M;
+  const bool alone = threads == 1 || vectors < 50000;
+  const auto share = [&](int64_t count, auto&& task) {
+    if (!alone) return for_each(count, task);
+    for (int64_t i = 0; i < count; ++i) task(i);
+  };
+  const int64_t parts =
+      alone ? 1 : std::clamp<int64_t>(8 * threads / std::max<int64_t>(1, batch), 1, groups);
+  static thread_local Scratch shared;
+  float* memory = x == nullptr ? shared.get(batch * panel_items + kStrip) : nullptr;
+  for (int64_t first = 0; first < panels.count; first += batch) {
+    const int64_t count = std::min(batch, panels.count - first);
+    const int64_t pieces = ceil_div(weight.inputs, kPiece);
+    if (x == nullptr)
+      share(count * pieces, [&](int64_t i) {
+        const int64_t panel = first + i / pieces, begin = i % pieces * kPiece;
+        const int64_t width = panels.width_of(panel, weight);
+        pack(panel * panels.width, panels.rows(panel), begin,
+             std::min(begin + kPiece, weight.inputs),
+             memory + (panel - first) * panel_items + begin * width, width);
+      });
+    share(count * parts, [&](int64_t i) {
+      alignas(64) float sums[2 * kStrip * kStrip];
+      const int64_t panel = first + i / parts, part = i % parts;
+      const int64_t width = panels.width_of(panel, weight), end = weight.part(part + 1, parts);
+      const float* items = x == nullptr ? memory + (panel - first) * panel_items : x;
+      for (int64_t group = weight.part(part, parts); group < end; ++group) {
+        multiply_group(isa, weight, group, items, width, sums);
+        finish(panel * panels.width, panels.rows(panel), group * kStrip,
+               std::min<int64_t>(kStrip, weight.outputs - group * kStrip), sums);
+      }
+    });
+  }
+}
+
+}  // namespace compressops::cpu

@@ -1,0 +1,225 @@
+// The body of bsr_linear's kernels and bsr_int8_linear's, written once over vectors of kLanes
+// items. Included by one translation unit per instruction set and number, inside its anonymous
+// namespace, after that set's simd header and
+//   kMostRows         rows of the largest register block of `multiply`
+//   kNarrowRows       the same of `multiply_narrow`
+//   kIntegers         whether items are 4 int8
+//   add_products      sums plus x times weights, all of them bits of vectors of kLanes items
+//   add_sums          sums plus sums
+//
+// A register block is Rows × 16 sums, which stay in registers over all blocks of a strip. A step
+// reads one line of the strip and broadcasts one item a row of x: with AVX-512 that is an operand
+// of the FMA itself, so that 24 FMAs take 24 cycles beside 25 loads. Rows of x across a vector with
+// broadcast weights would be as fast, but leave the sums transposed.
+
+constexpr int kVectors = kStrip / kLanes;
+// The next blocks of a strip come from L3 or memory, in runs too short for the hardware to see.
+constexpr int64_t kAhead = 3072;
+
+template <int... I>
+inline Vec broadcast(const float* item, Indices<I...>) {
+  return Vec{((void)I, *item)...};
+}
+inline Vec broadcast(const float* item) { return broadcast(item, typename UpTo<kLanes>::type()); }
+
+// ---- panels ------------------------------------------------------------------------------------
+
+template <typename E>
+void pack_elements(const typename E::Storage* x, int64_t x_stride, int64_t rows, int64_t count,
+                   float* panel, int64_t width) {
+  for (int64_t k = 0; k < count; k += kLanes) {
+    const int64_t inputs = count - k < kLanes ? count - k : kLanes;
+    for (int64_t m = 0; m < width; m += kLanes) {
+      const int64_t lanes = width - m < kLanes ? width - m : kLanes;
+      const int64_t here = rows - m < lanes ? rows - m : lanes;
+      Vec block[kLanes];
+      const auto* from = x + m * x_stride + k;
+      float* to = panel + k * width + m;
+      if (here == kLanes && inputs == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = E::get(from + i * x_stride);
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          block[i] = i < here ? E::get_first(from + i * x_stride, inputs) : Vec{};
+      }
+      transpose(block);
+      if (lanes == kLanes && inputs == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + i * width, block[i]);
+      } else {
+        for (int64_t i = 0; i < inputs; ++i) store_first(to + i * width, lanes, block[i]);
+      }
+    }
+  }
+}
+
+template <typename E>
+void copy_elements(const typename E::Storage* from, int64_t stride, int64_t rows, int64_t columns,
+                   float* to, int64_t to_stride) {
+  for (int64_t row = 0; row < rows; ++row, from += stride, to += to_stride) {
+    int64_t column = 0;
+    for (; column + kLanes <= columns; column += kLanes) store(to + column, E::get(from + column));
+    if (column < columns)
+      store_first(to + column, columns - column, E::get_first(from + column, columns - column));
+  }
+}
+
+void pack(const void* x, Element element, int64_t x_stride, int64_t rows, int64_t count,
+          float* panel, int64_t width) {
+  if (element == Element::kFloat)
+    pack_elements<Float>((const float*)x, x_stride, rows, count, panel, width);
+  else if (element == Element::kHalf)
+    pack_elements<Half>((const uint16_t*)x, x_stride, rows, count, panel, width);
+  else
+    pack_elements<BFloat16>((const uint16_t*)x, x_stride, rows, count, panel, width);
+}
+
+void copy(const void* from, Element element, int64_t stride, int64_t rows, int64_t columns,
+          float* to, int64_t to_stride) {
+  if (element == Element::kFloat)
+    copy_elements<Float>((const float*)from, stride, rows, columns, to, to_stride);
+  else if (element == Element::kHalf)
+    copy_elements<Half>((const uint16_t*)from, stride, rows, columns, to, to_stride);
+  else
+    copy_elements<BFloat16>((const uint16_t*)from, stride, rows, columns, to, to_stride);
+}
+
+// ---- products ----------------------------------------------------------------------------------
+
+// Of a strip of 16 outputs and Rows rows of x.
+template <typename E, int Rows>
+void multiply_rows(const BsrStrip& strip, const float* panel, float* sums) {
+  // A sum takes the next product only after the latency of one, 4 cycles.
+  constexpr int kChains = Rows * kVectors >= 4 ? 1 : Rows * kVectors >= 2 ? 2 : 4;
+  Vec partial[kChains][Rows][kVectors] = {};
+  const auto* w = (const typename E::Storage*)strip.values;
+  const int64_t depth = strip.depth;
+  const auto step = [&](Vec(&to)[Rows][kVectors], const float* x) {
+    Vec weights[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) weights[v] = E::get(w + v * kLanes);
+    __builtin_prefetch((const char*)w + kAhead);
+#pragma GCC unroll 24
+    for (int i = 0; i < Rows; ++i) {
+      const Vec item = broadcast(x + i);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) to[i][v] = add_products(to[i][v], item, weights[v]);
+    }
+    w += kStrip;
+  };
+  for (int64_t block = 0; block < strip.blocks; ++block) {
+    const float* x = panel + strip.columns[block] * depth * Rows;
+    int64_t k = 0;
+#pragma GCC unroll 2
+    for (; k + kChains <= depth; k += kChains, x += kChains * Rows)
+#pragma GCC unroll 4
+      for (int chain = 0; chain < kChains; ++chain) step(partial[chain], x + chain * Rows);
+    for (; k < depth; ++k, x += Rows) step(partial[0], x);
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Vec sum = partial[0][i][v];
+      for (int chain = 1; chain < kChains; ++chain) sum = add_sums(sum, partial[chain][i][v]);
+      store(sums + i * kStrip + v * kLanes, sum);
+    }
+}
+
+template <typename E, int Rows = kMostRows>
+void multiply_elements(const BsrStrip& strip, const float* panel, int width, float* sums) {
+  constexpr int kFewer = Rows > 8 ? Rows - 2 : Rows - 1;
+  if (width == Rows) return multiply_rows<E, Rows>(strip, panel, sums);
+  if constexpr (kFewer > 0) multiply_elements<E, kFewer>(strip, panel, width, sums);
+}
+
+void multiply(const BsrStrip& strip, Element element, const float* panel, int width, float* sums) {
+  if (kIntegers || element == Element::kFloat)
+    return multiply_elements<Float>(strip, panel, width, sums);
+  if constexpr (!kIntegers) {
+    if (element == Element::kHalf)
+      multiply_elements<Half>(strip, panel, width, sums);
+    else
+      multiply_elements<BFloat16>(strip, panel, width, sums);
+  }
+}
+
+// Of a strip of fewer outputs, Rows of them from `first` on, and 16 rows of x.
+template <int Rows>
+void multiply_outputs(const BsrStrip& strip, int first, const float* panel, float* sums) {
+  Vec total[Rows][kVectors] = {};
+  const float* w = (const float*)strip.values + first;
+  for (int64_t block = 0; block < strip.blocks; ++block) {
+    const float* x = panel + strip.columns[block] * strip.depth * kStrip;
+    for (int64_t k = 0; k < strip.depth; ++k, x += kStrip, w += strip.r) {
+      Vec items[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) items[v] = load(x + v * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < Rows; ++i) {
+        const Vec weight = broadcast(w + i);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          total[i][v] = add_products(total[i][v], items[v], weight);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums + (first + i) * kStrip + v * kLanes, total[i][v]);
+}
+
+template <int Rows = kNarrowRows>
+void multiply_narrow(const BsrStrip& strip, const float* panel, float* sums) {
+  if (strip.r >= Rows) {
+    for (int first = 0; first < strip.r; first += Rows)
+      multiply_outputs<Rows>(strip, first, panel, sums);
+  } else if constexpr (Rows > 1) {
+    multiply_narrow<Rows / 2>(strip, panel, sums);
+  }
+}
+
+// ---- the last steps ----------------------------------------------------------------------------
+
+template <typename E>
+void finish_elements(const float* sums, const BsrFinish& how) {
+  const Vec zero = {};
+  for (int64_t column = 0; column < how.columns; column += kLanes) {
+    const int64_t count = how.columns - column < kLanes ? how.columns - column : kLanes;
+    const Vec bias = how.bias == nullptr ? zero : load_first(how.bias + column, count);
+    auto* y = (typename E::Storage*)how.y + column;
+    for (int64_t m = 0; m < how.rows; ++m, y += how.y_stride) {
+      Vec value = load(sums + m * kStrip + column) + bias;
+      if (how.relu) value = value < zero ? zero : value;  // keeps NaN
+      if (count == kLanes)
+        E::put(y, value);
+      else
+        E::put_first(y, count, value);
+    }
+  }
+}
+
+void finish(float* sums, const BsrFinish& how) {
+  BsrFinish rest = how;
+  if (how.gelu != nullptr) {
+    if (how.bias != nullptr) {
+      BsrFinish biased{how.rows, how.columns,     how.bias, false,
+                       nullptr,  Element::kFloat, sums,     kStrip};
+      finish_elements<Float>(sums, biased);
+    }
+    how.gelu(sums, how.rows * kStrip);
+    rest.bias = nullptr;
+  }
+  if (how.element == Element::kFloat)
+    finish_elements<Float>(sums, rest);
+  else if (how.element == Element::kHalf)
+    finish_elements<Half>(sums, rest);
+  else
+    finish_elements<BFloat16>(sums, rest);
+}
+
+constexpr BsrLinearKernels kernels(const char* isa,
+                                   void (*scale)(float*, int64_t, int64_t, const BsrScales&)) {
+  return {isa, kMostRows, pack, copy, multiply, multiply_narrow<>, scale, finish};
+}
