@@ -1,0 +1,125 @@
+"""bsr_linear and bsr_int8_linear against dense and block-sparse products of other libraries.
+
+    python bench/bench_bsr_linear.py
+    python bench/bench_bsr_linear.py --sizes 4096 --m 64 --blocks 16 --merge
+
+η is density × dense time / ours, with the faster of torch's dense products (`F.linear`, and on
+weights that MKL packed): what of the dense efficiency is left. "break-even" is the density at which
+ours would take as long. Peers: torch's BSR and SciPy's, where it is installed (one thread). At one
+row the GB/s of the stored blocks stand beside the machine's read bandwidth.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+from common import interleaved, measured_read_bandwidth, median_ratio, merged, parser, report
+from linear_peers import FLOAT, Case
+from peers import MissingError, fma_peak, imported
+
+import compressops as co
+
+DENSE = tuple(FLOAT)
+
+
+def contestants(M: int, size: int, block: int, density: float, threads: int) -> tuple[dict, int]:
+    """What is called a contestant, and the weights that are stored."""
+    grid = -(-size // block)
+    keep = torch.rand(grid, grid) < density
+    mask = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)[:size, :size]
+    weight = torch.randn(size, size) * mask
+    x = torch.randn(M, size)
+    plain = co.ops.bsr_from_dense(weight, (block, block))
+    packed = co.ops.bsr_linear_pack(*plain, size, size)
+    codes = (plain[0] * (127 / 6)).round().clamp(-127, 127).to(torch.int8)
+    *int8, sums = co.ops.bsr_int8_linear_pack(codes, *plain[1:], size, size)
+    scales = torch.full((size,), 6 / 127)
+    calls = {
+        "ours": lambda: co.ops.bsr_linear(x, *packed, size),
+        "ours int8": lambda: co.ops.bsr_int8_linear(x, *int8, scales, sums),
+    }
+    for name, make in FLOAT.items():
+        try:
+            calls[name] = make(Case(x, weight, threads)).run
+        except MissingError as why:
+            print(f"{name}: {why}")
+    if size % block == 0:
+        values, crow, col = plain
+        theirs = torch.sparse_bsr_tensor(crow.long(), col.long(), values, (size, size))
+        calls["torch BSR"] = lambda: theirs @ x.t()
+    try:
+        scipy = imported("scipy.sparse")
+        values, crow, col = (tensor.numpy() for tensor in plain)
+        if size % block == 0:
+            bsr, rows = scipy.bsr_matrix((values, col, crow), (size, size)), x.t().numpy()
+            calls["SciPy BSR"] = lambda: bsr @ rows
+    except MissingError as why:
+        print(f"SciPy: {why}")
+    expected = x[:4] @ weight.t()
+    error = (calls["ours"]()[:4] - expected).norm() / expected.norm().clamp(min=1e-9)
+    assert error < 1e-4, error
+    return calls, plain[0].numel()
+
+
+@torch.no_grad()
+def main() -> None:
+    out = parser(__doc__, "bsr_linear-cpu")
+    out.add_argument("--sizes", type=int, nargs="+", default=[2048, 4096])
+    out.add_argument("--m", type=int, nargs="+", default=[1, 64, 128, 256, 1024])
+    out.add_argument("--blocks", type=int, nargs="+", default=[16, 32])
+    out.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2])
+    out.add_argument("--merge", action="store_true", help="keep the other rows of --out")
+    arguments = out.parse_args()
+    smoke = arguments.smoke
+    rows = []
+    torch.manual_seed(0)
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        bandwidth = 0.0 if smoke else measured_read_bandwidth()
+        peak = 0.0 if smoke else fma_peak(threads)
+        for size in [64] if smoke else arguments.sizes:
+            for block in [16] if smoke else arguments.blocks:
+                for density in [0.3] if smoke else arguments.densities:
+                    for M in [2] if smoke else arguments.m:
+                        calls, stored = contestants(M, size, block, density, threads)
+                        times = interleaved(calls, 2 if smoke else max(15, arguments.rounds))
+                        rows.append(
+                            row(times, M, size, block, threads, density, stored, bandwidth, peak)
+                        )
+    rows = merged(rows, arguments, ("size", "block", "density", "M", "threads"))
+    report("bsr_linear (CPU), × = times faster than the peer", rows, arguments)
+
+
+def row(
+    times: dict[str, list[float]],
+    M: int,
+    size: int,
+    block: int,
+    threads: int,
+    asked: float,
+    stored: int,
+    bandwidth: float,
+    peak: float,
+) -> dict:
+    """The columns of one shape."""
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    dense = min((name for name in DENSE if name in medians), key=medians.get)
+    density = stored / size**2
+    found = {
+        **{"size": size, "block": block, "density": asked, "M": M, "threads": threads},
+        "ours µs": medians["ours"] * 1e6,
+        "GFLOP/s": 2 * M * stored / medians["ours"] / 1e9,
+        "× dense": median_ratio(times[dense], times["ours"]),
+    }
+    found["η"] = density * found["× dense"]
+    found["break-even"] = min(1.0, found["η"])
+    for name in ("torch BSR", "SciPy BSR"):
+        found[f"× {name}"] = median_ratio(times[name], times["ours"]) if name in times else None
+    found["int8 × fp32 blocks"] = median_ratio(times["ours"], times["ours int8"])
+    found["GB/s of blocks"] = 4 * stored / medians["ours"] / 1e9
+    return found | {"read GB/s": bandwidth, "FMA peak GFLOP/s": peak}
+
+
+if __name__ == "__main__":
+    main()

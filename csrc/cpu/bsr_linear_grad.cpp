@@ -1,0 +1,118 @@
+// bsr_linear_grad_values on a CPU: the stored blocks of grad.T · x. A block's columns, 16 at a
+// time, of all rows of x are a strip of depth M; its outputs of grad are the panel; so that the
+// kernel is that of bsr_linear.
+#include <torch/csrc/stable/library.h>
+
+#include "bsr.h"
+#include "cpu_features.h"
+
+namespace compressops::cpu {
+namespace {
+
+constexpr const char* kOp = "bsr_linear_grad_values";
+
+const BsrLinearKernels& kernels() {
+  const Features& cpu = features();
+#if defined(__x86_64__)
+  if (cpu.avx512) return bsr_linear_avx512();
+  if (cpu.avx2) return bsr_linear_avx2();
+#endif
+  return bsr_linear_baseline();
+}
+
+// The columns of a matrix [M][C] cut into blocks of `size`, and those into pieces of up to `most`.
+struct Pieces {
+  int64_t C, size, most;
+
+  int64_t per_block() const { return ceil_div(size, most); }
+  int64_t count() const { return ceil_div(C, size) * per_block(); }
+  int64_t inside(int64_t piece) const { return piece % per_block() * most; }
+  int64_t begin(int64_t piece) const { return piece / per_block() * size + inside(piece); }
+  // Columns of it within the block, and within the matrix.
+  int64_t width(int64_t piece) const { return std::min(most, size - inside(piece)); }
+  int64_t valid(int64_t piece) const {
+    return std::clamp<int64_t>(C - begin(piece), 0, width(piece));
+  }
+};
+
+Tensor bsr_linear_grad_values(const Tensor& grad, const Tensor& x, const Tensor& crow_indices,
+                              const Tensor& col_indices, std::vector<int64_t> block_size) {
+  COMPRESSOPS_CHECK(grad.is_cpu() && grad.dim() >= 1, kOp, "grad", "a CPU tensor [..., N]", grad);
+  const Element element = element_of(kOp, grad, "grad");
+  bool fits = x.is_cpu() && x.scalar_type() == grad.scalar_type() && x.dim() == grad.dim();
+  for (int64_t i = 0; fits && i + 1 < x.dim(); ++i) fits = x.size(i) == grad.size(i);
+  COMPRESSOPS_CHECK(fits, kOp, "x", "a CPU tensor [..., K] of grad's dtype, with as many rows", x);
+  COMPRESSOPS_CHECK(block_size.size() == 2, kOp, "block_size", "two integers from 1 on",
+                    std::to_string(block_size.size()) + " integers");
+  for (int64_t side : block_size)
+    COMPRESSOPS_CHECK(side >= 1 && side <= 1 << 30, kOp, "block_size",
+                      "two integers from 1 to 2^30", side);
+  int64_t M = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) M *= x.size(i);
+  const int64_t N = grad.size(grad.dim() - 1), K = x.size(x.dim() - 1);
+  BsrBlocks blocks{};
+  blocks.r = block_size[0], blocks.c = block_size[1];
+  blocks.rows = ceil_div(N, blocks.r), blocks.columns = ceil_div(K, blocks.c);
+  blocks.nnz = col_indices.dim() == 1 ? col_indices.size(0) : 0;
+  blocks.crow = check_index(kOp, "crow_indices", crow_indices, blocks.rows + 1);
+  blocks.col = check_index(kOp, "col_indices", col_indices, blocks.nnz);
+  check_indices(kOp, blocks);
+  Tensor out = torch::stable::new_zeros(x, {blocks.nnz, blocks.r, blocks.c}, ScalarType::Float);
+  if (out.numel() == 0 || M == 0) return out;
+
+  const BsrLinearKernels& isa = kernels();
+  const Tensor dense_grad = as_contiguous(grad), dense_x = as_contiguous(x);
+  const char* grads = static_cast<const char*>(dense_grad.const_data_ptr());
+  const char* inputs = static_cast<const char*>(dense_x.const_data_ptr());
+  float* result = static_cast<float*>(out.mutable_data_ptr());
+  const int32_t *starts = blocks.starts(), *where = blocks.where();
+  const int64_t bytes = element_bytes(element);
+  // Evenly: 32 outputs as 16 and 16, not as 24 and 8.
+  const int64_t tiles = ceil_div(blocks.r, isa.most_rows);
+  const int64_t width = BsrPanels::wide_enough(ceil_div(blocks.r, tiles));
+  const Pieces panels{N, blocks.r, width}, strips{K, blocks.c, kStrip};
+  // Rows at a time: a strip and a panel stay in L1 or L2, all of them in L3.
+  const int64_t row_floats = panels.count() * width + strips.count() * kStrip;
+  const int64_t chunk = std::clamp<int64_t>((int64_t{2} << 20) / row_floats, 64, 512);
+  static thread_local Scratch shared;
+  float* memory = shared.get(std::min(chunk, M) * row_floats + kStrip);
+  for (int64_t m = 0; m < M; m += chunk) {
+    const int64_t depth = std::min(chunk, M - m);
+    float* x_strips = memory + panels.count() * width * depth;
+    for_each(panels.count() + strips.count(), [&](int64_t i) {
+      const bool of_grad = i < panels.count();
+      const Pieces& pieces = of_grad ? panels : strips;
+      const int64_t piece = of_grad ? i : i - panels.count(), row = of_grad ? width : kStrip;
+      float* to = (of_grad ? memory : x_strips) + piece * row * depth;
+      std::fill(to, to + row * depth, 0.0f);
+      const char* from = (of_grad ? grads : inputs) + (m * pieces.C + pieces.begin(piece)) * bytes;
+      isa.copy(from, element, pieces.C, depth, pieces.valid(piece), to, row);
+    });
+    for_each(blocks.rows, [&](int64_t row) {
+      alignas(64) float sums[2 * kStrip * kStrip];
+      const int32_t origin = 0;
+      for (int64_t block = starts[row]; block < starts[row + 1]; ++block)
+        for (int64_t i = 0; i < panels.per_block(); ++i)
+          for (int64_t j = 0; j < strips.per_block(); ++j) {
+            const int64_t panel = row * panels.per_block() + i;
+            const int64_t strip = where[block] * strips.per_block() + j;
+            const BsrStrip columns{x_strips + strip * kStrip * depth, &origin, 1, depth, kStrip};
+            isa.multiply(columns, Element::kFloat, memory + panel * width * depth,
+                         static_cast<int>(width), sums);
+            float* to = result + (block * blocks.r + panels.inside(panel)) * blocks.c +
+                        strips.inside(strip);
+            for (int64_t n = 0; n < panels.valid(panel); ++n)
+              for (int64_t k = 0; k < strips.valid(strip); ++k)
+                to[n * blocks.c + k] += sums[n * kStrip + k];
+          }
+    });
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace compressops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(compressops_native, CPU, m) {
+  m.impl("bsr_linear_grad_values", TORCH_BOX(&compressops::cpu::bsr_linear_grad_values));
+}
