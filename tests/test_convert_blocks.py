@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 sys.path.insert(0, str(Path(__file__).parent))
 from convert_models import compressed, kinds
@@ -62,9 +63,10 @@ def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
 
         def fake_times(functions: list[Callable[[], torch.Tensor]]) -> list[float]:
             assert len({function().shape for function in functions}) == 1
-            names = [type(function.__defaults__[0]).__name__ for function in functions]
+            layers = [function.__defaults__[0] for function in functions]
+            names = [type_before_parametrizations(layer).__name__ for layer in layers]
             timed.extend(names)
-            found = [getattr(f.__defaults__[0], "block_density", 1.0) for f in functions]
+            found = [getattr(layer, "block_density", 1.0) for layer in layers]
             return [
                 (empty if not density else of[name]) * 1e-6
                 for name, density in zip(names, found, strict=True)

@@ -64,7 +64,3 @@ class TernaryEmbedding(PackedEmbedding):
             input, *held.kernel(), self.num_embeddings, self.embedding_dim, held.group_size
         )
         return rows.to(held._probe.dtype)
-
-    def backend(self) -> str:
-        # What looks rows up is no kernel of its own.
-        return "torch"
