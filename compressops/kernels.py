@@ -74,15 +74,15 @@ def rivals(
 ) -> tuple[list[nn.Module], dict[str, nn.Module]]:
     """What is to be measured of a packed module, and against what, by name.
 
-    A convolution on integers or blocks has Winograd's as a rival, on the same weight, with each tile that is
+    A convolution on integers has Winograd's as a rival, on the same weight, with each tile that is
     safe on ``input``. Of a low-rank one both are measured also as Winograd's, which either may run
-    as afterwards.
+    as afterwards. One of blocks meets Winograd's afterwards, in its place (`choose`).
     """
-    if not isinstance(new, (Int8Conv2d, BlockSparseConv2d, LowRankConv2d)):
+    if not isinstance(new, (Int8Conv2d, LowRankConv2d)):
         return [new], {"dense": dense}
     whole = PackedConv2d.from_module(dense, new.packed_weight.packed())
     able = _no_candidate(whole) is None
-    if isinstance(new, (Int8Conv2d, BlockSparseConv2d)):
+    if isinstance(new, Int8Conv2d):
         tiles = [t for t in tiles_for(whole) if able and unsafe(whole, input, t) is None]
         mine = [new]
     else:
