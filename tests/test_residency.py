@@ -105,6 +105,7 @@ def test_a_call_inside_a_call_has_memory_of_its_own() -> None:
         return (weight == before).all()
 
     with torch.no_grad():
+        inner(torch.randn(2, 9))  # so that there is a buffer to be taken twice
         assert packed.packed_weight.run(nested, torch.randn(2, 9))
 
 
