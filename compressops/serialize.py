@@ -195,13 +195,17 @@ def _decoded_hash(name: str, packed: PackedTensor) -> str:
         raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
 
 
-def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
+def read(
+    path: Path, max_entries: Mapping[str, int] | None = None, *, decode: bool = True
+) -> Contents:
     """Read a file written by :func:`write` and check everything, what it decodes to included.
 
     Args:
         path: of the file.
         max_entries: entries that the packed tensor of a name may have in any case; see
             :meth:`PackedTensor.from_spec`.
+        decode: ``False`` leaves out what packed tensors decode to, but for pools: every stored
+            byte is checked all the same.
 
     Raises:
         CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
@@ -231,8 +235,9 @@ def read(path: Path, max_entries: Mapping[str, int] | None = None) -> Contents:
                         found = PackedTensor.from_blob(
                             manifest.packed[name], _tensor(data, entry), limits.get(name)
                         )
-                        dense = found.unpack(ops.DECODER)
-                        _check_hash("decoded", _bytes(dense), manifest.decoded[name])
+                        if decode or pool is not None:
+                            dense = found.unpack(ops.DECODER)
+                            _check_hash("decoded", _bytes(dense), manifest.decoded[name])
             except CorruptFileError as error:
                 problems.append(CorruptFileError(str(error), pool or [name]))
                 continue
@@ -314,7 +319,8 @@ def load(
         path: of the file.
         model: the float model that the saved one was made of, which stays as it is, or a
             function that makes it. Its weights don't matter.
-        residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use.
+        residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use, and
+            none while loading: what the file says of their values is left to `verify`.
 
     Raises:
         CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
@@ -328,7 +334,8 @@ def load(
 
     float_model = model if isinstance(model, nn.Module) else model()
     weights = weights_of(float_model)
-    contents = read(path, {name: weight.numel() for name, weight in weights.items()})
+    limits = {name: weight.numel() for name, weight in weights.items()}
+    contents = read(path, limits, decode=residency != "packed")
     packed = contents.packed | {
         alias: contents.packed[name]
         for alias, name in contents.aliases.items()

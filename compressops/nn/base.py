@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -204,6 +205,14 @@ class PackedModule(nn.Module):
         held = self._modules["packed_weight"]
         decoded = held._buffers.get("decoded")
         return held() if decoded is None else decoded
+
+    def with_weight(self, function: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
+        """``function(input, weight, *args)`` with the dense weight, for as long as that takes."""
+        held = self._modules["packed_weight"]
+        decoded = held._buffers.get("decoded")
+        if decoded is None:
+            return held.run(function, input, *args)
+        return function(input, decoded, *args)
 
     @property
     def residency(self) -> str:

@@ -102,15 +102,14 @@ class PackedConv(ConvModule):
         if self.winograd is not None:
             input, padding = padded(self, input)
             keep = self.residency == "decoded"
-            return self.winograd(input, self.weight, self.bias, padding, self.groups, keep)
+            return self.with_weight(self.winograd, input, self.bias, padding, self.groups, keep)
         if self.padding_mode != "zeros":
             input, padding = (
                 F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode),
                 0,
             )
-        return self.function(
-            input, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        options = self.bias, self.stride, padding, self.dilation, self.groups
+        return self.with_weight(self.function, input, *options)
 
 
 class PackedConv1d(PackedConv):

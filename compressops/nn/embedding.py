@@ -39,7 +39,7 @@ class PackedEmbedding(PackedModule):
         return super()._template({k: v for k, v in config.items() if k != "bias"})
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.weight, self.padding_idx)
+        return self.with_weight(F.embedding, input, self.padding_idx)
 
 
 class TernaryEmbedding(PackedEmbedding):

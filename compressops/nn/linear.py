@@ -24,7 +24,7 @@ class PackedLinear(PackedModule):
     options = ("in_features", "out_features")
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(self.quantize_input(input), self.weight, self.bias)
+        return self.with_weight(F.linear, self.quantize_input(input), self.bias)
 
 
 class KernelLinear(PackedModule):

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from compressops import ops
 from compressops.formats import Coding, Layout, Number, PackedTensor
+from compressops.nn import scratch
 
 RESIDENCIES = ("decoded", "packed")
 
@@ -43,8 +45,9 @@ class PackedWeight(nn.Module):
     Args:
         packed: the weight.
         residency: ``"decoded"`` keeps a dense copy beside the parts, decoded once;
-            ``"packed"`` decodes on every use and drops the copy. Decoding is no part of a compiled
-            graph: such a layer breaks it, and ``torch.compile(fullgraph=True)`` refuses it.
+            ``"packed"`` decodes on every use, into one buffer that all packed weights share.
+            Decoding is no part of a compiled graph: such a layer breaks it, and
+            ``torch.compile(fullgraph=True)`` refuses it.
         like: tensor whose dtype, device and strides the decoded weight takes. ``None``: the
             packed tensor's own dtype, its parts' device, contiguous.
 
@@ -153,7 +156,36 @@ class PackedWeight(nn.Module):
     def _decode(self) -> Tensor:
         device, dtype = self._probe.device, self._probe.dtype
         out = torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
-        return out if device.type == "meta" else out.copy_(self.packed().unpack(ops.DECODER))
+        return out if device.type == "meta" else self.packed().unpack(ops.DECODER, out=out)
+
+    def run(self, function: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
+        """``function(input, weight, *args)`` with the dense weight, which is decoded into memory
+        that all packed weights share and is gone when this returns.
+
+        For a backward pass nothing of it is kept either: the weight is decoded again.
+        """
+        probe = self._probe
+        if torch.compiler.is_compiling() or probe.is_meta or _has_interpreters():
+            return function(input, self._decode(), *args)
+        nbytes = self.shape.numel() * probe.element_size()
+        with scratch.lease(self, probe.device, nbytes) as buffer:
+            flat = buffer.view(probe.dtype)
+            weight = flat.as_strided(self.shape, self._strides)
+            self.packed().unpack(ops.DECODER, out=weight)
+            if not torch.is_grad_enabled():
+                return function(input, weight, *args)
+            address = flat.untyped_storage().data_ptr()
+
+            def keep(saved: Tensor) -> Any:
+                if saved.untyped_storage().data_ptr() != address or not saved.numel():
+                    return saved
+                return saved.shape, saved.stride(), saved.storage_offset()
+
+            def restore(kept: Any) -> Tensor:
+                return kept if isinstance(kept, Tensor) else self._decode().as_strided(*kept)
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, restore):
+                return function(input, weight, *args)
 
     def forward(self) -> Tensor:
         """The dense weight in the compute dtype."""
@@ -162,6 +194,7 @@ class PackedWeight(nn.Module):
     def set_residency(self, residency: str) -> None:
         """Switch between ``"decoded"`` and ``"packed"``."""
         self.residency = check_residency(residency)
+        scratch.leave(id(self))
         for name in self._resident():
             self._buffers.pop(name, None)
             self._non_persistent_buffers_set.discard(name)
@@ -173,9 +206,7 @@ class PackedWeight(nn.Module):
         for name in self._parts:
             part = self._buffers[name]
             # Module.to() casts floating tensors: seen as bytes, scales stay what the file holds.
-            self._buffers[name] = (
-                fn(part.reshape(-1).view(torch.uint8)).view(part.dtype).view_as(part)
-            )
+            self._buffers[name] = fn(_flat_bytes(part)).view(part.dtype).view_as(part)
         before, after = self._probe, fn(self._probe)
         self._buffers["_probe"] = after
         channels_last = _CHANNELS_LAST.get(before.dim())
@@ -252,10 +283,17 @@ class PackedWeight(nn.Module):
         # What can be decoded is not pickled: torch.save(model) stays as small as the parts.
         resident = self._resident()
         buffers = {k: v for k, v in self._buffers.items() if k not in resident}
+        # Plain pickle knows no uint16: all parts travel as bytes.
+        for name in self._parts:
+            buffers[name] = (buffers[name].dtype, buffers[name].shape, _flat_bytes(buffers[name]))
         return {**self.__dict__, "_buffers": buffers, "_checked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        buffers = dict(state["_buffers"])
+        for name in state["_parts"]:
+            dtype, shape, flat = buffers[name]
+            buffers[name] = flat.view(dtype).view(shape)
+        super().__setstate__({**state, "_buffers": buffers})
         self._materialize()
 
 
@@ -270,6 +308,16 @@ def check_residency(residency: str) -> str:
     return residency
 
 
+def _flat_bytes(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _has_interpreters() -> bool:
+    """Whether a mode or a transform of functions has a say in calls, and may keep the weight."""
+    stack = torch._C._functorch.peek_interpreter_stack()
+    return stack is not None or bool(_len_torch_dispatch_stack())
+
+
 def _version(tensor: Tensor) -> int:
     """Changes when the tensor is written to; tensors of inference mode don't count that."""
     return 0 if tensor.is_inference() else tensor._version
@@ -278,7 +326,7 @@ def _version(tensor: Tensor) -> int:
 def as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """What ``fn`` of `Module._apply` makes of a tensor that may move, but not change: seen as a
     vector of bytes it is neither cast nor given another memory format."""
-    flat = fn(tensor.reshape(-1).view(torch.uint8))
+    flat = fn(_flat_bytes(tensor))
     return flat.view(tensor.dtype).view(tensor.shape)
 
 

@@ -1,0 +1,124 @@
+"""Weights that stay coded in memory: the time of a forward against decoded residency and the float
+model, and how far its first forward raises the peak memory of a process.
+
+    python bench/bench_residency.py
+
+All are packed by `convert(model, Huffman())`, without loss. "forward MB" is what the peak grows by
+(Linux's VmHWM, in a process of its own) from the loaded model on: activations, and with packed
+residency one layer.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from common import interleaved, median_ratio, parser, report
+from torch import nn
+
+import compressops as co
+from compressops.zoo import vgg16
+
+
+def chain(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
+    """Linear layers in bfloat16: 134 MB."""
+    size, depth = (64, 2) if smoke else (2048, 16)
+    layers = (nn.Linear(size, size, bias=False) for _ in range(depth))
+    return nn.Sequential(*layers).bfloat16(), torch.randn(16, size).bfloat16()
+
+
+def vgg(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
+    """VGG16's convolutions in float32, of random weights: 59 MB."""
+    return vgg16.vgg16(1 / 16 if smoke else 1.0), torch.randn(1, 3, *(2 * [32 if smoke else 224]))
+
+
+def minilm(smoke: bool) -> tuple[nn.Module, dict]:
+    """all-MiniLM-L6-v2 in float32, a sentence: 91 MB."""
+    from compressops.zoo import minilm as zoo
+
+    model, tokenizer = zoo.load()
+    return model, zoo.batches(tokenizer, ["a film that moves, and never lies"], 1)[0]
+
+
+MODELS = {"chain": chain, "vgg16": vgg, "minilm": minilm}
+
+
+def call(model: nn.Module, inputs: torch.Tensor | dict) -> object:
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
+
+
+def peak(name: str, residency: str, smoke: bool) -> dict[str, int]:
+    """Of this process: call it in one of its own."""
+    torch.set_num_threads(1)
+    model, inputs = MODELS[name](smoke)
+    model = co.convert(model.eval(), co.Huffman(), residency=residency)
+    kept = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    status, resets = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def high() -> int:
+        lines = status.read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+    resets.write_text("5")
+    before = high()
+    with torch.no_grad():
+        call(model, inputs)
+    return {"model": kept, "forward": high() - before}
+
+
+def measured_peak(name: str, residency: str, smoke: bool) -> dict[str, int]:
+    command = [sys.executable, __file__, "--peak", name, residency, *["--smoke"] * smoke]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@torch.no_grad()
+def main() -> None:
+    options = parser(__doc__, "residency-cpu")
+    options.add_argument("--peak", nargs=2, help="a model and a residency: its memory, as JSON")
+    arguments = options.parse_args()
+    if arguments.peak:
+        print(json.dumps(peak(*arguments.peak, arguments.smoke)))
+        return
+    rows = []
+    for name, make in MODELS.items():
+        try:
+            model, inputs = make(arguments.smoke)
+        except ImportError as missing:
+            print(f"{name} not run: {missing}")
+            continue
+        runs = {"float": model.eval()}
+        for residency in ("decoded", "packed"):
+            runs[residency] = co.convert(model, co.Huffman(), residency=residency)
+        results = {how: call(run, inputs) for how, run in runs.items()}
+        assert torch.equal(results["packed"], results["decoded"])
+        memory = {how: measured_peak(name, how, arguments.smoke) for how in ("decoded", "packed")}
+        report_of = co.report(runs["packed"]).totals
+        for threads in arguments.threads[:1] if arguments.smoke else arguments.threads:
+            torch.set_num_threads(threads)
+            calls = {how: lambda run=run, i=inputs: call(run, i) for how, run in runs.items()}
+            rounds = 1 if arguments.smoke else arguments.rounds
+            seconds = interleaved(calls, rounds, 0.0)
+            ms = {how: 1e3 * statistics.median(times) for how, times in seconds.items()}
+            rows.append(
+                {
+                    "model": name,
+                    "threads": threads,
+                    "float ms": ms["float"],
+                    "decoded ms": ms["decoded"],
+                    "packed ms": ms["packed"],
+                    "packed × decoded": median_ratio(seconds["packed"], seconds["decoded"]),
+                    "dense MB": (report_of.dense + report_of.other) / 1e6,
+                    **{f"{how} MB": memory[how]["model"] / 1e6 for how in memory},
+                    **{f"{how} forward MB": memory[how]["forward"] / 1e6 for how in memory},
+                }
+            )
+    report("residency of packed weights", rows, arguments)
+
+
+if __name__ == "__main__":
+    main()
