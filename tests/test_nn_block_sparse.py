@@ -215,7 +215,7 @@ def test_dtypes_autocast_compiled(which: int, dtype: torch.dtype) -> None:
     weight = module.float().weight
     assert torch.equal(weight, module.packed_tensors()["weight"].unpack())
     module.double()
-    with pytest.raises(ValueError, match="float64|Double"):
+    with pytest.raises(ValueError, match=r"float64|Double"):
         module(x.double())
 
 
