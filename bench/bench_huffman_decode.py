@@ -4,10 +4,13 @@ decoders and zipnn.
     python bench/bench_huffman_decode.py
 
 Each case is a block of at most 2 Mi distinct symbols, encoded once; what we decode is that block
-again and again, to at least 16 Mi symbols, and our chunks lie in memory so often. A peer decodes its
-one frame (which it finds in the cache) a quarter as often, and its time counts four times. Each
-decoder makes the memory that it writes to; "out=" is ours into a buffer. With two threads the peers
-decode two frames at a time.
+again and again, to at least 16 Mi symbols, and our chunks lie in memory so often. A peer decodes
+its one frame (which it finds in the cache) a quarter as often, and its time counts four times.
+
+Each decoder makes the memory that it writes to, and the ratios are of that; "out=" is ours into a
+buffer. glibc hands the peers' frames of 2 to 4 MB out again, but takes a tensor of more than 32 MB,
+as those of bfloat16 are, from the kernel each time. With two threads the peers decode two frames at
+a time.
 
 The bfloat16 rows are whole weights, exponents decoded and merged with what is stored raw, the
 others are symbols of a byte. CifarNet's codes are those of its float weights, pruned to 15.65 % by
