@@ -18,10 +18,11 @@ from compressops.calibration import Calibration
 from compressops.compress import record
 from compressops.compress.activations import input_quantizer, quantize_first_input
 from compressops.formats import PackedTensor
-from compressops.measure import captured_inputs, median_times
-from compressops.nn import Int8Linear, PackedModule, PackedWeight, Winograd
+from compressops.measure import captured_inputs
+from compressops.nn import Int8Linear, PackedConv2d, PackedModule, PackedWeight, Winograd
 from compressops.plan import Choice, Plan, naming
 from compressops.registry import Rule, refusals, rules_for, why_not
+from compressops.rivals import assume, fastest
 
 # That a packed layer takes less room does not make it faster.
 DENSE = "runs the dense kernel on decoded weights"
@@ -135,21 +136,13 @@ class Conversion:
             rivals = {n: self.modules[n] for n in rules if not all(r.runs_dense for r in rules[n])}
             inputs = captured_inputs(self.model, rivals, example_inputs) if rivals else {}
         for name, plan in list(self.plans.items()):
-            module, new = self.modules[name], None
+            module = self.modules[name]
             whys = [_reason(plan, module), *self.calibration.whys(name)]
             whys += refusals(_kind(module), plan)
             with naming(name):
                 packed = plans.pack(module, plan)
-                for rule in rules[name]:
-                    candidate = self._make(module, rule.target, packed)
-                    activations = self.calibration.set_activations(name, candidate)
-                    taken, why = self._judge(rule, module, candidate, inputs.get(name))
-                    whys += [why] if why else []
-                    if taken:
-                        new = candidate
-                        whys += activations
-                        whys += [DENSE] if rule.runs_dense else []
-                        break
+                new, said = self._choose(name, rules[name], packed, inputs.get(name))
+                whys += said
             if new is None:
                 self.stay(name, module, "; ".join([*whys[1:], "no other module can run it"]))
             else:
@@ -183,8 +176,13 @@ class Conversion:
                 packed = copy.deepcopy(module.packed_weight.packed())
                 self.built[name] = self._make(module, type(module), packed)
                 self.weights[id(_weight_of(module))].append(self.built[name].packed_weight)
-            if name in self.built:
-                self.built[name].run_winograd(Winograd(verdict.tile))
+            run = self.built.get(name)
+            if run is not None and not hasattr(run, "run_winograd"):
+                packed = run.packed_weight.packed()
+                self.built[name] = run = self._make(module, PackedConv2d, packed)
+                self.weights[id(_weight_of(module))].append(run.packed_weight)
+            if run is not None:
+                run.run_winograd(Winograd(verdict.tile))
             else:
                 self.built[name] = kernels.with_winograd(module, verdict.tile)
 
@@ -204,33 +202,33 @@ class Conversion:
             return [Rule(kind, kind, lambda plan: None, runs_dense=True)]
         return rules_for(kind, plan)
 
-    def _judge(
-        self, rule: Rule, dense: nn.Module, new: PackedModule, inputs: tuple[Any, ...] | None
-    ) -> tuple[bool, str]:
-        """Whether the target may replace the dense layer, and the reason to show."""
-        name = rule.target.__name__
-        if rule.runs_dense:
-            return True, ""
-        if self.prefer == "size":
-            return True, f"{name}: prefer='size'"
-        if inputs is None:
-            backend = new.backend()
-            if (why := new.assumed_faster()) is not None:
-                return True, f"{name}: {why}, not measured"
-            if backend == "torch":
-                return False, f"{name} not used: prefer='size' asks for it, or a measurement"
-            if backend == "eager":
-                return False, f"{name} not used: its op has no compiled kernel here"
-            return True, f"{name}: its {backend} kernel is assumed faster, not measured"
-        mine, others = kernels.rivals(new, dense, inputs[0])
-        # The dense layer that is replaced has its weight at hand, and does not compute it.
-        with parametrize.cached():
-            seconds = median_times([lambda m=m: m(*inputs) for m in (*mine, *others.values())])
-        ours, theirs = min(seconds[: len(mine)]), seconds[len(mine) :]
-        times = [f"{ours * 1e6:.0f} µs"]
-        times += [f"{rival} {s * 1e6:.0f} µs" for rival, s in zip(others, theirs, strict=True)]
-        taken = ours < min(theirs)
-        return taken, f"{name}{'' if taken else ' not used'}: measured {', '.join(times)}"
+    def _choose(
+        self, name: str, rules: list[Rule], packed: PackedTensor, inputs: tuple[Any, ...] | None
+    ) -> tuple[PackedModule | None, list[str]]:
+        """The module that a layer becomes, ``None`` where none can run it, and what is to be said
+        of it and of those that were not taken."""
+        module, whys = self.modules[name], []
+        found, rivals = None, []
+        said: dict[int, list[str]] = {}
+        for rule in rules:
+            candidate = self._make(module, rule.target, packed)
+            said[id(candidate)] = self.calibration.set_activations(name, candidate)
+            if rule.runs_dense:
+                found = candidate
+                said[id(candidate)].append(DENSE)
+            elif self.prefer == "speed" and inputs is not None:
+                rivals.append(candidate)
+                continue
+            else:
+                taken, why = assume(candidate, self.prefer)
+                whys.append(why)
+                found = candidate if taken else None
+            if found is not None:
+                break
+        if rivals:
+            taken, measured = fastest(module, rivals, inputs)
+            found, whys = found if taken is None else rivals[taken], [*whys, *measured]
+        return found, whys + said.get(id(found), [])
 
     def _make(
         self, module: nn.Module, target: type[PackedModule], packed: PackedTensor, **settings: Any

@@ -33,10 +33,11 @@ def convert(
     """Replace layers by drop-in modules that hold their weights packed.
 
     Without a config the function of the model stays: layers that were compressed (their
-    parametrizations are the record) become packed modules which compute the same bits, and the
-    rest stays as it is. Layers that share a weight share its packed form. With ``example_inputs``
-    convolutions, plain and packed, are measured as Winograd's too, and run so where that is faster
-    and exact enough (`kernels.choose`).
+    parametrizations are the record) become packed modules which compute the same bits (in other
+    order where they run as block-sparse ones), and the rest stays as it is. Layers that share a
+    weight share its packed form. With ``example_inputs`` convolutions, plain and packed, are
+    measured as Winograd's too, and run so where that is faster and exact enough
+    (`kernels.choose`).
 
     Args:
         model: compressed, plain, or already converted; then packed layers keep their numbers and
@@ -51,11 +52,13 @@ def convert(
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
         prefer: ``"speed"``: no layer ends slower than the dense layer that it replaces. With
             decoded weights packed modules run the dense kernel; modules that run another one
-            (linear layers of integers, `Int8Conv2d`, `TernaryEmbedding`, Winograd) are used only
-            where interleaved medians on ``example_inputs`` show them faster. Without
-            ``example_inputs`` a compiled integer kernel is assumed faster and an eager one slower,
-            no embedding stays in 2 bits, and no convolution becomes Winograd's. ``"size"``: modules
-            that need least memory, without measuring.
+            (linear layers of integers, `Int8Conv2d`, `TernaryEmbedding`, block-sparse layers,
+            Winograd) are used only where interleaved medians on ``example_inputs`` show them
+            faster, and of several the fastest; for block-sparse ones the density and the measured
+            break-even density are reported. Without ``example_inputs`` a compiled integer kernel is
+            assumed faster and an eager one slower, no embedding stays in 2 bits, and no layer
+            becomes block-sparse or Winograd's. ``"size"``: modules that need least memory, without
+            measuring.
         residency: ``"decoded"`` keeps a decoded weight beside the packed one; ``"packed"``
             decodes on every use: least memory, and slower; not for ``torch.compile`` with
             ``fullgraph=True``, because decoding stays out of graphs.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compressops import backends
 from compressops.measure import observe, times_in_place
 from compressops.nn import (
+    BlockSparseConv2d,
     Int8Conv2d,
     LowRankConv2d,
     PackedConv1d,
@@ -51,7 +52,7 @@ class Verdict:
 
 def is_candidate(layer: nn.Module) -> bool:
     """A convolution of a known type that does not run as Winograd's yet."""
-    kinds = (*FLOAT_LAYERS, PackedConv1d, PackedConv2d, LowRankConv2d)
+    kinds = (*FLOAT_LAYERS, PackedConv1d, PackedConv2d, BlockSparseConv2d, LowRankConv2d)
     return type(layer) in kinds and getattr(layer, "winograd", None) is None
 
 
@@ -59,7 +60,10 @@ def with_winograd(layer: nn.Module, tile: int) -> nn.Module:
     """A layer like this one, on the same weight, that runs as F(tile, r)."""
     if not isinstance(layer, PackedModule):
         return FLOAT_LAYERS[type(layer)].from_float(layer, tile)
-    new = type(layer).from_module(layer, layer.packed_weight)
+    if hasattr(layer, "run_winograd"):
+        new = type(layer).from_module(layer, layer.packed_weight)
+    else:
+        new = PackedConv2d.from_module(layer, layer.packed_weight.packed())
     new.input_quantizer = layer.input_quantizer
     new.run_winograd(Winograd(tile))
     return new.train(layer.training)
@@ -72,7 +76,7 @@ def rivals(
 
     A convolution on integers has Winograd's as a rival, on the same weight, with each tile that is
     safe on ``input``. Of a low-rank one both are measured also as Winograd's, which either may run
-    as afterwards.
+    as afterwards. One of blocks meets Winograd's afterwards, in its place (`choose`).
     """
     if not isinstance(new, (Int8Conv2d, LowRankConv2d)):
         return [new], {"dense": dense}

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressops.formats import Int, LowRank, Number, Ternary
+from compressops.formats import BlockSparse, Int, LowRank, Number, Ternary
 from compressops.nn import (
+    BlockSparseConv2d,
+    BlockSparseInt8Linear,
+    BlockSparseLinear,
     Int4Linear,
     Int8Conv2d,
     Int8Linear,
@@ -202,17 +205,44 @@ def _refuses_low_rank(target: type[PackedModule]) -> Callable[[Plan], str | None
     return refuses
 
 
+def _in_blocks(target: type[PackedModule]) -> Callable[[Plan], str | None]:
+    """``refuses`` of a module that multiplies the stored blocks alone."""
+
+    def refuses(plan: Plan) -> str | None:
+        if not isinstance(plan.layout, BlockSparse):
+            return ""
+        if plan.shared:
+            return (
+                f"{target.__name__} not used: the weight is shared with a layer of another type, "
+                f"and held in one form"
+            )
+        return None
+
+    return refuses
+
+
+def _refuses_int8_blocks(plan: Plan) -> str | None:
+    """Those of `Int8Linear` are said of that one."""
+    if not isinstance(plan.layout, BlockSparse) or plan.shared or not plan.asked:
+        return ""
+    why = BlockSparseInt8Linear.weight_type.refusal(plan.layout, plan.number, plan.shape)
+    return None if why is None else ""
+
+
 register(nn.Linear, PackedLinear)
+register(nn.Linear, BlockSparseLinear, refuses=_in_blocks(BlockSparseLinear), runs_dense=False)
 for _target, _concerns in (
     (Int8Linear, _many_bits),
     (Int4Linear, _few_bits),
     (TernaryLinear, _ternary),
 ):
     register(nn.Linear, _target, refuses=_on_integers(_target, _concerns), runs_dense=False)
+register(nn.Linear, BlockSparseInt8Linear, refuses=_refuses_int8_blocks, runs_dense=False)
 # The output projection of nn.MultiheadAttention, which reads .weight and .bias itself.
 register(nn.modules.linear.NonDynamicallyQuantizableLinear, PackedLinear)
 register(nn.Conv1d, PackedConv1d)
 register(nn.Conv2d, PackedConv2d)
+register(nn.Conv2d, BlockSparseConv2d, refuses=_in_blocks(BlockSparseConv2d), runs_dense=False)
 register(nn.Conv2d, Int8Conv2d, refuses=_refuses_int8_conv, runs_dense=False)
 for _source, _target in ((nn.Linear, LowRankLinear), (nn.Conv2d, LowRankConv2d)):
     register(_source, _target, refuses=_refuses_low_rank(_target), runs_dense=False)

@@ -200,7 +200,7 @@ def test_static_activations(method: str, symmetric: bool, tmp_path: Path) -> Non
 
 
 def test_example_inputs_are_the_data_where_none_are_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressops.conversion.median_times", lambda functions: [1.0, 2.0])
+    monkeypatch.setattr("compressops.rivals.median_times", lambda functions: [1.0, 2.0])
     calibration = Calibrate(activations="minmax")
     packed = convert(net(), Int(bits=8), calibration=calibration, example_inputs=DATA[0])
     assert packed[0].x_scale == DATA[0].abs().max() / 127

@@ -179,7 +179,7 @@ def test_what_is_measured_slower_is_not_taken(
             function()
         return [1e-5, 2e-5] if faster else [2e-5, 1e-5]
 
-    monkeypatch.setattr("compressops.conversion.median_times", fake_times)
+    monkeypatch.setattr("compressops.rivals.median_times", fake_times)
     packed = convert(Net().eval(), Ternary("row"), example_inputs=TOKENS)
     expected = (TernaryEmbedding, TernaryLinear) if faster else (PackedEmbedding, PackedLinear)
     assert (type(packed.embedding), type(packed.hidden)) == expected

@@ -115,7 +115,7 @@ def test_int8_linear_is_measured_on_example_inputs(
         seen.append([function().shape for function in functions])
         return [1e-5, 2e-5] if faster else [2e-5, 1e-5]
 
-    monkeypatch.setattr("compressops.conversion.median_times", fake_times)
+    monkeypatch.setattr("compressops.rivals.median_times", fake_times)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4), nn.Dropout()).train()
     packed = convert(model, Int(bits=8), example_inputs=torch.randn(5, 16))
     assert seen == [[(5, 32), (5, 32)], [(5, 4), (5, 4)]]

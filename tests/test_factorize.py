@@ -252,7 +252,7 @@ def test_the_config_quantizes_factors_after_training() -> None:
 def test_measured_slower_runs_dense(monkeypatch) -> None:
     model, x = factorized(rank=5), images()
     monkeypatch.setattr(
-        "compressops.conversion.median_times", lambda calls: [*range(len(calls), 0, -1)]
+        "compressops.rivals.median_times", lambda calls: [*range(len(calls), 0, -1)]
     )
     new = co.convert(model, example_inputs=x)
     assert not any(isinstance(m, (LowRankConv2d, LowRankLinear)) for m in new)

@@ -167,7 +167,7 @@ def test_convert_measures_it(monkeypatch: pytest.MonkeyPatch, fastest: int, safe
         ratio = 1 + variants["0"][1].__self__.winograd.tile
         return {"0": [[1e-5 * ratio] * 8, [1e-5] * 8]}
 
-    monkeypatch.setattr("compressops.conversion.median_times", fake_times)
+    monkeypatch.setattr("compressops.rivals.median_times", fake_times)
     monkeypatch.setattr("compressops.kernels.times_in_place", fake_times_in_place)
     unsafe = {t: None if t in safe else "not here" for t in (2, 4, 6)}
     monkeypatch.setattr("compressops.kernels.unsafe", lambda layer, input, tile: unsafe[tile])

@@ -1,6 +1,11 @@
 """Drop-in modules: those that hold packed weights, and convolutions that run as Winograd's."""
 
 from compressops.nn.base import PackedModule
+from compressops.nn.block_sparse import (
+    BlockSparseConv2d,
+    BlockSparseInt8Linear,
+    BlockSparseLinear,
+)
 from compressops.nn.conv import PackedConv1d, PackedConv2d
 from compressops.nn.embedding import PackedEmbedding, TernaryEmbedding
 from compressops.nn.int8_conv import Int8Conv2d
@@ -12,6 +17,9 @@ from compressops.nn.winograd import Winograd
 from compressops.nn.winograd_conv import WinogradConv1d, WinogradConv2d
 
 __all__ = [
+    "BlockSparseConv2d",
+    "BlockSparseInt8Linear",
+    "BlockSparseLinear",
     "Int4Linear",
     "Int8Conv2d",
     "Int8Linear",

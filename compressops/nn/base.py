@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from compressops import backends
-from compressops.formats import Dense, Float, Int, PackedTensor, Raw
+from compressops.formats import Dense, Float, Int, Layout, PackedTensor, Raw
 from compressops.nn.weight import PackedWeight
 from compressops.schema import SCHEMAS
 
@@ -32,6 +32,8 @@ class PackedModule(nn.Module):
     weight_type: ClassVar[type[PackedWeight]] = PackedWeight
     # The integers in which the op itself can write each row of its input.
     row_numbers: ClassVar[tuple[Int, ...]] = ()
+    # The layout that `from_float` takes unless another is given.
+    layout: ClassVar[Layout] = Dense()
     # The op that runs instead of the float layer's own kernel, if one does.
     op: str | None = None
 
@@ -80,7 +82,7 @@ class PackedModule(nn.Module):
 
         Args:
             module: a layer of this class's ``source`` type; its bias is shared, not copied.
-            layout: of `compressops.formats`; ``None`` is ``Dense()``.
+            layout: of `compressops.formats`; ``None`` is the class's, ``Dense()`` for most.
             number: ``None`` is ``Float()`` of the weight's dtype.
             coding: ``None`` is ``Raw()``.
             residency: ``"decoded"`` or ``"packed"``.
@@ -94,7 +96,7 @@ class PackedModule(nn.Module):
         weight = module.weight.detach()
         packed = PackedTensor.pack(
             weight,
-            layout or Dense(),
+            layout or cls.layout,
             number or Float(str(weight.dtype).removeprefix("torch.")),
             coding or Raw(),
             lossy=lossy,
@@ -116,7 +118,11 @@ class PackedModule(nn.Module):
         residency: str = "decoded",
         **settings: Any,
     ) -> PackedModule:
-        """A layer with ``module``'s options and bias that runs ``packed`` as its weight."""
+        """A layer with ``module``'s options and bias that runs ``packed`` as its weight.
+
+        Args:
+            module: a layer of this class's ``source`` type, or one that replaces such a layer.
+        """
         if not cls.replaces(type(module)):
             raise TypeError(
                 f"module: {cls.__name__} replaces a {cls.source.__name__}, got a "

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops import ops
 from compressops.nn.conv import ConvModule
-from compressops.nn.kernel_weight import Int8Weight
+from compressops.nn.kernel_weight import GroupedWeight, Int8Weight, row_scales
 
 
-class Int8ConvWeight(Int8Weight):
+class Int8ConvWeight(GroupedWeight, Int8Weight):
     """A convolution's weight of symmetric 8-bit integers, a scale for each output channel.
 
     Decoded residency holds the int8 codes as `ops.int8_conv2d_pack` lays them out for ``groups``,
@@ -19,29 +18,10 @@ class Int8ConvWeight(Int8Weight):
     """
 
     op = "int8_conv2d"
-    groups: int | None = None
-
-    def for_groups(self, groups: int) -> Int8ConvWeight:
-        """This weight, or its like where another layer has it in another number of groups."""
-        if self.groups not in (None, groups):
-            like = torch.empty_strided(
-                self.shape, self._strides, dtype=self._probe.dtype, device=self.device
-            )
-            return type(self)(self.packed(), self.residency, like).for_groups(groups)
-        if self.groups is None:
-            self.groups = groups
-            self._materialize()
-        return self
-
-    def _materialize(self) -> None:
-        if self.groups is not None:
-            super()._materialize()
 
     def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
         weight, sums = ops.int8_conv2d_pack(codes.view(self.shape), self.groups)
-        scales = params["scales"]
-        # A filter of no inputs has no scale either, and nothing to scale.
-        return weight, scales.reshape(-1) if scales.numel() else scales.new_zeros(len(codes)), sums
+        return weight, row_scales(params, len(codes)), sums
 
 
 class Int8Conv2d(ConvModule):

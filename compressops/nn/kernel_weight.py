@@ -17,9 +17,9 @@ from compressops.ops.packed_linear import GROUP_MULTIPLE
 
 
 class KernelWeight(PackedWeight):
-    """A weight whose integer codes an op multiplies with.
+    """A weight that an op multiplies with in a form of its own, mostly as integer codes.
 
-    Decoded residency holds what the op's packing makes of the codes (on a CPU its own blocking),
+    Decoded residency holds what the op's packing makes of it (on a CPU its own blocking),
     packed residency packs anew on each use. A subclass names the op and the arguments that `_pack`
     gives, and says which numbers the op computes with.
 
@@ -34,7 +34,7 @@ class KernelWeight(PackedWeight):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._argument_buffers = tuple(f"kernel_{name}" for name in cls.arguments)
+        cls._argument_buffers = tuple(f"kernel_{name}" for name in getattr(cls, "arguments", ()))
 
     @classmethod
     def needs(cls, number: Number, columns: int) -> str | None:
@@ -126,10 +126,7 @@ class Int8Weight(KernelWeight):
 
     def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
         weight, sums = ops.int8_linear_pack(codes)
-        scales = params["scales"]
-        # A row of no inputs has no scale either, and nothing to scale.
-        scales = scales.reshape(-1) if scales.numel() else scales.new_zeros(len(codes))
-        return weight, scales, sums
+        return weight, row_scales(params, len(codes)), sums
 
 
 class Int4Weight(KernelWeight):
@@ -175,6 +172,35 @@ class TernaryWeight(KernelWeight):
         elif not columns:
             scales = scales.new_zeros(rows, 0)
         return ops.ternary_linear_pack(codes, scales, self.group_size)
+
+
+class GroupedWeight(KernelWeight):
+    """A convolution's weight, whose form for the op depends on the layer's ``groups``."""
+
+    groups: int | None = None
+
+    def for_groups(self, groups: int) -> GroupedWeight:
+        """This weight, or its like where another layer has it in another number of groups."""
+        if self.groups not in (None, groups):
+            like = torch.empty_strided(
+                self.shape, self._strides, dtype=self._probe.dtype, device=self.device
+            )
+            return type(self)(self.packed(), self.residency, like).for_groups(groups)
+        if self.groups is None:
+            self.groups = groups
+            self._materialize()
+        return self
+
+    def _materialize(self) -> None:
+        if self.groups is not None:
+            super()._materialize()
+
+
+def row_scales(params: dict[str, Tensor], rows: int) -> Tensor:
+    """float32 ``[rows]`` of a number with a scale a row."""
+    scales = params["scales"]
+    # A row of no inputs has no scale either, and nothing to scale.
+    return scales.reshape(-1) if scales.numel() else scales.new_zeros(rows)
 
 
 def group_size(number: Any, columns: int) -> int | None:

@@ -91,6 +91,12 @@ class PackedWeight(nn.Module):
         """Where the parts are."""
         return self._probe.device
 
+    @property
+    def channels_last(self) -> bool:
+        """Whether the layer's weight has that memory format, and not at once the other one."""
+        probe, wanted = self._probe, _CHANNELS_LAST.get(self._probe.dim())
+        return wanted is not None and probe.is_contiguous(memory_format=wanted)
+
     # The parts.
 
     def packed(self) -> PackedTensor:

@@ -1,0 +1,253 @@
+"""Layers on block-sparse weights: only the stored blocks are kept in memory, and multiplied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from compressops import ops
+from compressops.formats import BlockSparse, Layout, Number, PackedTensor
+from compressops.nn.base import PackedModule
+from compressops.nn.conv import ConvModule
+from compressops.nn.kernel_weight import GroupedWeight, Int8Weight, KernelWeight, row_scales
+from compressops.nn.linear import KernelLinear
+from compressops.nn.weight import outside_graphs
+from compressops.ops.bsr import DTYPES
+
+# Inputs of the op that a convolution gathers at a time: 1 MB of float32, what a core's L2 holds.
+_PIECE = 1 << 18
+
+
+class BlockSparseWeight(KernelWeight):
+    """A weight in the layout `BlockSparse`, of any number, for `ops.bsr_linear`.
+
+    Its arguments: the stored blocks in the dtype of the layer, decoded, as `ops.bsr_linear_pack`
+    lays them out, and their indices.
+    """
+
+    op = "bsr_linear"
+    arguments = ("values", "crow_indices", "col_indices")
+
+    @classmethod
+    def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
+        return _other_layout(cls.op, layout)
+
+    @outside_graphs
+    def _decode_kernel(self) -> tuple[Tensor | None, ...]:
+        weight = self._decode()
+        # The op computes in these dtypes alone, and refuses the activations of others itself.
+        weight = weight if weight.dtype in DTYPES else weight.float()
+        return _blocks(ops.bsr_linear_pack, *self._matrix(weight))
+
+    def _matrix(self, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """What the op multiplies with, ``[rows, columns]``, and the size of its blocks."""
+        return weight.flatten(1), self._block
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        return Layout.from_spec(self._spec["layout"]).block
+
+    def _stays_valid(self, before: Tensor, after: Tensor) -> bool:
+        return before.dtype == after.dtype and super()._stays_valid(before, after)
+
+
+class BlockSparseConvWeight(GroupedWeight, BlockSparseWeight):
+    """A convolution's weight in the layout `BlockSparse`, of any number, for `ops.bsr_linear`.
+
+    Its inputs are in the order kernel row, kernel column, channel, as an image of the memory format
+    channels_last has them; each has blocks of its own, unless the kernel is 1×1.
+    """
+
+    def _matrix(self, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        rows, columns = self._block
+        if math.prod(weight.shape[2:]) > 1:
+            columns = 1
+        taps = weight.permute(0, 2, 3, 1)
+        if self.groups > 1:
+            # One matrix with the inputs of all groups, whose blocks nobody else reads.
+            out, *size, inputs = taps.shape
+            spread = taps.new_zeros(self.groups, out // self.groups, *size, self.groups, inputs)
+            for group, part in enumerate(taps.tensor_split(self.groups)):
+                spread[group, ..., group, :] = part
+            taps = spread.flatten(0, 1)
+        return taps.flatten(1), (rows, columns)
+
+
+class BlockSparseInt8Weight(Int8Weight):
+    """A weight in the layout `BlockSparse` of row-wise symmetric 8-bit integers, for
+    `ops.bsr_int8_linear`.
+
+    Its arguments: the codes of the stored blocks as `ops.bsr_int8_linear_pack` lays them out, their
+    indices, ``scales`` float32 ``[out]`` and ``sums`` int32 ``[out]``.
+    """
+
+    op = "bsr_int8_linear"
+    arguments = ("values", "crow_indices", "col_indices", "scales", "sums")
+
+    @classmethod
+    def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
+        return _other_layout(cls.op, layout) or super().refusal(layout, number, shape)
+
+    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        rows, columns = Layout.from_spec(self._spec["layout"]).block
+        # The op multiplies four inputs at once.
+        block = (rows, columns if columns % 4 == 0 else 4)
+        *kernel, sums = _blocks(ops.bsr_int8_linear_pack, codes, block)
+        return *kernel, row_scales(params, len(codes)), sums
+
+
+class _BlockSparse(PackedModule):
+    """What block-sparse layers share: how much of the weight they hold, and what that costs."""
+
+    @property
+    def block_density(self) -> float:
+        """Stored entries over all, from 0 to 1."""
+        packed = self.packed_weight.packed()
+        stored = packed.layout.stored(packed.shape, packed.meta)
+        return min(1.0, stored / max(1, math.prod(packed.shape)))
+
+    def hollow(self) -> PackedModule:
+        """A layer like this one with no block at all: it takes the time that all others have in
+        common with it."""
+        packed = self.packed_weight.packed()
+        zeros = torch.zeros(packed.shape, dtype=packed.dtype, device=self.packed_weight.device)
+        empty = PackedTensor.pack(zeros, packed.layout, packed.number, lossy=True)
+        new = type(self).from_module(self, empty, self.residency)
+        new.input_quantizer = self.input_quantizer
+        return new
+
+
+class BlockSparseLinear(_BlockSparse, KernelLinear):
+    """`torch.nn.Linear` on a block-sparse weight of any number.
+
+    Runs `ops.bsr_linear`, which multiplies the stored blocks alone, decoded, in the dtype of the
+    layer; no dense copy is kept. The result differs from the float layer's by the order of its
+    sums. An Inf or NaN of the input does not reach outputs that have no block there. ``weight``
+    decodes the dense weight on each access. Under autocast the input is cast as `Linear` casts it,
+    and so is the result. Differentiable with respect to the input and the bias.
+
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
+    Shape: input ``[..., in_features]`` float32, float16 or bfloat16, output
+    ``[..., out_features]``.
+    """
+
+    weight_type = BlockSparseWeight
+    layout = BlockSparse()
+
+    def forward(self, input: Tensor) -> Tensor:
+        arguments = self.packed_weight.kernel()
+        return ops.bsr_linear(self.taken(input), *arguments, self.out_features, self.bias)
+
+
+class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
+    """`torch.nn.Linear` as W8A8 on a block-sparse weight ``Int(bits=8)`` per row.
+
+    Runs `ops.bsr_int8_linear`: activations are quantized row by row to their own range, and the
+    stored blocks alone are multiplied. The result differs from the float layer by the rounding of
+    weight and activations; a row of the input that holds NaN or Inf gives a row of NaN. ``weight``
+    decodes the dense weight on each access. Under autocast the input is cast as `Linear` casts it,
+    and so is the result. Differentiable with respect to the input and the bias.
+
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
+    Shape: input ``[..., in_features]`` float32, float16 or bfloat16, output
+    ``[..., out_features]``.
+    """
+
+    weight_type = BlockSparseInt8Weight
+    layout = BlockSparse()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.bsr_int8_linear(self.taken(input), *self.packed_weight.kernel(), self.bias)
+
+
+class BlockSparseConv2d(_BlockSparse, ConvModule):
+    """`torch.nn.Conv2d` on a block-sparse weight of any number.
+
+    Runs `ops.bsr_linear` on the windows of the input, which are gathered a megabyte at a time; a
+    1×1 kernel of stride 1 reads the input in place. All is fastest where images have the memory
+    format channels_last; the result has it where input or weight do. Blocks of one input, as
+    ``BlockSparse(block=(16, 1))``, lose nothing here: of a larger kernel every input of a block is
+    one of its own. As `BlockSparseLinear` in all else.
+
+    Packed residency breaks compiled graphs, see `PackedModule`.
+
+    Shape: input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]`` float32, float16 or bfloat16.
+    """
+
+    source = nn.Conv2d
+    dimensions = 2
+    weight_type = BlockSparseConvWeight
+    layout = BlockSparse((16, 1))
+    op = "bsr_linear"
+
+    def __init__(self, module: nn.Module, weight: BlockSparseConvWeight) -> None:
+        super().__init__(module, weight)
+        self.packed_weight = weight.for_groups(self.groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        input = self.taken(input)
+        arguments = (*self.packed_weight.kernel(), self.out_channels, self.bias)
+        images = input if input.dim() == 4 else input.unsqueeze(0)
+        last = self.packed_weight.channels_last or _is_channels_last(images)
+        windows = self._windows(images)
+        # So many images, or rows of one image, at a time.
+        row = max(1, math.prod(windows.shape[2:]))
+        rows = max(1, _PIECE // row)
+        count = max(1, rows // max(1, windows.shape[1]))
+        parts = [
+            _joined(
+                [ops.bsr_linear(piece.flatten(3), *arguments) for piece in group.split(rows, 1)],
+                1,
+            )
+            for group in windows.split(count)
+        ]
+        output = _joined(parts, 0).permute(0, 3, 1, 2)
+        output = output if last else output.contiguous()
+        return output if input.dim() == 4 else output.squeeze(0)
+
+    def _windows(self, images: Tensor) -> Tensor:
+        """``[N, H, W, kernel rows, kernel columns, channels]``: what each output sees, as a view of
+        the padded images."""
+        around = self._reversed_padding_repeated_twice
+        if any(around):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            images = F.pad(images, around, mode=mode)
+        view = images.contiguous(memory_format=torch.channels_last)
+        for i in (0, 1):
+            size, stride, dilation = self.kernel_size[i], self.stride[i], self.dilation[i]
+            view = view.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
+        return view.permute(0, 2, 3, 4, 5, 1)
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def _is_channels_last(images: Tensor) -> bool:
+    """And not in both formats at once, as an image of one channel is."""
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def _blocks(
+    pack: Callable[..., tuple[Tensor, ...]], matrix: Tensor, block: tuple[int, int]
+) -> tuple[Tensor, ...]:
+    """The blocks of ``matrix`` that hold anything but 0 as ``pack`` makes them."""
+    if matrix.is_meta:
+        # Nothing is known of the blocks; the shape of a result does not depend on them.
+        rows = -(-matrix.shape[0] // block[0])
+        crow, columns = (matrix.new_empty(n, dtype=torch.int32) for n in (rows + 1, 0))
+        sums = matrix.new_empty(matrix.shape[0], dtype=torch.int32)
+        kernel = (matrix.new_empty(0, *block), crow, columns)
+        return kernel if matrix.is_floating_point() else (*kernel, sums)
+    return pack(*ops.bsr_from_dense(matrix, block), *matrix.shape)
+
+
+def _other_layout(op: str, layout: Layout) -> str | None:
+    fits = isinstance(layout, BlockSparse)
+    return None if fits else f"{op} needs a weight in the layout BlockSparse, got {layout}"
