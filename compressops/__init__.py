@@ -17,6 +17,7 @@ from .compress import (
     Result,
     Retrain,
     Round,
+    cached_logits,
     compress,
 )
 from .convert import convert
@@ -72,6 +73,7 @@ __all__ = [
     "__version__",
     "backend",
     "backends",
+    "cached_logits",
     "compress",
     "convert",
     "distill",

@@ -11,6 +11,7 @@ from compressops.compress.retrain import Retrain
 from compressops.compress.round import Round
 from compressops.compress.run import Result, compress, run_recipe
 from compressops.compress.table import Row, Table
+from compressops.compress.teacher import cached_logits
 
 __all__ = [
     "Encode",
@@ -25,6 +26,7 @@ __all__ = [
     "Row",
     "Table",
     "WeightRecord",
+    "cached_logits",
     "compress",
     "record",
     "run_recipe",

@@ -10,7 +10,7 @@ from torch import nn
 
 from compressops.compress import checks
 from compressops.compress.stage import Stage
-from compressops.distill.losses import DistillLoss
+from compressops.distill.losses import DistillLoss, LogitsKD
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Retrain(Stage):
         label_smoothing: of the cross entropy.
         ce_weight: weight of the cross entropy with the labels.
         distill: losses against the teacher; total = ce_weight · CE + Σ weight · loss.
+        cache_teacher: run the teacher once over the training data, and keep its logits in the work
+            folder. For losses on logits alone, and data that are the same in every epoch.
         clip_grad_norm: the gradients' largest norm, or ``None``.
         ema: decay of a running mean of the trained tensors that replaces them in the end, 0 is off.
         image_sizes: ``(size, part of the steps)`` pairs: train on images of other sizes, smaller
@@ -64,6 +66,7 @@ class Retrain(Stage):
     label_smoothing: float = 0.0
     ce_weight: float = 1.0
     distill: tuple[DistillLoss, ...] = ()
+    cache_teacher: bool = False
     clip_grad_norm: float | None = None
     ema: float = 0.0
     image_sizes: tuple[tuple[int, float], ...] = ()
@@ -111,6 +114,11 @@ class Retrain(Stage):
             known = ", ".join(sorted(DistillLoss.members))
             raise TypeError(f"distill must be a list of losses ({known}), got {self.distill!r}")
         object.__setattr__(self, "distill", tuple(losses))
+        checks.flag("cache_teacher", self.cache_teacher)
+        if self.cache_teacher and not (losses and all(type(x) is LogitsKD for x in losses)):
+            raise ValueError(f"cache_teacher=True serves losses on logits alone, got {losses}")
+        if self.cache_teacher and self.image_sizes:
+            raise ValueError(f"cache_teacher=True needs images of one size, got {self.image_sizes}")
         if not self.ce_weight and not losses:
             raise ValueError("ce_weight=0 without distill leaves nothing to train on")
         self._check_sizes()

@@ -24,6 +24,7 @@ from compressops.compress.retrain import Retrain
 from compressops.compress.sizes import sizes
 from compressops.compress.stage import Stage
 from compressops.compress.table import Row, Table
+from compressops.compress.teacher import cached_logits, check_constant
 from compressops.measure import call
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
@@ -88,6 +89,8 @@ def compress(
         if isinstance(stage, Retrain):
             try:
                 plan_of(stage, train_data, accelerator, seed)
+                if stage.cache_teacher:
+                    check_constant("cache_teacher", train_data)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"stage {i} (Retrain): {error}") from None
     console = log if isinstance(log, Console) else Console(stderr=True) if log else None
@@ -223,12 +226,24 @@ class _Run:
             stage,
             accelerator=self.accelerator,
             teacher=self.teacher,
+            teacher_logits=self.logits() if stage.cache_teacher else None,
             controllers=controllers,
             seed=data.mix(self.seed, number),
             checkpoint=self.path(number, ".partial"),
             console=self.console,
             title=f"stage {number}/{len(self.stages)} Retrain",
         )
+
+    def logits(self) -> torch.Tensor:
+        """The teacher's, which one process computes where there is a folder to share them."""
+        arguments = self.teacher, self.train_data, self.workdir
+        if self.workdir is not None and not self.accelerator.is_main_process:
+            self.accelerator.wait_for_everyone()
+            return cached_logits(*arguments)
+        found = cached_logits(*arguments, device=self.accelerator.device)
+        if self.workdir is not None:
+            self.accelerator.wait_for_everyone()
+        return found
 
     @torch.no_grad()
     def calibrate(self, stage: Quantize) -> None:

@@ -105,6 +105,7 @@ def train(
     *,
     accelerator: Accelerator,
     teacher: nn.Module | None = None,
+    teacher_logits: Tensor | None = None,
     controllers: Sequence[Controller] = (),
     seed: int = 0,
     checkpoint: Path | None = None,
@@ -124,6 +125,7 @@ def train(
             generators of torch, numpy and ``random`` are seeded for each batch, in the workers
             too.
         teacher: required by ``options.distill``; it is in eval mode meanwhile.
+        teacher_logits: of every sample, ``[N, classes]``; the teacher does not run then.
         controllers: act on the model after each step.
         checkpoint: file to resume from if it is there, and to write to.
 
@@ -139,6 +141,7 @@ def train(
         raise ValueError("distill needs a teacher")
     example = _example(dataset, options, seed)
     run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint, example)
+    run.teacher_logits = teacher_logits
     by_winograd = options.convolutions == "winograd"
     with (
         winograd_convolutions(model, teacher) if by_winograd else contextlib.nullcontext(),
@@ -169,6 +172,8 @@ def _example(dataset: Any, options: Retrain, seed: int) -> Any:
 
 class _Run:
     """State of one training run; ``step`` is the number of optimizer steps done."""
+
+    teacher_logits: Tensor | None = None
 
     def __init__(
         self,
@@ -240,7 +245,8 @@ class _Run:
             rank, world = accelerator.process_index, accelerator.num_processes
             parts = plan.batches(epoch, first, end, rank, world, options.accumulate)
             seeds = plan.seeds(epoch, first, end, rank, options.accumulate)
-            batches = iter(data.loader(dataset, parts, options.workers, seeds))
+            loader = data.loader(dataset, parts, options.workers, seeds)
+            batches = zip(parts, loader, strict=True)
             for _ in range(first, end):
                 self.one(batches)
                 bar.advance(self.note())
@@ -263,11 +269,12 @@ class _Run:
         share = plan.batch_size // self.accelerator.num_processes
         loss_of_step: Tensor | float = 0.0
         for part in range(options.accumulate):
-            batch = data.to_device(next(batches), self.accelerator.device)
+            indices, batch = next(batches)
+            batch = data.to_device(batch, self.accelerator.device)
             args, kwargs, labels = data.split_batch(batch)
             last = part == options.accumulate - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                losses = self.loss(args, kwargs, labels) * (len(labels) / share)
+                losses = self.loss(args, kwargs, labels, indices) * (len(labels) / share)
                 self.accelerator.backward(losses[0])
             loss_of_step = loss_of_step + losses.detach()
         self.check(loss_of_step)
@@ -292,7 +299,7 @@ class _Run:
         if epoch_ends or finished or time.monotonic() - self.saved >= options.checkpoint_seconds:
             self.save()
 
-    def loss(self, args: tuple, kwargs: dict, labels: Tensor) -> Tensor:
+    def loss(self, args: tuple, kwargs: dict, labels: Tensor, indices: list[int]) -> Tensor:
         """The loss, and with a teacher the cross entropy and each of its losses: ``[names]``."""
         options = self.options
         output = self.wrapped(*args, **kwargs)
@@ -303,8 +310,11 @@ class _Run:
         loss = options.ce_weight * cross_entropy
         if self.distiller is None:
             return loss[None]
+        known = None
+        if self.teacher_logits is not None:
+            known = self.teacher_logits[indices].to(logits.device)
         with self.accelerator.autocast():
-            loss = loss + self.distiller(logits, *args, **kwargs)
+            loss = loss + self.distiller(logits, *args, teacher_output=known, **kwargs)
         return torch.stack([loss, cross_entropy.detach(), *self.distiller.values.values()])
 
     def note(self) -> str:
