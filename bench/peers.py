@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -36,13 +37,13 @@ class Peer:
 
 def compiled(source: str, *flags: str) -> ctypes.CDLL:
     """``bench/native/SOURCE`` as a library, compiled for this machine unless it was already."""
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not compiler or shutil.which(compiler[0]) is None:
         raise MissingError("no g++ to compile its bridge with")
     target = BUILD / f"{Path(source).stem}.so"
     if not target.exists() or target.stat().st_mtime < (NATIVE / source).stat().st_mtime:
         BUILD.mkdir(parents=True, exist_ok=True)
-        command = [compiler, "-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+        command = [*compiler, "-O3", "-std=c++17", "-march=native", "-fopenmp", "-shared", "-fPIC"]
         made = target.with_suffix(f".{os.getpid()}")
         done = subprocess.run(
             [*command, "-o", made, NATIVE / source, *flags], capture_output=True, text=True

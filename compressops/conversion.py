@@ -208,27 +208,27 @@ class Conversion:
         """The module that a layer becomes, ``None`` where none can run it, and what is to be said
         of it and of those that were not taken."""
         module, whys = self.modules[name], []
-        found, rivals = None, []
-        said: dict[int, list[str]] = {}
+        found, said, rivals = None, [], []
         for rule in rules:
             candidate = self._make(module, rule.target, packed)
-            said[id(candidate)] = self.calibration.set_activations(name, candidate)
+            activations = self.calibration.set_activations(name, candidate)
             if rule.runs_dense:
-                found = candidate
-                said[id(candidate)].append(DENSE)
-            elif self.prefer == "speed" and inputs is not None:
-                rivals.append(candidate)
+                found, said = candidate, [*activations, DENSE]
+                break
+            if self.prefer == "speed" and inputs is not None:
+                rivals.append((candidate, activations))
                 continue
-            else:
-                taken, why = assume(candidate, self.prefer)
-                whys.append(why)
-                found = candidate if taken else None
-            if found is not None:
+            taken, why = assume(candidate, self.prefer)
+            whys.append(why)
+            if taken:
+                found, said = candidate, activations
                 break
         if rivals:
-            taken, measured = fastest(module, rivals, inputs)
-            found, whys = found if taken is None else rivals[taken], [*whys, *measured]
-        return found, whys + said.get(id(found), [])
+            best, measured = fastest(module, [candidate for candidate, _ in rivals], inputs)
+            whys += measured
+            if best is not None:
+                found, said = rivals[best]
+        return found, whys + said
 
     def _make(
         self, module: nn.Module, target: type[PackedModule], packed: PackedTensor, **settings: Any

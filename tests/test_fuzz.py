@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from cuda_on_cpu.harness import COMPILER
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SECONDS = 15
 
@@ -28,7 +26,7 @@ def test_huffman_decode(tmp_path: Path) -> None:
     fuzzer = tmp_path / "fuzz"
     flags = ("-std=c++20", "-O1", "-g", *SANITIZE, f"-I{cpu}")
     built = subprocess.run(
-        [COMPILER, *flags, *map(str, sources), "-o", str(fuzzer)], capture_output=True, text=True
+        [*COMPILER, *flags, *map(str, sources), "-o", str(fuzzer)], capture_output=True, text=True
     )
     assert built.returncode == 0, built.stderr
     done = subprocess.run([str(fuzzer), str(SECONDS), "1"], capture_output=True, text=True)

@@ -134,6 +134,19 @@ def test_loss_aware_scales_follow_adam(solver: str) -> None:
         assert not torch.equal(wanted, number.fit(original.detach())["scales"])
 
 
+def test_loss_aware_with_another_optimizer_is_an_error() -> None:
+    model = nn.Linear(4, 4)
+    Quantize(NEAREST, loss_aware=True).attach(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    refit = Refit()
+    for other, name in ((optimizer, "SGD"), (None, "NoneType")):
+        refit.begin(model, 0, 1, other)
+        with pytest.raises(ValueError, match=f"Adam's second moments, got {name}"):
+            refit.update(model, 1, 1, True)
+
+
 def test_loss_aware_needs_adam_and_a_number_without_threshold() -> None:
     with pytest.raises(ValueError, match=r"threshold=None\), got Ternary"):
         Quantize(Ternary(), loss_aware=True)

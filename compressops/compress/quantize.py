@@ -162,12 +162,18 @@ class Refit:
                 quantized.fit(input_of(module, quantized), curvature)
 
     def _curvature(self, module: nn.Module) -> Tensor | None:
-        """√v of Adam, the diagonal that LAT takes for the Hessian; ``None`` before it has any."""
-        if self.optimizer is None:
-            return None
+        """√v of Adam, the diagonal that LAT takes for the Hessian; ``None`` before the weight has
+        had a gradient."""
         original = module.parametrizations["weight"].original
-        second = self.optimizer.state.get(original, {}).get("exp_avg_sq")
-        return None if second is None else second.sqrt()
+        state = {} if self.optimizer is None else self.optimizer.state.get(original, {})
+        if state and "exp_avg_sq" in state:
+            return state["exp_avg_sq"].sqrt()
+        if state or self.optimizer is None:
+            raise ValueError(
+                f"loss_aware needs an optimizer with Adam's second moments, got "
+                f"{type(self.optimizer).__name__}"
+            )
+        return None
 
 
 def _is_nearest(number: Number) -> bool:

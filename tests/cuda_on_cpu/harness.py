@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -22,7 +23,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_on_cpu"
-COMPILER = next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
+# As CXX may be given to the build: a compiler, or a wrapper and its compiler.
+_NAMED = map(shlex.split, (os.environ.get("CXX", "g++"), "clang++"))
+COMPILER = next((words for words in _NAMED if words and shutil.which(words[0])), None)
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
 WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
 # Otherwise the loader would merge the shim's variables of all the libraries of a process.
@@ -53,9 +56,9 @@ def build(op: str, plant: Plant | None = None, defines: tuple[str, ...] = ()) ->
         assert text.count(plant.old) == 1, f"{plant.file}: {text.count(plant.old)} × {plant.old!r}"
         planted = text.replace(plant.old, plant.new)
     flags = [*FLAGS, *WARNINGS, *(f"-D{name}" for name in defines)]
-    if "clang" not in Path(COMPILER).name:
+    if "clang" not in Path(COMPILER[-1]).name:
         flags.append(UNMERGED)
-    digest = hashlib.sha256(" ".join([COMPILER, *flags, planted or ""]).encode())
+    digest = hashlib.sha256(" ".join([*COMPILER, *flags, planted or ""]).encode())
     for source in sorted([*KERNELS.glob("*.cuh"), *HERE.glob("*.h"), HERE / f"{op}.cpp"]):
         digest.update(source.name.encode() + source.read_bytes())
     target = CACHE / f"{op}-{digest.hexdigest()[:16]}.so"
@@ -70,7 +73,7 @@ def build(op: str, plant: Plant | None = None, defines: tuple[str, ...] = ()) ->
                 (Path(folder) / plant.file).write_text(planted)
                 includes = [f"-I{HERE}", f"-I{folder}"]
             output = Path(folder) / target.name
-            command = [COMPILER, *flags, *includes, str(HERE / f"{op}.cpp"), "-o", str(output)]
+            command = [*COMPILER, *flags, *includes, str(HERE / f"{op}.cpp"), "-o", str(output)]
             done = subprocess.run(command, capture_output=True, text=True)
             assert done.returncode == 0, done.stderr
             output.replace(target)
