@@ -14,9 +14,8 @@
 #include "linear.h"
 
 namespace compressops::cpu {
-namespace {
 
-const BsrLinearKernels& kernels() {
+const BsrLinearKernels& bsr_linear_kernels() {
   const Features& cpu = features();
 #if defined(__x86_64__)
   if (cpu.avx512) return bsr_linear_avx512();
@@ -25,10 +24,12 @@ const BsrLinearKernels& kernels() {
   return bsr_linear_baseline();
 }
 
+namespace {
+
 // out [M, outputs] of x [M, inputs].
 void multiply(const BsrWeight& weight, const Tensor& x, Element element, int64_t inputs,
               const float* bias, Activation activation, Tensor& out) {
-  const BsrLinearKernels& isa = kernels();
+  const BsrLinearKernels& isa = bsr_linear_kernels();
   const int64_t M = out.numel() / weight.outputs, bytes = element_bytes(element);
   const char* from = static_cast<const char*>(x.const_data_ptr());
   char* to = static_cast<char*>(out.mutable_data_ptr());
@@ -75,7 +76,8 @@ Tensor product(const char* op, const char* argument, const Tensor& x, const Tens
     multiply(packed_weight(blocks, stored, N, 1), dense, element, K, offset, parsed, out);
   } else {
     static thread_local Scratch memory;
-    const BsrStrips strips = cut_strips(kernels(), blocks, stored, N, K, 1, transposed, memory);
+    const BsrStrips strips =
+        cut_strips(bsr_linear_kernels(), blocks, stored, N, K, 1, transposed, memory);
     multiply(strips.weight, dense, element, transposed ? N : K, offset, parsed, out);
   }
   return out;

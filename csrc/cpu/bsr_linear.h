@@ -70,6 +70,9 @@ struct BsrLinearKernels {
   void (*finish)(float* sums, const BsrFinish& how);
 };
 
+// Those of this machine, for floats.
+const BsrLinearKernels& bsr_linear_kernels();
+
 const BsrLinearKernels& bsr_linear_baseline();
 const BsrLinearKernels& bsr_linear_avx2();
 const BsrLinearKernels& bsr_linear_avx512();

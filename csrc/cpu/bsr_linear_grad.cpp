@@ -4,21 +4,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include "bsr.h"
-#include "cpu_features.h"
 
 namespace compressops::cpu {
 namespace {
 
 constexpr const char* kOp = "bsr_linear_grad_values";
-
-const BsrLinearKernels& kernels() {
-  const Features& cpu = features();
-#if defined(__x86_64__)
-  if (cpu.avx512) return bsr_linear_avx512();
-  if (cpu.avx2) return bsr_linear_avx2();
-#endif
-  return bsr_linear_baseline();
-}
 
 // The columns of a matrix [M][C] cut into blocks of `size`, and those into pieces of up to `most`.
 struct Pieces {
@@ -60,7 +50,7 @@ Tensor bsr_linear_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
   Tensor out = torch::stable::new_zeros(x, {blocks.nnz, blocks.r, blocks.c}, ScalarType::Float);
   if (out.numel() == 0 || M == 0) return out;
 
-  const BsrLinearKernels& isa = kernels();
+  const BsrLinearKernels& isa = bsr_linear_kernels();
   const Tensor dense_grad = as_contiguous(grad), dense_x = as_contiguous(x);
   const char* grads = static_cast<const char*>(dense_grad.const_data_ptr());
   const char* inputs = static_cast<const char*>(dense_x.const_data_ptr());
