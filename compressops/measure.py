@@ -189,13 +189,19 @@ def times_in_place(
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, without gradients; each module's own mode comes back."""
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode; each module's own mode comes back."""
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode, without gradients; each module's own mode comes back."""
+    with eval_mode(model), torch.no_grad():
+        yield

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compressops.compress.identity import data_key, hash_json, model_key
 from compressops.distill.capture import logits_of
+from compressops.measure import evaluating
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
 from compressops.train.rng import seeded
@@ -44,15 +45,12 @@ def cached_logits(
         if path.exists():
             return checkpoints.load(path)["logits"]
     device = device or next((p.device for p in teacher.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in teacher.modules()]
-    teacher.to(device).eval()
+    teacher.to(device)
     found = []
-    with torch.no_grad():
+    with evaluating(teacher):
         for batch in data.loader(dataset, data.shards(len(dataset), batch_size, 0, 1)):
             args, kwargs, _ = data.split_batch(data.to_device(batch, device))
             found.append(logits_of(teacher(*args, **kwargs)).float().cpu())
-    for module, mode in modes:
-        module.training = mode
     logits = torch.cat(found)
     if path is not None:
         checkpoints.save(path, {"logits": logits})

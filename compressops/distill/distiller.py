@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from compressops.distill.capture import Taps, logits_of, unwrapped
 from compressops.distill.features import channels
 from compressops.distill.losses import DistillLoss
+from compressops.measure import eval_mode
 
 
 class Regressor(nn.Module):
@@ -100,7 +101,7 @@ class Distiller(nn.Module):
 
     def __enter__(self) -> Distiller:
         with contextlib.ExitStack() as block:
-            block.enter_context(_evaluating(self._models[1]))
+            block.enter_context(eval_mode(self._models[1]))
             for taps in self._taps:
                 block.enter_context(taps)
             self._block = block.pop_all()
@@ -155,7 +156,7 @@ class Distiller(nn.Module):
             return
         with contextlib.ExitStack() as stack:
             for model, taps in zip(self._models, self._taps, strict=True):
-                stack.enter_context(_evaluating(model))
+                stack.enter_context(eval_mode(model))
                 stack.enter_context(taps)
                 model(*args, **kwargs)
             reads = [
@@ -204,16 +205,6 @@ class Distiller(nn.Module):
                     )
             mapped.append(s)
         return mapped
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield model.eval()
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _names(losses: Sequence[DistillLoss]) -> list[str]:
