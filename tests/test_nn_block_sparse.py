@@ -207,6 +207,9 @@ def test_dtypes_autocast_compiled(which: int, dtype: torch.dtype) -> None:
     parts = {k: v.clone() for k, v in module.packed_tensors()["weight"].parts.items()}
     module.to(dtype)
     assert module(x.to(dtype)).dtype == dtype
+    # Blocks of floats are held in the layer's dtype, codes as they are.
+    held = module.packed_weight.kernel()[0].dtype
+    assert held == (torch.int8 if which == 2 else dtype)
     torch.testing.assert_close(module(x.to(dtype)).float(), before, rtol=0.05, atol=0.05)
     # A cast there and back changes nothing: the parts are what they were.
     for name, part in module.packed_tensors()["weight"].parts.items():
