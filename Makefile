@@ -7,6 +7,8 @@ PY     := $(VENV)/bin/python
 # of PyTorch's CPU builds.
 PIP    := $(PY) -m pip --disable-pip-version-check install -q $(PIP_ARGS)
 TESTS  ?= tests
+# Processes that share the tests; each uses two threads.
+JOBS   ?= 2
 
 .PHONY: install demo test lint format cuda-compile clean
 
@@ -25,7 +27,7 @@ demo: install
 	$(PY) -m compressops.demo
 
 test: install
-	$(PY) -m pytest $(TESTS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
 lint: install
 	$(PY) -m ruff check --no-cache .

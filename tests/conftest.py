@@ -8,6 +8,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
+# Several processes share the tests: threads that spin for work would take another one's turn.
+# OpenMP reads this when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Triton reads this when it is imported: where no GPU is, its interpreter runs the kernels.
