@@ -1,21 +1,26 @@
 """Compresses a tiny network on made-up data; a process of its own, so that it can be killed.
 
-python tests/retrain_worker.py WORKDIR OUT [pause in seconds after each step]
+accelerate launch --config_file recipes/accelerate/KIND.yaml tests/retrain_worker.py KIND OUT
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from compressops.compress import Encode, Prune, Quantize, Recipe, Result, Retrain, compress
+from compressops.compress.quantize import Refit
 from compressops.distill import ActivationKD, AttentionMapKD, LogitsKD
 from compressops.formats import DynamicFixedPoint, Huffman, Int
+from compressops.train import sharding
 
 CLASSES = 6
 
@@ -102,34 +107,87 @@ def images_network(width: int = 8) -> nn.Module:
     )
 
 
-def distributed_recipe(accumulate: int = 1) -> Recipe:
+def _training(**options: Any) -> Retrain:
     losses = LogitsKD(2.0), ActivationKD(("1", "3")), AttentionMapKD("1")
-    training = {"batch_size": 24, "accumulate": accumulate, "distill": losses}
+    return Retrain(batch_size=24, accumulate=2, distill=losses, checkpoint_seconds=0.0, **options)
+
+
+def ddp_recipe() -> Recipe:
+    """Much that only DDP serves."""
     return Recipe(
         [
             Prune(0.4, scope="global", schedule="cubic", updates=5),
-            Retrain(epochs=2, lr=0.05, clip_grad_norm=1.0, **training),
+            _training(epochs=2, lr=0.05, clip_grad_norm=0.1),
             Quantize(Int(6), activations=Int(8)),
-            Retrain(steps=5, lr=0.01, optimizer="muon", **training),
+            _training(steps=5, lr=0.01, optimizer="muon"),
         ]
     )
 
 
-def compress_images(accumulate: int = 1, workdir: str | None = None) -> Result:
-    model = images_network()
+def fsdp_recipe() -> Recipe:
+    return Recipe(
+        [
+            Prune(0.4, scope="global"),
+            _training(epochs=1.5, lr=0.05, clip_grad_norm=0.1),
+            Quantize(DynamicFixedPoint(6)),
+            _training(steps=5, lr=0.002, optimizer="adamw", weight_decay=0.01),
+        ]
+    )
+
+
+def compress_images(recipe: Recipe, workdir: str | None = None) -> Result:
     data = Points(96, (2, 6, 6)), Points(61, (2, 6, 6))
-    teacher = images_network(12)
-    return compress(model, distributed_recipe(accumulate), *data, teacher, workdir, log=False)
+    return compress(images_network(), recipe, *data, images_network(12), workdir, log=False)
 
 
-def main() -> None:
-    """Every process writes its result, to compare them."""
-    result = compress_images(workdir=sys.argv[1] + ".work")
-    rows = [(row.top1, row.top5) for row in result.table]
-    world = PartialState().num_processes
-    state = {"model": result.model.state_dict(), "rows": rows, "world": world}
-    torch.save(state, f"{sys.argv[1]}.{os.environ.get('RANK', 0)}")
+class _Watch:
+    """Sees each `Retrain` begin, and kills the process after a step of the last."""
+
+    def __init__(self, kill: bool) -> None:
+        self.kill = kill
+        self.sharded: list[bool] = []
+        self.first_steps: list[int] = []
+        self.begin, self.update = Refit.begin, Refit.update
+        Refit.begin = lambda refit, *arguments: self.began(refit, *arguments)
+        Refit.update = lambda refit, *arguments: self.updated(refit, *arguments)
+
+    def began(self, refit: Refit, model: nn.Module, step: int, *others: Any) -> None:
+        self.first_steps.append(step)
+        self.sharded.append(all(isinstance(p, DTensor) for p in model.parameters()))
+        self.begin(refit, model, step, *others)
+
+    def updated(self, refit: Refit, model: nn.Module, step: int, *others: Any) -> None:
+        if self.kill and len(self.sharded) == 2 and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.update(refit, model, step, *others)
+
+
+def share(kind: str, out: str, kill: bool = False) -> None:
+    """A run of ``kind`` ("ddp" or "fsdp") in one of several processes; each writes what it has."""
+    torch.set_num_threads(1)
+    recipe = {"ddp": ddp_recipe, "fsdp": fsdp_recipe}[kind]()
+    watch = _Watch(kill)
+    result = compress_images(recipe, out)
+    state = {
+        "model": result.model.state_dict(),
+        "rows": [(row.top1, row.top5) for row in result.table],
+        "history": result.history,
+        "first_steps": watch.first_steps,
+        "sharded": watch.sharded,
+        "world": PartialState().num_processes,
+    }
+    torch.save(state, f"{out}.{os.environ['RANK']}")
+
+
+def share_alone(kind: str, out: str, rank: int, port: int, kill: bool) -> None:
+    """`share` in a process that no launcher has told of the others."""
+    os.environ |= {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        sharding.FSDP_VARIABLE: str(kind == "fsdp"),
+    }
+    share(kind, out, kill)
 
 
 if __name__ == "__main__":
-    main()
+    share(*sys.argv[1:])

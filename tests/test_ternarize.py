@@ -17,7 +17,7 @@ from compressops.compress.parametrizations import FakeQuantize, find
 from compressops.compress.quantize import Refit
 from compressops.formats import Int, Ternary
 from compressops.formats.ternary import nearest_scales
-from compressops.train.loop import make_accelerator
+from compressops.train import make_accelerator
 
 NEAREST = Ternary(threshold=None)
 

@@ -87,6 +87,13 @@ class Quantize(Stage):
         object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
 
+    @property
+    def refits(self) -> str:
+        """``refit``, with what ``"auto"`` stands for."""
+        if self.refit != "auto":
+            return self.refit
+        return "step" if isinstance(self.number, (Int, Ternary)) else "never"
+
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         found = select(model, self.layers, self.exclude)
         training = [stage for stage in later if isinstance(stage, Retrain)]
@@ -120,9 +127,7 @@ class Quantize(Stage):
             # What is quantized anew starts from the trained weight, not from its old codes.
             dense.append((input_of(module, existing) if existing else module.weight).detach())
         number = self.number.for_network(dense)
-        scaled = isinstance(number, (Int, Ternary))
-        refit = ("step" if scaled else "never") if self.refit == "auto" else self.refit
-        fitting = (refit, self.solver if _is_nearest(number) else None, self.loss_aware)
+        fitting = (self.refits, self.solver if _is_nearest(number) else None, self.loss_aware)
         for group, weight in zip(groups, dense, strict=True):
             params = number.fit(weight)
             quantized = find(group[0], FakeQuantize)
@@ -141,6 +146,15 @@ class Quantize(Stage):
 class Refit:
     """Fits the parameters of every `FakeQuantize` anew, as often as each asks for."""
 
+    @staticmethod
+    def concerns(model: nn.Module) -> list[tuple[nn.Module, FakeQuantize]]:
+        """The layers whose parameters it fits."""
+        return [
+            (module, quantized)
+            for module in model.modules()
+            if (quantized := find(module, FakeQuantize)) is not None and quantized.refit != "never"
+        ]
+
     def begin(
         self,
         model: nn.Module,
@@ -149,11 +163,7 @@ class Refit:
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.optimizer = optimizer
-        self.layers = [
-            (module, quantized)
-            for module in model.modules()
-            if (quantized := find(module, FakeQuantize)) is not None and quantized.refit != "never"
-        ]
+        self.layers = self.concerns(model)
 
     def update(self, model: nn.Module, step: int, total_steps: int, epoch_ends: bool) -> None:
         for module, quantized in self.layers:

@@ -29,7 +29,9 @@ from compressops.measure import call
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
 from compressops.train.evaluate import evaluate
-from compressops.train.loop import make_accelerator, plan_of, train
+from compressops.train.launch import make_accelerator
+from compressops.train.loop import plan_of, train
+from compressops.train.sharding import is_sharded
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def compress(
         if isinstance(stage, Retrain):
             try:
                 plan_of(stage, train_data, accelerator, seed)
+                if is_sharded(accelerator):
+                    _check_whole(model, recipe.stages[: i - 1])
                 if stage.cache_teacher:
                     check_constant("cache_teacher", train_data)
             except (TypeError, ValueError) as error:
@@ -109,6 +113,26 @@ def compress(
         accelerator,
     )
     return run.all()
+
+
+def _check_whole(model: nn.Module, before: Sequence[Stage]) -> None:
+    """Refuse a `Retrain` between whose steps something reads whole weights.
+
+    Raises:
+        ValueError: of ``model`` and the stages ``before``, one has scales that follow the weights,
+            or the last a pruning schedule.
+    """
+    found = [str(s) for s in before if isinstance(s, Quantize) and s.refits != "never"]
+    last = before[-1] if before else None
+    if isinstance(last, Prune) and last.controller() is not None:
+        found.append(str(last))
+    if Refit.concerns(model):
+        found.append("the quantized model that was given")
+    if found:
+        raise ValueError(
+            "a pruning schedule, and scales that follow the weights (of Int and Ternary), need "
+            f"whole weights and do not go with FSDP, but DDP: got {', '.join(found)}"
+        )
 
 
 def run_recipe(

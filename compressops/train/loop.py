@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +21,7 @@ from compressops.train import data
 from compressops.train.convolutions import winograd_convolutions
 from compressops.train.optim import Ema, build_optimizer, learning_rate
 from compressops.train.progress import Progress
+from compressops.train.sharding import Replicated, Sharded, check_sharding, is_sharded
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -34,58 +33,9 @@ if TYPE_CHECKING:
 _LOSSES_BETWEEN_CHECKS = 25
 
 
-def make_accelerator(mixed_precision: str | None = None) -> Accelerator:
-    """Accelerate's `Accelerator` for this process and precision.
-
-    Raises:
-        ImportError: accelerate is not installed.
-        ValueError: the launcher started a kind of training that is not supported, or several
-            processes of which Accelerate makes none of one training.
-    """
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ImportError(
-            "retraining needs the package accelerate: pip install 'compressops[train]'"
-        ) from error
-    precision = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if AcceleratorState._shared_state.get("_mixed_precision", precision) != precision:
-        # The state is shared by all accelerators of a process and keeps its first precision.
-        AcceleratorState._reset_state(reset_partial_state=False)
-    # Where nothing but a CPU is, Accelerate has to be told: it would take each of torchrun's
-    # processes for the only one.
-    accelerator = Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available())
-    _check_launch(accelerator)
-    if str(accelerator.distributed_type) not in _SUPPORTED:
-        raise ValueError(
-            f"Retrain runs in one process or under DDP, not {accelerator.distributed_type}"
-        )
-    return accelerator
-
-
-def _check_launch(accelerator: Accelerator) -> None:
-    """Refuse to train the same model in several processes that know nothing of each other, and say
-    where a launcher started fewer than it was asked for."""
-    launched, world = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
-    if launched > world:
-        raise ValueError(
-            f"a launcher started {launched} processes, and Accelerate trains in {world} on "
-            f"{accelerator.device}"
-        )
-    if world == 1 and "MASTER_ADDR" in os.environ and "RANK" not in os.environ:
-        warnings.warn(
-            "accelerate launch --cpu starts one process, whatever --num_processes says, and leaves "
-            "others to MPI; on a CPU use torchrun --nproc_per_node N",
-            stacklevel=3,
-        )
-
-
-_SUPPORTED = {f"DistributedType.{name}" for name in ("NO", "MULTI_CPU", "MULTI_GPU")}
-
-
 def plan_of(options: Retrain, dataset: Any, accelerator: Accelerator, seed: int) -> data.Plan:
-    """The steps that `train` takes; raises as `data.plan` does, before any work."""
+    """The steps that `train` takes; raises as `data.plan` and `check_sharding` do."""
+    check_sharding(options, accelerator)
     return data.plan(
         dataset,
         epochs=options.epochs,
@@ -144,7 +94,7 @@ def train(
     run.teacher_logits = teacher_logits
     by_winograd = options.convolutions == "winograd"
     with (
-        winograd_convolutions(model, teacher) if by_winograd else contextlib.nullcontext(),
+        winograd_convolutions(run.model, teacher) if by_winograd else contextlib.nullcontext(),
         torch.random.fork_rng(),
         run.distiller or contextlib.nullcontext(),
         Progress(
@@ -188,13 +138,16 @@ class _Run:
         example: Any,
     ) -> None:
         self.options, self.accelerator, self.plan, self.seed = options, accelerator, plan, seed
-        self.model = model.to(accelerator.device)
+        self.held = (Sharded if is_sharded(accelerator) else Replicated)(model, accelerator)
+        self.model = model = self.held.model
         self.distiller = None
         if options.distill:
             self.distiller = Distiller(model, teacher.to(accelerator.device), options.distill)
             if example is not None:
                 args, kwargs, _ = data.split_batch(data.to_device(example, accelerator.device))
                 self.distiller.fit_shapes(args, kwargs, seed)
+                self.held.settle()
+            self.held.others = self.distiller
         self.controllers, self.checkpoint = controllers, checkpoint
         self.trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = build_optimizer(
@@ -217,8 +170,15 @@ class _Run:
             checkpoints.remove_stale(checkpoint)
         if checkpoint is not None and checkpoint.exists():
             state = checkpoints.load(checkpoint)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            written = "under" if state.get("sharded") else "without"
+            if bool(state.get("sharded")) != is_sharded(accelerator):
+                # Each names the optimizer's tensors in its own way.
+                raise ValueError(
+                    f"checkpoint {checkpoint} was written {written} FSDP; go on so, or remove it "
+                    "to start its stage anew"
+                )
+            self.held.load(state["model"])
+            self.held.load_optimizer(optimizer, state["optimizer"])
             if self.ema:
                 torch._foreach_copy_(self.ema.means, state["ema"])
             scaler = state["scaler"]
@@ -227,7 +187,7 @@ class _Run:
             self.parts = state.get("parts", [])
             if self.distiller:
                 self.distiller.load_state_dict(state.get("regressors", {}))
-        self.wrapped, self.optimizer = accelerator.prepare(model, optimizer)
+        self.optimizer = self.held.prepare(optimizer)
         if scaler is not None:
             accelerator.scaler.load_state_dict(scaler)
         self.resumed = self.saved = time.monotonic()
@@ -251,13 +211,7 @@ class _Run:
                 self.one(batches)
                 bar.advance(self.note())
         self.model.eval()
-        self.model = accelerator.unwrap_model(self.wrapped, keep_fp32_wrapper=False)
-        accelerator.free_memory()
-        if accelerator.num_processes > 1:
-            # Each process saw other batches; all go on with the statistics of the first.
-            for buffer in self.model.buffers():
-                if buffer.is_floating_point():
-                    torch.distributed.broadcast(buffer, 0)
+        self.model = self.held.finish()
 
     def one(self, batches: Any) -> None:
         """One optimizer step."""
@@ -273,7 +227,7 @@ class _Run:
             batch = data.to_device(batch, self.accelerator.device)
             args, kwargs, labels = data.split_batch(batch)
             last = part == options.accumulate - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            with self.held.accumulating(last):
                 losses = self.loss(args, kwargs, labels, indices) * (len(labels) / share)
                 self.accelerator.backward(losses[0])
             loss_of_step = loss_of_step + losses.detach()
@@ -281,7 +235,7 @@ class _Run:
         if self.distiller:
             self.distiller.reduce_gradients()
         if options.clip_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.trained, options.clip_grad_norm)
+            self.held.clip(self.trained, options.clip_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -296,13 +250,14 @@ class _Run:
             controller.update(self.model, self.step, plan.total_steps, epoch_ends)
         if epoch_ends or finished:
             self.end_epoch(options.lr * factor)
-        if epoch_ends or finished or time.monotonic() - self.saved >= options.checkpoint_seconds:
+        late = time.monotonic() - self.saved >= options.checkpoint_seconds
+        if epoch_ends or finished or self.held.agree(late):
             self.save()
 
     def loss(self, args: tuple, kwargs: dict, labels: Tensor, indices: list[int]) -> Tensor:
         """The loss, and with a teacher the cross entropy and each of its losses: ``[names]``."""
         options = self.options
-        output = self.wrapped(*args, **kwargs)
+        output = self.held(*args, **kwargs)
         logits = logits_of(output).float()
         cross_entropy = logits.new_zeros(())
         if options.ce_weight:
@@ -362,14 +317,18 @@ class _Run:
     def save(self) -> None:
         self.check()
         self.saved = time.monotonic()
-        if self.checkpoint is None or not self.accelerator.is_main_process:
+        if self.checkpoint is None:
+            return
+        model, optimizer = self.held.states()
+        if not self.accelerator.is_main_process:
             return
         checkpoints.save(
             self.checkpoint,
             {
                 "step": self.step,
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "model": model,
+                "optimizer": optimizer,
+                "sharded": is_sharded(self.accelerator),
                 "ema": self.ema.means if self.ema else [],
                 "scaler": scaler.state_dict() if (scaler := self.accelerator.scaler) else None,
                 "history": self.history,
