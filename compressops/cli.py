@@ -93,6 +93,9 @@ def compress(
         typer.Option(help="Where checkpoints are kept; the same call goes on from them."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of data order, augmentation and dropout.")] = 0,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="A folder for TensorBoard: losses, learning rate, accuracy.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run a recipe, and save the result packed into one file.
@@ -109,7 +112,7 @@ def compress(
     workdir.mkdir(parents=True, exist_ok=True)
     target = output or workdir / f"{recipe.stem}.safetensors"
     _check_folder(target)
-    result = run_recipe(recipe, workdir, seed)
+    result = run_recipe(recipe, workdir, seed, tensorboard=tensorboard)
     if int(os.environ.get("RANK", "0")) != 0:
         return
     size = save(convert_model(result.model), target)

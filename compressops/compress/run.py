@@ -21,6 +21,7 @@ from compressops.compress.prune import Prune
 from compressops.compress.quantize import Quantize, Refit
 from compressops.compress.recipe import Recipe, stage_fields
 from compressops.compress.retrain import Retrain
+from compressops.compress.sharding import check_whole
 from compressops.compress.sizes import sizes
 from compressops.compress.stage import Stage
 from compressops.compress.table import Row, Table
@@ -32,6 +33,8 @@ from compressops.train.evaluate import evaluate
 from compressops.train.launch import make_accelerator
 from compressops.train.loop import plan_of, train
 from compressops.train.sharding import is_sharded
+from compressops.train.tensorboard import Curves
+from compressops.train.tensorboard import check as check_tensorboard
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ def compress(
     seed: int = 0,
     log: Console | bool = True,
     accelerator: Any = None,
+    tensorboard: str | Path | None = None,
 ) -> Result:
     """Run ``recipe`` on a copy of ``model``.
 
@@ -76,10 +80,15 @@ def compress(
         log: a rich console, ``True`` for standard error, ``False`` for silence.
         accelerator: an `accelerate.Accelerator` of your own; otherwise one is made if the recipe
             retrains. Under ``accelerate launch`` or ``torchrun`` every process calls `compress`.
+        tensorboard: folder for TensorBoard's event files: a run ``stages`` with accuracy and bytes
+            after each stage, and one for each `Retrain` with its losses by name and learning rate.
 
     Raises:
         ValueError: the recipe does not fit the model or the data; raised before any work.
+        ImportError: ``tensorboard`` without the package of that name.
     """
+    if tensorboard is not None:
+        check_tensorboard(tensorboard)
     recipe.validate(model, train_data=train_data, eval_data=eval_data, teacher=teacher)
     for name, dataset in (("train_data", train_data), ("eval_data", eval_data)):
         if dataset is not None:
@@ -92,7 +101,7 @@ def compress(
             try:
                 plan_of(stage, train_data, accelerator, seed)
                 if is_sharded(accelerator):
-                    _check_whole(model, recipe.stages[: i - 1])
+                    check_whole(model, recipe.stages[: i - 1])
                 if stage.cache_teacher:
                     check_constant("cache_teacher", train_data)
             except (TypeError, ValueError) as error:
@@ -111,28 +120,9 @@ def compress(
         seed,
         console,
         accelerator,
+        None if tensorboard is None else Path(tensorboard),
     )
     return run.all()
-
-
-def _check_whole(model: nn.Module, before: Sequence[Stage]) -> None:
-    """Refuse a `Retrain` between whose steps something reads whole weights.
-
-    Raises:
-        ValueError: of ``model`` and the stages ``before``, one has scales that follow the weights,
-            or the last a pruning schedule.
-    """
-    found = [str(s) for s in before if isinstance(s, Quantize) and s.refits != "never"]
-    last = before[-1] if before else None
-    if isinstance(last, Prune) and last.controller() is not None:
-        found.append(str(last))
-    if Refit.concerns(model):
-        found.append("the quantized model that was given")
-    if found:
-        raise ValueError(
-            "a pruning schedule, and scales that follow the weights (of Int and Ternary), need "
-            f"whole weights and do not go with FSDP, but DDP: got {', '.join(found)}"
-        )
 
 
 def run_recipe(
@@ -140,6 +130,7 @@ def run_recipe(
     workdir: str | Path,
     seed: int = 0,
     log: Console | bool = True,
+    tensorboard: str | Path | None = None,
 ) -> Result:
     """Run a recipe file on the model and the data that it names.
 
@@ -149,7 +140,9 @@ def run_recipe(
     """
     recipe = Recipe.from_yaml(Path(path))
     model, train_data, eval_data, teacher = recipe.load()
-    result = compress(model, recipe, train_data, eval_data, teacher, workdir, seed, log)
+    result = compress(
+        model, recipe, train_data, eval_data, teacher, workdir, seed, log, tensorboard=tensorboard
+    )
     if int(os.environ.get("RANK", 0)) == 0:
         Path(workdir, f"{Path(path).stem}.json").write_text(result.table.to_json() + "\n")
     return result
@@ -167,10 +160,12 @@ class _Run:
         seed: int,
         console: Console | None,
         accelerator: Any,
+        tensorboard: Path | None,
     ) -> None:
         self.model, self.stages, self.seed = model, stages, seed
         self.train_data, self.eval_data, self.teacher = train_data, eval_data, teacher
         self.workdir, self.console, self.accelerator = workdir, console, accelerator
+        self.tensorboard = tensorboard
         self.rows: list[Row] = []
         # What `Factorize` found, by the stage's number, so that a restored model has its shapes.
         self.ranks: dict[str, Any] = {}
@@ -206,6 +201,7 @@ class _Run:
         if self.accelerator is not None:
             self.model.to(self.accelerator.device)
         done = self.restore()
+        self.draw()
         if done < 0:
             self.finish(0, "as given", time.monotonic(), None)
             done = 0
@@ -256,6 +252,7 @@ class _Run:
             checkpoint=self.path(number, ".partial"),
             console=self.console,
             title=f"stage {number}/{len(self.stages)} Retrain",
+            tensorboard=self.tensorboard and self.tensorboard / f"stage-{number:02d}-Retrain",
         )
 
     def logits(self) -> torch.Tensor:
@@ -314,6 +311,19 @@ class _Run:
         if self.console is not None:
             self.console.print(f"stage {number}/{len(self.stages)} {self.rows[-1]}", soft_wrap=True)
         self.keep(number)
+        self.draw()
+
+    def draw(self) -> None:
+        """The rows so far, for TensorBoard."""
+        main = self.accelerator is None or self.accelerator.is_main_process
+        if self.tensorboard is None or not main:
+            return
+        curves = Curves(self.tensorboard / "stages", done=-1)
+        for number, row in enumerate(self.rows):
+            values = {"accuracy/top1": row.top1, "accuracy/top5": row.top5}
+            values["stored_bytes"] = row.stored_bytes
+            curves.write(number, {n: v for n, v in values.items() if v is not None})
+        curves.close()
 
     def keep(self, number: int) -> None:
         path = self.path(number)

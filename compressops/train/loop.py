@@ -22,6 +22,7 @@ from compressops.train.convolutions import winograd_convolutions
 from compressops.train.optim import Ema, build_optimizer, learning_rate
 from compressops.train.progress import Progress
 from compressops.train.sharding import Replicated, Sharded, check_sharding, is_sharded
+from compressops.train.tensorboard import Curves
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,6 +62,7 @@ def train(
     checkpoint: Path | None = None,
     console: Console | None = None,
     title: str = "retrain",
+    tensorboard: str | Path | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place.
 
@@ -78,6 +80,8 @@ def train(
         teacher_logits: of every sample, ``[N, classes]``; the teacher does not run then.
         controllers: act on the model after each step.
         checkpoint: file to resume from if it is there, and to write to.
+        tensorboard: folder for TensorBoard's event files: at each step every loss by name, as the
+            main process sees it, and the learning rate.
 
     Returns:
         One entry per epoch: ``epoch``, ``loss``, ``lr``, ``seconds`` (since the start), and with
@@ -85,6 +89,7 @@ def train(
 
     Raises:
         FloatingPointError: a loss is NaN or infinite; names the step.
+        ImportError: ``tensorboard`` without the package of that name.
     """
     plan = plan_of(options, dataset, accelerator, seed)
     if options.distill and teacher is None:
@@ -92,6 +97,8 @@ def train(
     example = _example(dataset, options, seed)
     run = _Run(model, options, accelerator, teacher, plan, controllers, seed, checkpoint, example)
     run.teacher_logits = teacher_logits
+    if tensorboard is not None and accelerator.is_main_process:
+        run.curves = Curves(tensorboard, run.step)
     by_winograd = options.convolutions == "winograd"
     with (
         winograd_convolutions(run.model, teacher) if by_winograd else contextlib.nullcontext(),
@@ -108,6 +115,8 @@ def train(
             # The next stage, and the caller, want the images as they were.
             if native is not None:
                 dataset.set_size(native)
+            if run.curves:
+                run.curves.close()
     return run.history
 
 
@@ -124,6 +133,7 @@ class _Run:
     """State of one training run; ``step`` is the number of optimizer steps done."""
 
     teacher_logits: Tensor | None = None
+    curves: Curves | None = None
 
     def __init__(
         self,
@@ -217,7 +227,7 @@ class _Run:
         """One optimizer step."""
         options, plan = self.options, self.plan
         torch.manual_seed(data.mix(self.seed, self.step, self.accelerator.process_index))
-        factor = learning_rate(options.schedule, options.warmup, self.step, plan.total_steps)
+        factor = self.factor(self.step)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
         share = plan.batch_size // self.accelerator.num_processes
@@ -253,6 +263,11 @@ class _Run:
         late = time.monotonic() - self.saved >= options.checkpoint_seconds
         if epoch_ends or finished or self.held.agree(late):
             self.save()
+
+    def factor(self, step: int) -> float:
+        """Of the learning rates, in the step after ``step`` of them."""
+        options = self.options
+        return learning_rate(options.schedule, options.warmup, step, self.plan.total_steps)
 
     def loss(self, args: tuple, kwargs: dict, labels: Tensor, indices: list[int]) -> Tensor:
         """The loss, and with a teacher the cross entropy and each of its losses: ``[names]``."""
@@ -299,6 +314,10 @@ class _Run:
             self.losses.append(number)
             if parts:
                 self.parts.append(parts)
+            if self.curves:
+                values = dict(zip(self.names, [number, *parts], strict=True))
+                lr = self.options.lr * self.factor(step - 1)
+                self.curves.write(step, {f"loss/{n}": v for n, v in values.items()} | {"lr": lr})
         self.unchecked.clear()
 
     def end_epoch(self, lr: float) -> None:
@@ -317,6 +336,9 @@ class _Run:
     def save(self) -> None:
         self.check()
         self.saved = time.monotonic()
+        if self.curves:
+            # No checkpoint is further than the curves.
+            self.curves.flush()
         if self.checkpoint is None:
             return
         model, optimizer = self.held.states()
