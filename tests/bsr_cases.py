@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
+from conftest import kernel_params
 
 import compressops as co
 
@@ -44,7 +46,34 @@ CASES = [
     Case(3, 40, 24, bias=False),
     Case(5, 40, 50, dtype=torch.bfloat16, activation="gelu"),
 ]
+# Triton's interpreter is slow, and takes its time by the program.
+INTERPRETED = [
+    *(Case(m, k, n) for m, k, n in ((0, 40, 50), (7, 0, 50), (7, 40, 0), (1, 1, 1), (65, 40, 50))),
+    *(Case(5, 150, 140, (b, b)) for b in (8, 32, 64, 128)),
+    *(Case(18, 45, 70, block) for block in ((1, 16), (16, 4), (16, 1), (24, 20), (3, 8), (64, 48))),
+    *(Case(3, 64, 64, (32, 16), density, bias=False) for density in (0.0, 1.0)),
+    *(Case(37, 70, 50, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)),
+    *(Case(3, 40, 50, values_dtype=dtype) for dtype in (torch.float16, torch.bfloat16)),
+    *(Case(3, 40, 50, activation=name) for name in ("relu", "gelu")),
+    Case(5, 40, 50, dtype=torch.bfloat16, activation="gelu"),
+]
 LARGE = [Case(130, 1031, 519, (32, 32), 0.2), Case(1, 3000, 2000, (64, 16)), Case(300, 40, 33)]
+
+
+def grid(op: str, cases: list[Case]) -> pytest.MarkDecorator:
+    """Parameters kernel and case: every kernel of the op on all cases, one that Triton's
+    interpreter runs on those of its own that are of the same kind."""
+    quads = op == "bsr_int8_linear"
+    mine = [case for case in INTERPRETED if not quads or case.block[1] % 4 == 0]
+    return pytest.mark.parametrize(
+        ("kernel", "case"),
+        [
+            pytest.param(*kernel.values, case, id=f"{case}-{kernel.id}")
+            for kernel in kernel_params(op)
+            for case in (mine if kernel.values[0][:2] == ("cpu", "triton") else cases)
+        ],
+        indirect=["kernel"],
+    )
 
 
 def make(case: Case, device: torch.device, pack: bool = False) -> tuple:

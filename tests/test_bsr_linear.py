@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from bsr_cases import CASES, LARGE, Case, make
+from bsr_cases import CASES, LARGE, Case, grid, make
 from conftest import kernel_params
 from hypothesis import given
 from hypothesis import strategies as st
@@ -50,8 +50,7 @@ def assert_matches(actual: torch.Tensor, args: tuple) -> None:
     assert_close(actual, expected, 1.2 * size + (3 if activation == "gelu" else 0), x.dtype, 1)
 
 
-@ALL_KERNELS
-@pytest.mark.parametrize("case", CASES, ids=str)
+@grid("bsr_linear", CASES)
 def test_matches_float64(kernel: torch.device, case: Case) -> None:
     for pack in (False, True):
         args = make(case, kernel, pack)

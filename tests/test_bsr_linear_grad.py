@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bsr_cases import Case, make
+from bsr_cases import Case, grid, make
 from conftest import kernel_params
 from test_bsr_linear import assert_close, dense_of
 
@@ -25,8 +25,7 @@ CASES = [
 ]
 
 
-@GRAD_X
-@pytest.mark.parametrize("case", CASES, ids=str)
+@grid("bsr_linear_grad_x", CASES)
 def test_gradient_of_x_matches_float64(kernel: torch.device, case: Case) -> None:
     grad = torch.randn(case.m, case.n, device=kernel).to(case.dtype)
     for pack in (False, True):
@@ -37,8 +36,7 @@ def test_gradient_of_x_matches_float64(kernel: torch.device, case: Case) -> None
         assert_close(found, rows @ dense, rows.abs() @ dense.abs(), case.dtype, 1)
 
 
-@GRAD_VALUES
-@pytest.mark.parametrize("case", CASES, ids=str)
+@grid("bsr_linear_grad_values", CASES)
 def test_gradient_of_values_matches_float64(kernel: torch.device, case: Case) -> None:
     x, values, crow, col, *_ = make(case, kernel)
     grad = torch.randn(case.m, case.n, device=kernel).to(case.dtype)

@@ -193,8 +193,8 @@ import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_kernels import (
-    huffman_decode, int8_conv2d, int8_linear, packed_linear, quantize_images, quantize_rows,
-    winograd_conv2d)
+    bsr, bsr_linear_grad_values, huffman_decode, int8_conv2d, int8_linear, packed_linear,
+    quantize_images, quantize_rows, winograd_conv2d)
 
 def build(capability, kernel, types, constants, multiples_of_16=(), **options):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
@@ -290,6 +290,35 @@ for capability in (80, 90):
         multiples = [name for name in types if name not in ("M", "groups", "steps")]
         results[f"packed {x} {M} {bits} {group} {capability}"] = build(
             capability, packed_linear.packed_linear_kernel, types, constants, multiples, **options)
+    vectors = {"starts": "*i32", "inputs": "*i32", "order": "*i64", "x_scales": "*fp32",
+               "x_zeros": "*i32", "scales": "*fp32", "weight_sums": "*i32", "bias": "*fp32"}
+    for M, x, w, y, (r, c), transposed in (
+        (16, "bf16", "bf16", "bf16", (64, 64), 0), (4096, "bf16", "bf16", "bf16", (128, 128), 0),
+        (4096, "fp16", "fp16", "fp16", (16, 16), 1), (256, "fp32", "bf16", "fp32", (32, 32), 0),
+        (4096, "bf16", "bf16", "bf16", (16, 1), 0), (256, "fp16", "fp16", "fp16", (1, 16), 1),
+        (16, "i8", "i8", "bf16", (32, 32), 0), (4096, "i8", "i8", "fp16", (16, 16), 0)
+    ):
+        dtype = {"i8": torch.int8, "fp32": torch.float32}.get(x, torch.float16)
+        constants = bsr.block_sizes(M, 4096, dtype, *((c, r) if transposed else (r, c)))
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        constants |= {"R": r, "C": c, "TRANSPOSED": bool(transposed), "UPCAST": x != w,
+                      "HAS_ZEROS": M == 16, "HAS_BIAS": True, "ACTIVATION": 2, "GROUP_M": 8}
+        types = {"x": f"*{x}", "values": f"*{w}", **vectors, "y": f"*{y}"}
+        types |= dict.fromkeys(("M", "N", "K", "x_stride", "rows", "nnz"), "i32")
+        results[f"bsr {x} {w} {M} {r} {c} {transposed} {capability}"] = build(
+            capability, bsr.bsr_multiply_kernel, types, constants,
+            ("x", "values", "y", "N", "K", "x_stride"), **options)
+    types = {"block_rows": "*i32", "col_indices": "*i32", "result": "*fp32"}
+    types |= dict.fromkeys(("M", "N", "K", "grad_stride", "x_stride"), "i32")
+    for x, dtype, block in (("bf16", torch.bfloat16, (64, 64)), ("fp16", torch.float16, (128, 16)),
+                            ("fp32", torch.float32, (32, 32)), ("bf16", torch.bfloat16, (16, 1))):
+        constants = bsr_linear_grad_values.block_sizes(dtype, block)
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+        constants |= {"R": block[0], "C": block[1], "UPCAST": False}
+        results[f"bsr values {x} {block} {capability}"] = build(
+            capability, bsr_linear_grad_values.bsr_grad_values_kernel,
+            {"grad": f"*{x}", "x": f"*{x}", **types}, constants,
+            ("grad", "x", "result", "N", "K", "grad_stride", "x_stride"), **options)
     types = {"stream": "*u8", "ones_before": "*i64", "starts": "*i64", "ranks": "*i64",
              "children": "*i32", "output": "*u8", "nodes": "i32", "levels": "i32",
              "num_symbols": "i64", "chunk_size": "i32"}
@@ -356,10 +385,14 @@ def test_compiles_ahead_of_time():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results.pop("touched CUDA") is False
-    assert len(results) == 2 * (3 + 4 + 6 + 5 + 9 + 4 + 4 * 2 + 3)
+    assert len(results) == 2 * (3 + 4 + 6 + 5 + 9 + 12 + 4 + 4 * 2 + 3)
     for name, built in results.items():
         assert built["cubin"] > 0
         assert built["shared"] <= 163 * 1024  # what a block may take on sm_80
         halves = [f"{kind} {dtype}" for kind in ("packed", "winograd multiply") for dtype in HALVES]
+        halves += [
+            "bsr i8",
+            *(f"bsr {kind}{dtype}" for kind in ("", "values ") for dtype in HALVES),
+        ]
         if name.startswith(("matmul", "packed i8", "conv 3", "conv 5", *halves)):
             assert built["matrix"], f"{name}: no tensor-core instruction"

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from compressops import ops
 from compressops.formats import Coding, Layout, Number, PackedTensor
 from compressops.nn import scratch
+from compressops.ops.checks import version
 
 RESIDENCIES = ("decoded", "packed")
 
@@ -109,7 +110,7 @@ class PackedWeight(nn.Module):
             ValueError: the buffers were written to, and are no valid parts any more.
         """
         parts = {name: self._buffers[name] for name in self._parts}
-        state = [(part, _version(part)) for part in parts.values()]
+        state = [(part, version(part)) for part in parts.values()]
         if self._checked is not None:
             packed, seen = self._checked
             # Checking takes longer than decoding a small weight, and waits for a GPU.
@@ -316,11 +317,6 @@ def _has_interpreters() -> bool:
     """Whether a mode or a transform of functions has a say in calls, and may keep the weight."""
     stack = torch._C._functorch.peek_interpreter_stack()
     return stack is not None or bool(_len_torch_dispatch_stack())
-
-
-def _version(tensor: Tensor) -> int:
-    """Changes when the tensor is written to; tensors of inference mode don't count that."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def as_bytes(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

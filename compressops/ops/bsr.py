@@ -17,8 +17,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from .checks import ACTIVATIONS, require
+from .checks import ACTIVATIONS, require, version
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 STRIPS = (16, 8, 4, 2, 1)  # outputs of a packed block: the first that divides r
@@ -101,6 +102,23 @@ def block_size_of(values: torch.Tensor) -> tuple[int, int]:
     if values.dim() == 4:
         return values.shape[2], values.shape[1] * values.shape[3]
     return values.shape[1], values.shape[2]
+
+
+def transposed(
+    crow_indices: torch.Tensor, col_indices: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The stored blocks by columns, without waiting for a GPU: int32 ``[columns + 1]``, where each
+    column begins, and of its blocks int32 ``[nnz]`` the row and int64 ``[nnz]`` the number."""
+    sorted_columns, order = torch.sort(col_indices, stable=True)
+    bounds = torch.arange(columns + 1, dtype=torch.int32, device=col_indices.device)
+    starts = torch.searchsorted(sorted_columns, bounds, out_int32=True)
+    return starts, rows_of_blocks(crow_indices, len(col_indices))[order], order
+
+
+def rows_of_blocks(crow_indices: torch.Tensor, nnz: int) -> torch.Tensor:
+    """int32 ``[nnz]``: as `row_indices`, without waiting for a GPU."""
+    numbers = torch.arange(nnz, dtype=torch.int32, device=crow_indices.device)
+    return torch.searchsorted(crow_indices[1:], numbers, right=True, out_int32=True)
 
 
 def unpacked(values: torch.Tensor) -> torch.Tensor:
@@ -199,6 +217,36 @@ def check_index_values(
         at = int(wrong[0]) if len(wrong) else 0
         pair = col_indices[at : at + 2].tolist()
         require(len(wrong) == 0, op, "col_indices", "ascending in each row", f"{pair} at {at}")
+
+
+# By col_indices: the crow_indices, versions and columns with which they were found to be sound.
+_sound = WeakTensorKeyDictionary()
+
+
+def check_index_values_once(
+    op: str, crow_indices: torch.Tensor, col_indices: torch.Tensor, columns: int
+) -> None:
+    """As `check_index_values`, but of tensors that nobody wrote to since they were checked, it is
+    silent at once. A check waits for the GPU, which a layer cannot afford at each call and a
+    CUDA graph not at all."""
+    state = (version(crow_indices), version(col_indices), columns)
+    rows, known = _sound.get(col_indices, (None, None))
+    if known == state and rows() is crow_indices:
+        return
+    check_index_values(op, crow_indices, col_indices, columns)
+    _sound[col_indices] = (TensorWeakRef(crow_indices), state)
+
+
+def check_indices_once(
+    op: str,
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    in_features: int,
+) -> None:
+    """As `check_index_values_once`, with the width of the weight."""
+    columns = -(-in_features // block_size_of(values)[1])
+    check_index_values_once(op, crow_indices, col_indices, columns)
 
 
 def check_epilogue(

@@ -100,7 +100,7 @@ def _check_weight(op, values, crow_indices, col_indices, out_features, in_featur
     require(fits, op, "values", "of blocks whose columns are a multiple of 4", values)
 
 
-def _check(
+def check(
     x,
     values,
     crow_indices,
@@ -183,5 +183,5 @@ def _backward(ctx, grad):
 
 
 _call = register(
-    OP, eager=_eager, fake=_fake, check=_check, setup_context=_setup_context, backward=_backward
+    OP, eager=_eager, fake=_fake, check=check, setup_context=_setup_context, backward=_backward
 )

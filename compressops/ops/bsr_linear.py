@@ -139,9 +139,7 @@ def bsr_linear_grad_values(
     return _call_grad_values(grad, x, crow_indices, col_indices, list(block_size))
 
 
-def _check(
-    x, values, crow_indices, col_indices, out_features, bias=None, activation="none"
-) -> None:
+def check(x, values, crow_indices, col_indices, out_features, bias=None, activation="none") -> None:
     bsr.check_epilogue(OP, x, bias, out_features, activation)
     _check_weight(OP, x, values, crow_indices, col_indices, out_features, x.shape[-1])
 
@@ -220,7 +218,7 @@ def _values_gradient(op, grad, x, values, crow_indices, col_indices) -> torch.Te
     return gradient.to(values.dtype)
 
 
-def _check_grad_x(grad, values, crow_indices, col_indices, in_features) -> None:
+def check_grad_x(grad, values, crow_indices, col_indices, in_features) -> None:
     require(
         grad.dim() >= 1 and grad.dtype in bsr.DTYPES,
         *(GRAD_X, "grad", "float32, float16 or bfloat16 [..., N]", grad),
@@ -253,7 +251,7 @@ def _backward_grad_x(ctx, outer):
     return first, second, None, None, None
 
 
-def _check_grad_values(grad, x, crow_indices, col_indices, block_size) -> None:
+def check_grad_values(grad, x, crow_indices, col_indices, block_size) -> None:
     op = GRAD_VALUES
     fits = grad.dim() >= 1 and grad.dtype in bsr.DTYPES
     require(fits, op, "grad", "float32, float16 or bfloat16 [..., N]", grad)
@@ -296,13 +294,13 @@ def _backward_grad_values(ctx, outer):
 
 
 _call = register(
-    OP, eager=_eager, fake=_fake, check=_check, setup_context=_setup_context, backward=_backward
+    OP, eager=_eager, fake=_fake, check=check, setup_context=_setup_context, backward=_backward
 )
 _call_grad_x = register(
     GRAD_X,
     eager=_eager_grad_x,
     fake=_fake_grad_x,
-    check=_check_grad_x,
+    check=check_grad_x,
     setup_context=_setup_grad_x,
     backward=_backward_grad_x,
 )
@@ -310,7 +308,7 @@ _call_grad_values = register(
     GRAD_VALUES,
     eager=_eager_grad_values,
     fake=_fake_grad_values,
-    check=_check_grad_values,
+    check=check_grad_values,
     setup_context=_setup_grad_values,
     backward=_backward_grad_values,
 )

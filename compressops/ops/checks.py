@@ -21,6 +21,11 @@ def require(condition: bool, op: str, argument: str, requirement: str, value: ob
         raise ValueError(message(op, argument, requirement, value))
 
 
+def version(tensor: torch.Tensor) -> int:
+    """Rises with each write to the tensor; inference tensors count none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
     """One of ``ACTIVATIONS`` of a tensor, element by element."""
     if activation == "relu":
