@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, default_collate
 
 from compressops.train.rng import seeded
 
+_SORTED_BATCHES = 50
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,6 +28,7 @@ class Plan:
         total_steps: length of the run.
         image_sizes: ``(size, part of the steps)`` in order, or empty.
         seed: of the order of the samples.
+        lengths: of the samples, where batches are to hold samples of like length.
     """
 
     samples: int
@@ -33,6 +36,7 @@ class Plan:
     total_steps: int
     image_sizes: tuple[tuple[int, float], ...]
     seed: int
+    lengths: torch.Tensor | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -65,8 +69,7 @@ class Plan:
     ) -> list[list[int]]:
         """The indices of the parts that process ``rank`` of ``world`` loads for steps
         ``[first, end)`` of ``epoch``: ``accumulate`` parts to a step."""
-        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-        order = torch.randperm(self.samples, generator=generator)
+        order = self._order(epoch)
         share = self.batch_size // world
         parts = []
         for step in range(first, end):
@@ -74,6 +77,19 @@ class Plan:
             mine = order[at : at + share]
             parts += [part.tolist() for part in mine.tensor_split(accumulate)]
         return parts
+
+    def _order(self, epoch: int) -> torch.Tensor:
+        """The samples of an epoch. With ``lengths`` each run of `_SORTED_BATCHES` batches is sorted
+        by them before the batches are shuffled, so that little is padded and chance remains."""
+        generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+        order = torch.randperm(self.samples, generator=generator)
+        if self.lengths is None:
+            return order
+        used = order[: self.steps_per_epoch * self.batch_size]
+        runs = used.split(_SORTED_BATCHES * self.batch_size)
+        batches = torch.cat([run[self.lengths[run].argsort(stable=True)] for run in runs])
+        batches = batches.view(-1, self.batch_size)
+        return batches[torch.randperm(len(batches), generator=generator)].flatten()
 
     def seeds(self, epoch: int, first: int, end: int, rank: int, accumulate: int) -> list[int]:
         """The seed of each of the parts that `batches` gives."""
@@ -94,10 +110,14 @@ def plan(
 ) -> Plan:
     """Check that the data set serves, and lay out the steps.
 
+    A data set with an attribute ``lengths``, one number a sample, gets samples of like length in a
+    batch.
+
     Raises:
         TypeError: ``dataset`` has no length or items, or where sizes are asked for no ``set_size``
             and ``size``.
-        ValueError: a batch does not fit the data set or the processes.
+        ValueError: a batch does not fit the data set or the processes, or there are not as many
+            lengths as samples.
     """
     check_dataset("train_data", dataset)
     samples = len(dataset)
@@ -117,7 +137,14 @@ def plan(
             f"image_sizes: {type(dataset).__name__} has no attribute size, the size to go back to"
         )
     total = steps if steps is not None else max(1, round(epochs * (samples // batch_size)))
-    return Plan(samples, batch_size, total, image_sizes, seed)
+    lengths = getattr(dataset, "lengths", None)
+    if lengths is not None:
+        lengths = torch.as_tensor(lengths)
+        if lengths.shape != (samples,):
+            raise ValueError(
+                f"lengths of {type(dataset).__name__}: {list(lengths.shape)} for {samples} samples"
+            )
+    return Plan(samples, batch_size, total, image_sizes, seed, lengths)
 
 
 def check_dataset(name: str, dataset: Any) -> None:

@@ -13,6 +13,7 @@ and Dolan & Brockett 2005, as distributed by GLUE (Wang et al. 2018).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,19 +57,37 @@ def load() -> tuple[MiniLM, Any]:
         ImportError: a package is missing; the message says which.
         ValueError: a file is not the one that it should be.
     """
-    folder = packages.folder(_MODEL_PACKAGE, _MODEL_PIP) / "model"
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        packages.checked(folder / name, _SHA256[name])
-    try:
-        from transformers import AutoTokenizer, BertModel
-    except ImportError as error:
-        raise ImportError("MiniLM needs transformers: pip install transformers") from error
+    return MiniLM(encoder()).eval(), tokenizer()
+
+
+def encoder() -> Any:
+    """The model's `transformers.BertModel`; raises as `load`."""
+    folder = _folder("config.json", "model.safetensors")
     # Its own code alone, and nothing from the network.
-    bert = BertModel.from_pretrained(
+    return _transformers().BertModel.from_pretrained(
         folder, add_pooling_layer=False, local_files_only=True, dtype=torch.float32
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return MiniLM(bert).eval(), tokenizer
+
+
+def tokenizer() -> Any:
+    """The model's tokenizer; raises as `load`."""
+    folder = _folder("config.json", "tokenizer.json")
+    return _transformers().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _folder(*names: str) -> Path:
+    folder = packages.folder(_MODEL_PACKAGE, _MODEL_PIP) / "model"
+    for name in names:
+        packages.checked(folder / name, _SHA256[name])
+    return folder
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("MiniLM needs transformers: pip install transformers") from error
+    return transformers
 
 
 def sst2_dev() -> tuple[list[str], Tensor]:

@@ -10,11 +10,17 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import nn
 
-from compressops.zoo import cifar10
+from compressops.zoo import cifar10, sentiment
 from compressops.zoo.cifarnet import CifarNet
 
-MODELS: dict[str, Callable[..., nn.Module]] = {"CifarNet": CifarNet}
-DATA: dict[str, Callable[..., tuple[Any, Any]]] = {"Cifar10": cifar10.datasets}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "CifarNet": CifarNet,
+    "MiniLMClassifier": sentiment.minilm_classifier,
+}
+DATA: dict[str, Callable[..., tuple[Any, Any]]] = {
+    "Cifar10": cifar10.datasets,
+    "Sentiment": sentiment.datasets,
+}
 _PATHS = ("checkpoint", "root")
 
 
