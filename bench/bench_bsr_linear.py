@@ -5,7 +5,8 @@
 
 η is density × dense time / ours, with the faster of torch's dense products (`F.linear`, and on
 weights that MKL packed): what of the dense efficiency is left. "break-even" is the density at which
-ours would take as long. Peers: torch's BSR and SciPy's, where it is installed (one thread). At one
+ours would take as long. Peers: torch's BSR, SciPy's, where it is installed (one thread), and
+deepsparse where `deepsparse_peer.py` finds one. At one
 row the GB/s of the stored blocks stand beside the machine's read bandwidth.
 """
 
@@ -15,6 +16,7 @@ import statistics
 
 import torch
 from common import interleaved, measured_read_bandwidth, median_ratio, merged, parser, report
+from deepsparse_peer import DeepSparse
 from linear_peers import FLOAT, Case
 from peers import MissingError, fma_peak, imported
 
@@ -23,8 +25,10 @@ import compressops as co
 DENSE = tuple(FLOAT)
 
 
-def contestants(M: int, size: int, block: int, density: float, threads: int) -> tuple[dict, int]:
-    """What is called a contestant, and the weights that are stored."""
+def contestants(
+    M: int, size: int, block: int, density: float, threads: int
+) -> tuple[dict, dict, int]:
+    """What is called and who times himself (`interleaved`), and the weights that are stored."""
     grid = -(-size // block)
     keep = torch.rand(grid, grid) < density
     mask = keep.repeat_interleave(block, 0).repeat_interleave(block, 1)[:size, :size]
@@ -56,10 +60,18 @@ def contestants(M: int, size: int, block: int, density: float, threads: int) -> 
             calls["SciPy BSR"] = lambda: bsr @ rows
     except MissingError as why:
         print(f"SciPy: {why}")
+    remote = {}
+    try:
+        remote["deepsparse"] = DeepSparse(x.numpy(), weight.numpy(), threads)
+    except MissingError as why:
+        print(f"deepsparse: {why}")
     expected = x[:4] @ weight.t()
     error = (calls["ours"]()[:4] - expected).norm() / expected.norm().clamp(min=1e-9)
     assert error < 1e-4, error
-    return calls, plain[0].numel()
+    for peer in remote.values():
+        error = (torch.from_numpy(peer.result[:4]) - expected).norm() / expected.norm().clamp(1e-9)
+        assert error < 1e-4, error
+    return calls, remote, plain[0].numel()
 
 
 @torch.no_grad()
@@ -82,8 +94,14 @@ def main() -> None:
             for block in [16] if smoke else arguments.blocks:
                 for density in [0.3] if smoke else arguments.densities:
                     for M in [2] if smoke else arguments.m:
-                        calls, stored = contestants(M, size, block, density, threads)
-                        times = interleaved(calls, 2 if smoke else max(15, arguments.rounds))
+                        calls, remote, stored = contestants(M, size, block, density, threads)
+                        times = interleaved(
+                            calls,
+                            2 if smoke else max(15, arguments.rounds),
+                            remote={name: peer.seconds for name, peer in remote.items()},
+                        )
+                        for peer in remote.values():
+                            peer.close()
                         rows.append(
                             row(times, M, size, block, threads, density, stored, bandwidth, peak)
                         )
@@ -114,7 +132,7 @@ def row(
     }
     found["η"] = density * found["× dense"]
     found["break-even"] = min(1.0, found["η"])
-    for name in ("torch BSR", "SciPy BSR"):
+    for name in ("torch BSR", "SciPy BSR", "deepsparse"):
         found[f"× {name}"] = median_ratio(times[name], times["ours"]) if name in times else None
     found["int8 × fp32 blocks"] = median_ratio(times["ours"], times["ours int8"])
     found["GB/s of blocks"] = 4 * stored / medians["ours"] / 1e9

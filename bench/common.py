@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -40,21 +40,24 @@ def interleaved(
     rounds: int,
     min_seconds: float = 0.005,
     settle: float = 0.0,
+    remote: Mapping[str, Callable[[float], float]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds a call for each contestant, ``rounds`` of them.
 
     Each timing repeats the call until it lasts ``min_seconds``, so that the clock's resolution and
     the call's own overhead stay small. With ``settle`` it begins that many seconds after the one
     before and after one call more: contestants with threads of their own, which go on spinning for
-    a while, do not disturb each other then.
+    a while, do not disturb each other then. ``remote`` are contestants in processes of their own:
+    given the seconds that a timing should last, they answer with the seconds of a call.
     """
+    remote = remote or {}
     repeats = {}
     for name, call in contestants.items():
         call()
         began = time.perf_counter()
         call()
         repeats[name] = max(1, int(min_seconds / max(1e-7, time.perf_counter() - began)))
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    seconds: dict[str, list[float]] = {name: [] for name in [*contestants, *remote]}
     for _ in range(rounds):
         for name, call in contestants.items():
             if settle:
@@ -64,6 +67,9 @@ def interleaved(
             for _ in range(repeats[name]):
                 call()
             seconds[name].append((time.perf_counter() - began) / repeats[name])
+        for name, timed in remote.items():
+            time.sleep(settle)
+            seconds[name].append(timed(min_seconds))
     return seconds
 
 
