@@ -6,9 +6,9 @@ runs in an interpreter of its own, which ``DEEPSPARSE_PYTHON`` names:
     python3.11 -m venv deepsparse
     deepsparse/bin/pip install "deepsparse==1.8.0"
 
-Run as a program, this file is that process. It times its calls itself and sends seconds, so the way
-between the processes is not counted. While it is not asked it is stopped: its threads go on spinning
-for a while after a call, and would disturb who comes next.
+Run as a program, this file is that process. It times its calls itself and sends seconds, so the
+way between the processes is not counted. While it is not asked it is stopped: its threads go on
+spinning for a while after a call, and would disturb who comes next.
 """
 
 from __future__ import annotations
