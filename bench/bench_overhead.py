@@ -12,7 +12,7 @@ from common import interleaved, parser, report
 
 import compressops as co
 from compressops import schema
-from compressops.formats.huffman import huffman_encode
+from compressops.formats.huffman import huffman_encode_reference
 
 
 @torch.no_grad()
@@ -23,7 +23,7 @@ def main() -> None:
     weight = torch.randint(-127, 128, (16, 16), dtype=torch.int8)
     packed, sums = co.ops.int8_linear_pack(weight)
     lengths = torch.ones(1, dtype=torch.uint8)
-    stream, offsets = huffman_encode(torch.zeros(1, dtype=torch.uint8), lengths, 64)
+    stream, offsets = huffman_encode_reference(torch.zeros(1, dtype=torch.uint8), lengths, 64)
     filters, image = torch.randn(16, 16, 3, 3), torch.randn(1, 16, 4, 4)
     transformed = co.ops.winograd_conv2d_pack(filters, tile=2)
     calls = {

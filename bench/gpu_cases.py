@@ -12,7 +12,7 @@ import torch
 from common import ROOT
 
 import compressops as co
-from compressops.formats.huffman import huffman_encode, huffman_lengths
+from compressops.formats.huffman import huffman_encode_reference, huffman_lengths
 from compressops.ops.winograd_transform import SUPPORTED
 
 sys.path.append(str(ROOT / "tests"))
@@ -172,7 +172,7 @@ def huffman_arguments(count: int, chunk_size: int, bits: int = 6) -> tuple:
     symbols = (symbols.to(torch.int16) & (2**bits - 1)).to(torch.uint8)
     lengths = huffman_lengths(torch.bincount(symbols.int(), minlength=2**bits), 12)
     lengths = torch.as_tensor(lengths, dtype=torch.uint8)
-    stream, offsets = huffman_encode(symbols, lengths, chunk_size)
+    stream, offsets = huffman_encode_reference(symbols, lengths, chunk_size)
     return (*(part.to(DEVICE) for part in (stream, offsets, lengths)), count, chunk_size)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from compressops import ops
 from compressops.formats import (
     Coding,
     Dense,
@@ -207,22 +208,25 @@ def pack(module: nn.Module, plan: Plan) -> PackedTensor:
         params=None if plan.params is None else {k: v.cpu() for k, v in plan.params.items()},
         mask=None if plan.mask is None else plan.mask.cpu(),
         lossy=plan.post_training,
+        encoder=ops.huffman_encode,
     )
     return replace(packed, dtype=own.dtype)
 
 
 def _repack(before: PackedTensor, plan: Plan) -> PackedTensor:
     """The same weight in another layout or coding, without loss."""
+
+    def again(packed: PackedTensor, layout: Layout, number: Number) -> PackedTensor:
+        values, params = packed.unpack(ops.DECODER), packed.params or None
+        return PackedTensor.pack(
+            values, layout, number, plan.coding, params, encoder=ops.huffman_encode
+        )
+
     if isinstance(before.layout, LowRank) and plan.layout == before.layout:
-        factors = [
-            PackedTensor.pack(f.unpack(), f.layout, f.number, plan.coding, f.params)
-            for f in before.factors()
-        ]
+        factors = [again(f, f.layout, f.number) for f in before.factors()]
         after = PackedTensor.from_factors(factors, before.shape, before.dtype, before.layout)
     else:
-        after = PackedTensor.pack(
-            before.unpack(), plan.layout, plan.number, plan.coding, before.params or None
-        )
+        after = again(before, plan.layout, plan.number)
     # The count of a mask that is no longer there.
     kept = {k: v for k, v in before.meta.items() if k == "kept"}
     return replace(after, meta={**after.meta, **kept})

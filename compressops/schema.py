@@ -52,6 +52,7 @@ SCHEMAS = {
     "huffman_decode_out": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int chunk_size, Tensor(a!) out) -> ()"
     ),
+    "huffman_encode": "(Tensor symbols, Tensor lengths, int chunk_size) -> (Tensor, Tensor)",
     "merge_planes": "(Tensor(a!) out, Tensor[] planes, bool turned=False) -> ()",
     "winograd_conv2d": (
         "(Tensor x, Tensor weight, Tensor transformed, Tensor? bias=None, int[] padding=[0, 0], "

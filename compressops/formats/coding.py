@@ -20,7 +20,7 @@ from compressops.formats.huffman import (
     MAX_CHUNK_SIZE,
     MAX_CODE_LENGTH,
     huffman_decode_reference,
-    huffman_encode,
+    huffman_encode_reference,
     huffman_lengths,
 )
 from compressops.formats.planes import code_dtype, merge_planes_reference, split_planes
@@ -29,11 +29,12 @@ from compressops.formats.registry import Axis, check_int
 __all__ = [
     "Coding",
     "Decoder",
+    "Encoder",
     "Huffman",
     "Raw",
     "code_dtype",
     "huffman_decode_reference",
-    "huffman_encode",
+    "huffman_encode_reference",
     "huffman_lengths",
     "pack_bits",
     "unpack_bits",
@@ -52,6 +53,11 @@ class Decoder:
 
     symbols: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = huffman_decode_reference
     merge: Callable[[Tensor, Sequence[Tensor], bool], None] = merge_planes_reference
+
+
+# The kernel that encoding takes: ``(symbols, lengths, chunk_size)`` → ``(stream, offsets)``, as
+# :func:`huffman_encode_reference`.
+Encoder = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 # What a chunk takes beside its codes: its header, and its size as uint16 (32,768 symbols of 12 bits
@@ -103,7 +109,7 @@ def unpack_bits(data: Tensor, count: int, bits: int) -> Tensor:
     Raises:
         ValueError: ``data`` has another length, or unused bits that are not 0.
     """
-    size = (count * bits + 7) // 8
+    size = _raw_nbytes(count, bits)
     if data.numel() != size:
         raise ValueError(f"{count} codes of {bits} bits take {size} bytes, got {data.numel()}")
     if bits in (8, 16, 32):
@@ -139,7 +145,9 @@ class Coding(Axis, abc.ABC):
     """How a stream of codes becomes bytes."""
 
     @abc.abstractmethod
-    def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+    def encode(
+        self, codes: Tensor, bits: int, name: str, encoder: Encoder = huffman_encode_reference
+    ) -> dict[str, Tensor]:
         """Parts of the stream ``name`` that holds ``codes`` (CPU integers ``[N]``, of ``bits``
         bits each, two's complement)."""
 
@@ -179,10 +187,9 @@ class Coding(Axis, abc.ABC):
 
 
 def _check_raw(data: Tensor, name: str, count: int, bits: int) -> None:
-    if data.numel() != (count * bits + 7) // 8:
+    if data.numel() != (size := _raw_nbytes(count, bits)):
         raise ValueError(
-            f"part {name!r}: {count} codes of {bits} bits take {(count * bits + 7) // 8} bytes, "
-            f"got {data.numel()}"
+            f"part {name!r}: {count} codes of {bits} bits take {size} bytes, got {data.numel()}"
         )
 
 
@@ -190,7 +197,9 @@ def _check_raw(data: Tensor, name: str, count: int, bits: int) -> None:
 class Raw(Coding):
     """Codes bit-packed at their width: a 6-bit code takes 6 bits."""
 
-    def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+    def encode(
+        self, codes: Tensor, bits: int, name: str, encoder: Encoder = huffman_encode_reference
+    ) -> dict[str, Tensor]:
         return {name: pack_bits(codes, bits)}
 
     def part_dtypes(self, name: str, bits: int, present: set[str]) -> Iterator[tuple[str, str]]:
@@ -246,36 +255,37 @@ class Huffman(Coding):
     def of(self, is_float: bool) -> Coding:
         return _FloatHuffman(self.max_length, self.chunk_size) if is_float else self
 
-    def encode(self, codes: Tensor, bits: int, name: str) -> dict[str, Tensor]:
+    def encode(
+        self, codes: Tensor, bits: int, name: str, encoder: Encoder = huffman_encode_reference
+    ) -> dict[str, Tensor]:
         names = self._planes(name, bits)
         if bits <= 8:
             symbols = codes.to(torch.int8).view(torch.uint8) & (2**bits - 1)
-            return self._encode_plane(symbols, bits, name, 1.0)
+            return self._encode_plane(symbols, bits, name, 1.0, encoder)
         planes = split_planes(codes, bits, self._turned)
         parts: dict[str, Tensor] = {}
         for (plane, width), symbols in zip(names, planes, strict=True):
-            parts |= self._encode_plane(symbols, width, plane, WORTH)
-        raw = {n: pack_bits(p, width) for (n, width), p in zip(names, planes, strict=True)}
-        return parts if _nbytes(parts) < WORTH * _nbytes(raw) else raw
+            parts |= self._encode_plane(symbols, width, plane, WORTH, encoder)
+        if _nbytes(parts) < WORTH * sum(_raw_nbytes(codes.numel(), width) for _, width in names):
+            return parts
+        return {n: pack_bits(p, width) for (n, width), p in zip(names, planes, strict=True)}
 
     def _encode_plane(
-        self, symbols: Tensor, bits: int, name: str, worth: float
+        self, symbols: Tensor, bits: int, name: str, worth: float, encoder: Encoder
     ) -> dict[str, Tensor]:
-        raw = pack_bits(symbols, bits)
-        if not symbols.numel():
-            return {name: raw}
-        counts = torch.bincount(symbols.to(torch.int64))
+        count = symbols.numel()
+        counts = torch.bincount(symbols)
         lengths = huffman_lengths(counts, self.max_length)
         table = pack_bits(lengths, 4)
-        chunks = -(-symbols.numel() // self.chunk_size)
+        chunks = -(-count // self.chunk_size)
+        limit = worth * _raw_nbytes(count, bits)
         coded = int((counts * lengths).sum()) // 8 + table.numel() + _CHUNK_BYTES * chunks
-        if coded >= worth * raw.numel():
-            return {name: raw}
-        stream, offsets = huffman_encode(symbols, lengths, self.chunk_size)
-        if stream.numel() + table.numel() + 2 * chunks >= worth * raw.numel():
-            return {name: raw}
-        sizes = offsets.diff().to(torch.uint16)
-        return {name: stream, f"{name}_sizes": sizes, f"{name}_lengths": table}
+        if count and coded < limit:
+            stream, offsets = encoder(symbols, lengths, self.chunk_size)
+            if stream.numel() + table.numel() + 2 * chunks < limit:
+                sizes = offsets.diff().to(torch.uint16)
+                return {name: stream, f"{name}_sizes": sizes, f"{name}_lengths": table}
+        return {name: pack_bits(symbols, bits)}
 
     def part_dtypes(self, name: str, bits: int, present: set[str]) -> Iterator[tuple[str, str]]:
         for plane, _ in self._planes(name, bits):
@@ -372,6 +382,10 @@ def is_coded(parts: Iterable[str]) -> bool:
     """Whether any stream of a packed tensor, by the names of its parts, is Huffman-coded: one that
     would gain too little is stored raw."""
     return any(name.endswith("_lengths") for name in parts)
+
+
+def _raw_nbytes(count: int, bits: int) -> int:
+    return (count * bits + 7) // 8
 
 
 def _nbytes(parts: dict[str, Tensor]) -> int:

@@ -109,11 +109,14 @@ def _codes(array: np.ndarray) -> np.ndarray:
     return codes
 
 
-def huffman_encode(symbols: Tensor, lengths: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Encode ``symbols`` (uint8 ``[N]``) with the canonical code of ``lengths`` (uint8 ``[S]``).
+def huffman_encode_reference(
+    symbols: Tensor, lengths: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Encode ``symbols`` (uint8 ``[N]``) with the canonical code of ``lengths`` (uint8 ``[S]``),
+    with numpy; symbols on a GPU are copied from there, and what they become back.
 
     Returns:
-        ``(stream, offsets)``: uint8 ``[B]`` and int64 ``[chunks + 1]``, on the CPU.
+        ``(stream, offsets)``: uint8 ``[B]`` and int64 ``[chunks + 1]``, on the symbols' device.
 
     Raises:
         ValueError: ``lengths`` are no prefix code, a symbol has no code, or ``chunk_size`` is not
@@ -134,7 +137,8 @@ def huffman_encode(symbols: Tensor, lengths: Tensor, chunk_size: int) -> tuple[T
     ]
     offsets = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
     stream = np.frombuffer(b"".join(chunks), dtype=np.uint8)
-    return torch.from_numpy(stream.copy()), torch.from_numpy(offsets)
+    made = torch.from_numpy(stream.copy()), torch.from_numpy(offsets)
+    return made[0].to(symbols.device), made[1].to(symbols.device)
 
 
 def _encode_chunk(values: np.ndarray, lengths: np.ndarray, codes: np.ndarray) -> bytes:

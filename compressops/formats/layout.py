@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compressops.formats.coding import Coding, Decoder, pack_bits, unpack_bits
+from compressops.formats.coding import Coding, Decoder, Encoder, pack_bits, unpack_bits
 from compressops.formats.number import matrix_shape
 from compressops.formats.registry import Axis, check_choice, check_int
 
@@ -36,7 +36,7 @@ class _EntryLayout(Layout, abc.ABC):
 
     @abc.abstractmethod
     def encode(
-        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding
+        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding, encoder: Encoder
     ) -> tuple[_EntryLayout, Parts, Meta]:
         """Store ``codes`` (signed integers, the weight's shape) where ``keep`` (bool) asks for it.
 
@@ -82,9 +82,9 @@ class Dense(_EntryLayout):
     """Every entry, in row-major order."""
 
     def encode(
-        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding
+        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding, encoder: Encoder
     ) -> tuple[_EntryLayout, Parts, Meta]:
-        return self, coding.encode(codes.flatten(), bits, "codes"), {}
+        return self, coding.encode(codes.flatten(), bits, "codes", encoder), {}
 
     def streams(self, shape: tuple[int, ...], meta: Meta, bits: int) -> dict[str, tuple[int, int]]:
         check_meta("Dense", meta, {})
@@ -96,8 +96,8 @@ class Dense(_EntryLayout):
         return coding.decode(parts, "codes", zero.numel(), bits, decoder).view(zero.shape)
 
 
-def _encode_mask(keep: Tensor, coding: Coding) -> Parts:
-    return coding.encode(pack_bits(keep.flatten().to(torch.uint8), 1), 8, "index")
+def _encode_mask(keep: Tensor, coding: Coding, encoder: Encoder) -> Parts:
+    return coding.encode(pack_bits(keep.flatten().to(torch.uint8), 1), 8, "index", encoder)
 
 
 def _decode_mask(
@@ -158,20 +158,22 @@ class Sparse(_EntryLayout):
         check_choice("Sparse", "index", self.index, ("auto", "bitmask", "gaps"))
 
     def encode(
-        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding
+        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding, encoder: Encoder
     ) -> tuple[_EntryLayout, Parts, Meta]:
         count = int(keep.sum())
         options: list[tuple[str, Parts, Meta]] = []
         if self.index != "gaps":
-            options.append(("bitmask", _encode_mask(keep, coding), {"count": count}))
+            options.append(("bitmask", _encode_mask(keep, coding, encoder), {"count": count}))
         if self.index != "bitmask":
             gaps = _gaps(keep)
             meta = {"count": count, "gaps": gaps.numel()}
-            options.append(("gaps", coding.encode(gaps.view(torch.int8), 8, "index"), meta))
+            options.append(
+                ("gaps", coding.encode(gaps.view(torch.int8), 8, "index", encoder), meta)
+            )
         index, parts, meta = min(
             options, key=lambda option: sum(p.nbytes for p in option[1].values())
         )
-        parts |= coding.encode(codes[keep], bits, "codes")
+        parts |= coding.encode(codes[keep], bits, "codes", encoder)
         return replace(self, index=index), parts, meta
 
     def streams(self, shape: tuple[int, ...], meta: Meta, bits: int) -> dict[str, tuple[int, int]]:
@@ -241,11 +243,11 @@ class BlockSparse(_EntryLayout):
         return padded.view(grid_rows, r, grid_columns, c).transpose(1, 2).reshape(-1, r, c)
 
     def encode(
-        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding
+        self, codes: Tensor, keep: Tensor, bits: int, coding: Coding, encoder: Encoder
     ) -> tuple[_EntryLayout, Parts, Meta]:
         kept = self._blocks(keep).flatten(1).any(1)
-        parts = _encode_mask(kept, coding)
-        parts |= coding.encode(self._blocks(codes)[kept].flatten(), bits, "codes")
+        parts = _encode_mask(kept, coding, encoder)
+        parts |= coding.encode(self._blocks(codes)[kept].flatten(), bits, "codes", encoder)
         return self, parts, {"count": int(kept.sum())}
 
     def streams(self, shape: tuple[int, ...], meta: Meta, bits: int) -> dict[str, tuple[int, int]]:

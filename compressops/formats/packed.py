@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compressops.formats import checks
-from compressops.formats.coding import Coding, Decoder, Raw
+from compressops.formats.coding import Coding, Decoder, Encoder, Raw, huffman_encode_reference
 from compressops.formats.decompose import decompose
 from compressops.formats.layout import Dense, Layout
 from compressops.formats.lowrank import LowRank
@@ -59,6 +59,7 @@ class PackedTensor:
         mask: Tensor | None = None,
         *,
         lossy: bool = False,
+        encoder: Encoder = huffman_encode_reference,
     ) -> PackedTensor:
         """Pack the dense weight that the compressed model computes with.
 
@@ -72,6 +73,7 @@ class PackedTensor:
             mask: bool, of the weight's shape: the entries that pruning kept. The others must be
                 0; the accounting counts those that it keeps.
             lossy: quantize ``weight`` instead of refusing one that is not on the grid.
+            encoder: a kernel instead of the reference.
 
         Returns:
             its parts are on the weight's device.
@@ -90,10 +92,8 @@ class PackedTensor:
         if isinstance(layout, LowRank):
             if params is not None:
                 raise ValueError("LowRank: params belong to a factor; use from_factors")
-            factors = [
-                cls.pack(f, number=number, coding=coding, lossy=lossy)
-                for f in decompose(layout, weight)
-            ]
+            how = {"number": number, "coding": coding, "lossy": lossy, "encoder": encoder}
+            factors = [cls.pack(factor, **how) for factor in decompose(layout, weight)]
             packed = cls.from_factors(factors, tuple(weight.shape), weight.dtype, layout)
             if mask is not None:
                 packed.meta["kept"] = int(mask.sum())
@@ -109,7 +109,7 @@ class PackedTensor:
             checks.check_same_bits(weight, values, number)
         keep = checks.bits_of(values) != 0
         layout, parts, meta = layout.encode(
-            codes.cpu(), keep.cpu(), number.bits, coding.of(number.is_float)
+            codes.cpu(), keep.cpu(), number.bits, coding.of(number.is_float), encoder
         )
         parts = {name: part.to(device) for name, part in parts.items()}
         # A copy: what is packed doesn't change with what is trained on.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from compressops import backends
+from compressops import backends, ops
 from compressops.formats import Dense, Float, Int, Layout, PackedTensor, Raw
 from compressops.nn.weight import PackedWeight
 from compressops.schema import SCHEMAS
@@ -101,6 +101,7 @@ class PackedModule(nn.Module):
             number or Float(str(weight.dtype).removeprefix("torch.")),
             coding or Raw(),
             lossy=lossy,
+            encoder=ops.huffman_encode,
         )
         return cls.from_module(module, packed, residency, **settings)
 

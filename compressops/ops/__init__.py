@@ -5,6 +5,7 @@ from .bsr import bsr_from_dense, bsr_to_dense
 from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
 from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
 from .huffman_decode import huffman_decode, huffman_decode_out
+from .huffman_encode import huffman_encode
 from .int4_linear import int4_linear, int4_linear_pack
 from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
@@ -38,6 +39,7 @@ __all__ = [
     "cook_toom",
     "huffman_decode",
     "huffman_decode_out",
+    "huffman_encode",
     "int4_linear",
     "int4_linear_pack",
     "int8_conv2d",

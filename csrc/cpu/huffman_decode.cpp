@@ -10,16 +10,12 @@
 #include <string>
 
 #include "../check.h"
+#include "huffman_op.h"
 
 namespace compressops::cpu {
 namespace {
 
 constexpr const char* kOp = "huffman_decode";
-
-bool is_vector(const Tensor& tensor, ScalarType dtype) {
-  return tensor.is_cpu() && tensor.dim() == 1 && tensor.scalar_type() == dtype &&
-         tensor.is_contiguous();
-}
 
 void check_offsets(const int64_t* bounds, int64_t chunks, int64_t bytes) {
   COMPRESSOPS_CHECK(bounds[0] == 0, kOp, "offsets", "0 at its start", bounds[0]);
@@ -30,29 +26,13 @@ void check_offsets(const int64_t* bounds, int64_t chunks, int64_t bytes) {
                       "non-decreasing (chunk " + std::to_string(c) + ")", bounds[c + 1]);
 }
 
-HuffmanTree tree_of(const Tensor& lengths, int64_t num_symbols) {
-  HuffmanTree tree;
-  int kraft = 0;
-  const auto* values = static_cast<const uint8_t*>(lengths.const_data_ptr());
-  const char* wrong = huffman_build_tree(values, static_cast<int>(lengths.numel()), tree, kraft);
-  const bool none = tree.nodes == 0 && tree.lone_symbol < 0 && num_symbols > 0;
-  if (wrong == nullptr && none) wrong = "no symbol has a code";
-  COMPRESSOPS_CHECK(wrong == nullptr, kOp, "lengths",
-                    "a complete prefix code of at most 12 bits (Kraft sum of 4096/4096)",
-                    std::string(wrong) + ": " + std::to_string(kraft) + "/4096");
-  return tree;
-}
-
 void huffman_decode_out(const Tensor& stream, const Tensor& offsets, const Tensor& lengths,
                         int64_t chunk_size, Tensor out) {
   COMPRESSOPS_CHECK(is_vector(stream, ScalarType::Byte), kOp, "stream",
                     "a contiguous CPU uint8 tensor [B]", stream);
   COMPRESSOPS_CHECK(is_vector(out, ScalarType::Byte), kOp, "out",
                     "a contiguous CPU uint8 tensor [num_symbols]", out);
-  COMPRESSOPS_CHECK(is_vector(lengths, ScalarType::Byte) && lengths.numel() <= kHuffmanMaxSymbols,
-                    kOp, "lengths", "a contiguous CPU uint8 tensor [S], S <= 256", lengths);
-  COMPRESSOPS_CHECK(chunk_size > 0 && chunk_size <= kHuffmanMaxChunkSize, kOp, "chunk_size",
-                    "from 1 to 32768", chunk_size);
+  check_chunk_size(kOp, chunk_size);
   const int64_t num_symbols = out.numel();
   const int64_t chunks = (num_symbols + chunk_size - 1) / chunk_size;
   COMPRESSOPS_CHECK(is_vector(offsets, ScalarType::Long) && offsets.numel() == chunks + 1, kOp,
@@ -60,7 +40,7 @@ void huffman_decode_out(const Tensor& stream, const Tensor& offsets, const Tenso
                     offsets);
   const auto* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
   check_offsets(bounds, chunks, stream.numel());
-  const HuffmanTree tree = tree_of(lengths, num_symbols);
+  const HuffmanTree tree = tree_of(kOp, lengths, num_symbols);
   const auto* bytes = static_cast<const uint8_t*>(stream.const_data_ptr());
   auto* symbols = static_cast<uint8_t*>(out.mutable_data_ptr());
 

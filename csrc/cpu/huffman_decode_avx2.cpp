@@ -16,7 +16,7 @@
 namespace compressops::cpu {
 namespace {
 
-#include "huffman_decode_bits.h"
+#include "huffman_bits.h"
 
 // For each of 256 masks: which bytes of 16, eight for bits of 0 and eight for bits of 1, come next.
 struct Choices {

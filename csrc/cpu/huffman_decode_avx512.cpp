@@ -19,7 +19,7 @@
 namespace compressops::cpu {
 namespace {
 
-#include "huffman_decode_bits.h"
+#include "huffman_bits.h"
 
 // The bits of whole vectors at once; those before the first byte and behind the last vector by
 // words.

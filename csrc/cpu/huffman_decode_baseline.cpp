@@ -6,7 +6,7 @@
 namespace compressops::cpu {
 namespace {
 
-#include "huffman_decode_bits.h"
+#include "huffman_bits.h"
 
 inline uint64_t merge_eight(const uint8_t* zeros, const uint8_t* ones, unsigned bits) {
   uint64_t symbols = 0;

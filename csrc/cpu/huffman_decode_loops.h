@@ -1,5 +1,5 @@
 // The body of huffman_decode, written once. Included by one translation unit per instruction set,
-// inside its anonymous namespace, after huffman_decode_bits.h and the definitions of
+// inside its anonymous namespace, after huffman_bits.h and the definitions of
 //
 //   count_ones(bits, n)                                  how many of n bits are 1
 //   merge_symbols(bits, n, zero, one, out, exact)        both children are symbols

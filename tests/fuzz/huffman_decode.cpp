@@ -3,7 +3,8 @@
 //
 // A chunk is random bits, cut where the codes end, and then often damaged; most get a CRC that
 // suits them, because none would come past the check otherwise. Kernels must agree on verdict and
-// symbols, and touch nothing outside. Last, every bit of a sound stream of 64 KB is flipped, and
+// symbols, and touch nothing outside; what they encode of the symbols of a sound chunk must be that
+// chunk. Last, every bit of a sound stream of 64 KB is flipped, and
 // each flip must be found.
 #include "huffman_decode.h"
 
@@ -18,6 +19,7 @@
 
 #include "cpu_features.h"
 #include "crc32.h"
+#include "huffman_encode.h"
 
 using namespace compressops::cpu;
 
@@ -114,6 +116,16 @@ Result decode(const HuffmanTree& tree, const std::vector<uint8_t>& chunk, int64_
   return result;
 }
 
+std::vector<uint8_t> encode(const HuffmanCode& code, const std::vector<uint8_t>& symbols,
+                            HuffmanEncodeScratch& scratch) {
+  const auto count = static_cast<int64_t>(symbols.size());
+  const int64_t bits = huffman_count_bits(code, symbols.data(), count);
+  std::vector<uint8_t> chunk(static_cast<size_t>(kHuffmanHeaderBytes + (bits + 7) / 8), 0x5a);
+  huffman_encode_chunk(code, scratch, symbols.data(), count, chunk.data(),
+                       static_cast<int64_t>(chunk.size()));
+  return chunk;
+}
+
 [[noreturn]] void fail(const char* what, unsigned long long round) {
   std::printf("round %llu: %s\n", round, what);
   std::exit(1);
@@ -126,6 +138,8 @@ int main(int argc, char** argv) {
   random_bits.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
   const char* kernels[] = {"baseline", "avx2", "native"};
   const auto scratch = std::make_unique<HuffmanScratch>();
+  const auto ranks = std::make_unique<HuffmanEncodeScratch>();
+  HuffmanCode code;
   unsigned long long rounds = 0, executions = 0, sound = 0, codes = 0;
   const auto began = std::chrono::steady_clock::now();
   while (std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count() <
@@ -137,6 +151,7 @@ int main(int argc, char** argv) {
         nullptr)
       continue;
     if (tree.nodes == 0 && tree.lone_symbol < 0) continue;
+    huffman_build_code(lengths.data(), static_cast<int>(lengths.size()), tree, code);
     ++codes;
     for (int i = 0; i < 32; ++i, ++rounds) {
       const int64_t count = 1 + below(below(64) == 0 ? kHuffmanMaxChunkSize : 300);
@@ -153,6 +168,8 @@ int main(int argc, char** argv) {
                    (first.fault == kHuffmanSound && result.symbols != first.symbols)) {
           fail("kernels disagree", rounds);
         }
+        if (first.fault == kHuffmanSound && encode(code, first.symbols, *ranks) != chunk)
+          fail("a chunk is encoded in other bytes", rounds);
       }
     }
   }
