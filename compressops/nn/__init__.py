@@ -11,6 +11,7 @@ from compressops.nn.embedding import PackedEmbedding, TernaryEmbedding
 from compressops.nn.int8_conv import Int8Conv2d
 from compressops.nn.linear import PackedLinear
 from compressops.nn.lowrank import LowRankConv2d, LowRankLinear
+from compressops.nn.lowrank_int8 import LowRankInt8Linear
 from compressops.nn.quantized_linear import Int4Linear, Int8Linear, TernaryLinear
 from compressops.nn.weight import PackedWeight
 from compressops.nn.winograd import Winograd
@@ -24,6 +25,7 @@ __all__ = [
     "Int8Conv2d",
     "Int8Linear",
     "LowRankConv2d",
+    "LowRankInt8Linear",
     "LowRankLinear",
     "PackedConv1d",
     "PackedConv2d",

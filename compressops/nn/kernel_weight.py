@@ -125,8 +125,7 @@ class Int8Weight(KernelWeight):
         return None if fits else "Int(bits=8, group_size=None, symmetric=True)"
 
     def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        weight, sums = ops.int8_linear_pack(codes)
-        return weight, row_scales(params, len(codes)), sums
+        return int8_kernel(codes, params)
 
 
 class Int4Weight(KernelWeight):
@@ -194,6 +193,12 @@ class GroupedWeight(KernelWeight):
     def _materialize(self) -> None:
         if self.groups is not None:
             super()._materialize()
+
+
+def int8_kernel(codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `Int8Weight`, from int8 codes ``[rows, columns]`` and their scales."""
+    weight, sums = ops.int8_linear_pack(codes)
+    return weight, row_scales(params, len(codes)), sums
 
 
 def row_scales(params: dict[str, Tensor], rows: int) -> Tensor:
