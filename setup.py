@@ -55,6 +55,8 @@ def gencode_flags() -> str:
         if not number[:-1].isdigit():
             sys.exit(f"TORCH_CUDA_ARCH_LIST must be like '8.0;9.0a', got {arch!r} in it")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if number == "90a":
+            flags.append("-DCOMPRESSOPS_SM90A")  # the host's code then chooses Hopper's kernels
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return " ".join(flags)

@@ -58,10 +58,15 @@ FORCED = [
     Case(129, 131, 64 * 6 + 32, kernel="tile128"),
     Case(5, 3, 21, kernel="tile128"),
     Case(64 * 9 + 1, 65, 16, kernel="tile64"),  # more than one group of tile rows
+    *(Case(1, 8, K, kernel="wgmma128") for K in (16, 128, 144)),
+    *(Case(70, 136, K, kernel="wgmma128") for K in (128 * 6, 128 * 7 + 112)),
+    Case(128 * 3 + 5, 264, 272, kernel="wgmma128"),  # more tiles than blocks
+    Case(129, 264, 128 * 5, kernel="wgmma256"),
+    Case(257, 520, 96, kernel="wgmma256"),
 ]
 DTYPES = [
-    Case(M, 18, 80, dtype, activation=activation)
-    for M in (3, 20)
+    Case(M, N, 80, dtype, activation=activation, kernel=kernel)
+    for M, N, kernel in ((3, 18, "auto"), (20, 18, "auto"), (20, 24, "wgmma128"))
     for dtype in (torch.float32, torch.float16, torch.bfloat16)
     for activation in ("none", "relu", "gelu")
 ]
@@ -107,9 +112,9 @@ def test_int8_linear(int8_library, case):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("kernel", ["rows16", "tile64", "tile128"])
+@pytest.mark.parametrize("kernel", ["rows16", "tile64", "tile128", "wgmma128", "wgmma256"])
 def test_int8_linear_in_every_order(int8_library, kernel, order):
-    args = make(Case(16, 70, 144, bias=False))
+    args = make(Case(16, 72, 1040, bias=False))
     y = harness.int8_linear(int8_library, *args, kernel=kernel, order=order)
     assert_same(y, reference(*args, "none"), "none")
 
@@ -125,15 +130,15 @@ def test_int8_linear_of_misaligned_and_strided_memory(int8_library, dtype):
         assert_same(y, reference(x, weight, scales, bias, "none"), "none")
 
 
-@pytest.mark.parametrize("kernel", ["rows16", "tile64"])
+@pytest.mark.parametrize("kernel", ["rows16", "tile64", "wgmma128"])
 def test_int8_linear_of_special_values(int8_library, kernel):
-    x, weight, scales, bias = make(Case(10, 5, 20))
+    x, weight, scales, bias = make(Case(10, 8, 32))
     x[0, 3], x[1, 19], x[2, 0] = torch.nan, torch.inf, -torch.inf
     x[3] = 0
     x[4] *= 1e-38  # 127 / amax overflows
     x[5], x[5, 7] = 0, 1e-45
     x[6] *= 1e36
-    x[7] = torch.arange(20) - 10 + 0.5  # halves round to even
+    x[7] = torch.arange(32) - 16 + 0.5  # halves round to even
     x[7, 0] = 127
     for activation in ("none", "relu", "gelu"):
         y = harness.int8_linear(int8_library, x, weight, scales, bias, activation, kernel=kernel)
@@ -142,11 +147,24 @@ def test_int8_linear_of_special_values(int8_library, kernel):
         assert not y[3:].isnan().any()
 
 
-@pytest.mark.parametrize("kernel", ["rows16", "tile64"])
+@pytest.mark.parametrize(("N", "K"), [(264, 32), (264, 48), (268, 32), (264, 40), (12, 30)])
+@pytest.mark.parametrize("first", [0, 8])
+def test_int8_linear_of_hopper(int8_library, N, K, first):
+    """What TMA cannot read, or the epilogue not write, goes to the other kernels."""
+    x, weight, scales, bias = make(Case(300, N, K))
+    weight = torch.cat([torch.zeros(first, dtype=torch.int8), weight.flatten()])[first:].view(N, K)
+    y = harness.int8_linear(int8_library, x, weight, scales, bias, capability=90)
+    assert_same(y, reference(x, weight, scales, bias, "none"), "none")
+    if first or N % 8 or K % 16:
+        with pytest.raises(harness.KernelError, match="launch failed"):
+            harness.int8_linear(int8_library, x, weight, scales, bias, kernel="wgmma128")
+
+
+@pytest.mark.parametrize("kernel", ["rows16", "tile64", "wgmma128"])
 @pytest.mark.parametrize("how", ["asymmetric", "static", "static with a zero point"])
 def test_int8_linear_of_other_quantizations(int8_library, how, kernel):
     """Bit for bit the result of the op's reference."""
-    x, weight, scales, bias = make(Case(14, 19, 100))
+    x, weight, scales, bias = make(Case(14, 24, 100))
     x[0] += 3  # low is 0
     x[1] -= 3
     x[2], x[3] = 0, x[3] * 1e-38  # 127.5 / range overflows
@@ -159,7 +177,7 @@ def test_int8_linear_of_other_quantizations(int8_library, how, kernel):
         "static": (torch.tensor(0.02), None, True),
         "static with a zero point": (torch.tensor(0.02), torch.tensor(-77, dtype=torch.int8), True),
     }[how]
-    for dtype, columns in itertools.product(harness.DTYPES, (100, 96)):
+    for dtype, columns in itertools.product(harness.DTYPES, (100, 96)[kernel == "wgmma128" :]):
         args = (x[:, :columns].to(dtype), weight[:, :columns].contiguous(), scales)
         y = harness.int8_linear(
             int8_library, *args, bias, "relu", *quantization, kernel=kernel, max_blocks=5
@@ -174,14 +192,21 @@ def test_int8_linear_of_other_quantizations(int8_library, how, kernel):
 def test_choice_of_kernel(int8_library):
     names = {number: name for name, number in harness.INT8_LINEAR_KERNELS.items()}
 
-    def choose(M: int, N: int) -> str:
-        return names[int8_library.choose_int8_linear_kernel(*map(harness.c_int64, (M, N, 132)))]
+    def choose(M: int, N: int, capability: int = 80) -> str:
+        sizes = map(harness.c_int64, (M, N, 132))
+        return names[int8_library.choose_int8_linear_kernel(*sizes, capability)]
 
     assert [choose(M, 4096) for M in (1, 2, 4, 5, 16)] == [
         *("rows1", "rows4", "rows4", "rows16", "rows16"),
     ]
     assert choose(17, 4096) == "tile64"
     assert choose(4096, 4096) == "tile128"
+    assert choose(16, 4096, 90) == "rows16"
+    assert choose(64, 4096, 90) == "tile64"
+    assert [choose(4096, N, 90) for N in (768, 1024, 1056, 8192)] == [
+        *("wgmma128", "wgmma128", "wgmma256", "wgmma256"),
+    ]
+    assert choose(4096, 8192, 100) == "tile128"
 
 
 # -- huffman_decode -------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 #include <string>
 #include <vector>
 
-#include "int8_linear.cuh"
+#include "int8_linear_launch.cuh"
 #include "int8_op.h"
 
 namespace compressops {
@@ -32,7 +32,9 @@ void run(const Tensor& x, int64_t x_row_stride, const Tensor& weight, const Tens
                                   how.scaling,
                                   how.row_zeros(x_zeros),
                                   data_of<T>(y)};
-  check_cuda(launch_int8_linear(args, multiprocessor_count(x, kOp), current_stream(x, kOp)), kOp);
+  check_cuda(launch_int8_linear(args, multiprocessor_count(x, kOp), compute_capability(x, kOp),
+                                current_stream(x, kOp)),
+             kOp);
 }
 
 Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_scales,

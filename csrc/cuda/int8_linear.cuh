@@ -4,7 +4,8 @@
 // Kernel 1 quantizes each row of x to int8. Kernel 2 is one of
 //   rows   M ≤ 16: the weight's N·K bytes are all the traffic that counts, so each is read once, by
 //          the warp that owns its row, and multiplied with dp4a;
-//   tile   an int8 GEMM on the tensor cores, see int8_tile.cuh.
+//   tile   an int8 GEMM on the tensor cores, see int8_tile.cuh;
+//   wgmma  the same for Hopper and large M, see int8_linear_wgmma.cuh.
 // Sums are exact in int32; the caller refuses a K that is too large for that.
 #pragma once
 
@@ -16,9 +17,6 @@
 #include "tiles.cuh"
 
 namespace compressops {
-
-// Which kernel serves a shape. The tests force each.
-enum class Int8LinearKernel : int { kAuto = -1, kRows1, kRows4, kRows16, kTile64, kTile128 };
 
 template <class T>
 struct Int8LinearArgs {
@@ -64,15 +62,25 @@ __device__ __forceinline__ int4 load_16_weights(Global<const int8_t> row, int64_
   }
 }
 
-// Separate roundings of product and sum, so that every backend gives the same bits.
+// Separate roundings of product and sum, so that every backend gives the same bits. Nobody writes
+// what is read here during the launch; said so, it is read once for all the sums of a column.
+template <class T>
+__device__ __forceinline__ float int8_linear_value(const Int8LinearArgs<T>& args, int64_t m,
+                                                   int64_t n, int sum) {
+  const float scale = __fmul_rn(load_nc<float>(args.x_scales, m),  //
+                                load_nc<float>(args.weight_scales, n));
+  const float bias = args.bias == nullptr ? 0.0f : load_nc<float>(args.bias, n);
+  if (args.x_zeros.zeros != nullptr) {
+    sum -= load_nc<int>(args.x_zeros.zeros, m) * load_nc<int>(args.weight_sums, n);
+  }
+  const float value = __fadd_rn(__fmul_rn(__int2float_rn(sum), scale), bias);
+  return activate(value, args.activation);
+}
+
 template <class T>
 __device__ __forceinline__ void int8_linear_store(const Int8LinearArgs<T>& args, int64_t m,
                                                   int64_t n, int sum) {
-  const float scale = __fmul_rn(args.x_scales[m], args.weight_scales[n]);
-  const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
-  if (args.x_zeros.zeros != nullptr) sum -= args.x_zeros.zeros[m] * args.weight_sums[n];
-  const float value = __fadd_rn(__fmul_rn(__int2float_rn(sum), scale), bias);
-  args.y[m * args.N + n] = from_float<T>(activate(value, args.activation));
+  args.y[m * args.N + n] = from_float<T>(int8_linear_value(args, m, n, sum));
 }
 
 // A warp owns two rows of the weight: q is read half as often as with one, and with M ≤ 16 the 32
@@ -187,88 +195,6 @@ __global__ void __launch_bounds__(Tile::kThreads) int8_linear_tile(Int8LinearArg
       [&](const Int8LinearRow& row, int column, int sum) {
         if (first_n + column < args.N) int8_linear_store(args, row.m, first_n + column, sum);
       });
-}
-
-struct Int8LinearChoice {
-  int64_t max_m;      // serves M up to this
-  int64_t min_tiles;  // and only if it makes so many blocks per multiprocessor
-  int64_t tile;       // rows and columns of a block's tile; 0: no tiles
-  Int8LinearKernel kernel;
-};
-
-// The first row that fits. Small M: the smallest kernel that holds all its rows. Then the largest
-// tile that still gives every multiprocessor a block: it reads each byte for the most operations.
-constexpr int64_t kAnyM = INT64_MAX;
-constexpr Int8LinearChoice kInt8LinearChoices[] = {
-    {1, 0, 0, Int8LinearKernel::kRows1},       {4, 0, 0, Int8LinearKernel::kRows4},
-    {16, 0, 0, Int8LinearKernel::kRows16},     {kAnyM, 1, 128, Int8LinearKernel::kTile128},
-    {kAnyM, 0, 64, Int8LinearKernel::kTile64},
-};
-
-inline Int8LinearKernel choose_int8_linear(int64_t M, int64_t N, int64_t multiprocessors) {
-  for (const Int8LinearChoice& choice : kInt8LinearChoices) {
-    if (M > choice.max_m) continue;
-    if (choice.tile == 0) return choice.kernel;
-    const int64_t tiles = ceil_div(M, choice.tile) * ceil_div(N, choice.tile);
-    if (tiles >= choice.min_tiles * multiprocessors) return choice.kernel;
-  }
-  return Int8LinearKernel::kTile64;
-}
-
-template <int kRows, class T>
-cudaError_t launch_int8_linear_rows(const Int8LinearArgs<T>& args, bool aligned,
-                                    cudaStream_t stream) {
-  if (args.M > kRows) return cudaErrorInvalidValue;
-  const int64_t blocks = ceil_div<int64_t>(args.N, kRowsWarps * kRowsColumns);
-  return launch(aligned ? int8_linear_rows<T, kRows, true> : int8_linear_rows<T, kRows, false>,
-                dim3(static_cast<unsigned>(blocks)), dim3(kRowsWarps * kWarpSize), 0, stream, args);
-}
-
-template <class Tile, bool kAligned, class T>
-cudaError_t launch_int8_linear_tile(const Int8LinearArgs<T>& args, cudaStream_t stream) {
-  const int64_t blocks =
-      ceil_div<int64_t>(args.M, Tile::kBlockM) * ceil_div<int64_t>(args.N, Tile::kBlockN);
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch(int8_linear_tile<T, Tile, kAligned>, dim3(static_cast<unsigned>(blocks)),
-                dim3(Tile::kThreads), Tile::kSharedBytes, stream, args);
-}
-
-// Runs both kernels. `kernel` other than kAuto forces one; `max_blocks` bounds the first grid.
-template <class T>
-cudaError_t launch_int8_linear(const Int8LinearArgs<T>& args, int64_t multiprocessors,
-                               cudaStream_t stream,
-                               Int8LinearKernel kernel = Int8LinearKernel::kAuto,
-                               int64_t max_blocks = 0x7fffffff) {
-  if (args.M == 0 || args.N == 0) return cudaSuccess;
-  const auto quantize =
-      args.scaling == RowScaling::kSymmetric    ? launch_quantize_rows<T, RowScaling::kSymmetric>
-      : args.scaling == RowScaling::kAsymmetric ? launch_quantize_rows<T, RowScaling::kAsymmetric>
-                                                : launch_quantize_rows<T, RowScaling::kStatic>;
-  const cudaError_t error = quantize(args.x, args.x_row_stride, args.M, args.K, args.q,
-                                     args.x_scales, stream, max_blocks, args.x_zeros);
-  if (error != cudaSuccess) return error;
-
-  if (kernel == Int8LinearKernel::kAuto) {
-    kernel = choose_int8_linear(args.M, args.N, multiprocessors);
-  }
-  const bool aligned = misalignment(args.weight, 16) == 0 && args.K % 16 == 0;
-  switch (kernel) {
-    case Int8LinearKernel::kRows1:
-      return launch_int8_linear_rows<1>(args, aligned, stream);
-    case Int8LinearKernel::kRows4:
-      return launch_int8_linear_rows<4>(args, aligned, stream);
-    case Int8LinearKernel::kRows16:
-      return launch_int8_linear_rows<16>(args, aligned, stream);
-    case Int8LinearKernel::kTile64:
-      return aligned ? launch_int8_linear_tile<Int8Tile64, true>(args, stream)
-                     : launch_int8_linear_tile<Int8Tile64, false>(args, stream);
-    case Int8LinearKernel::kTile128:
-      // Rows that must be read byte by byte would keep the larger tile waiting all the same.
-      return aligned ? launch_int8_linear_tile<Int8Tile128, true>(args, stream)
-                     : launch_int8_linear_tile<Int8Tile64, false>(args, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
 }
 
 }  // namespace compressops

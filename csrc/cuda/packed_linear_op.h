@@ -23,14 +23,6 @@ struct PackedLinearCall {
   Tensor y;
 };
 
-inline int compute_capability(const Tensor& tensor, const char* op) {
-  int major = 0, minor = 0;
-  const int device = tensor.get_device_index();
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op);
-  return 10 * major + minor;
-}
-
 // The product of x, whose rows are x_row_stride elements apart and can be read up to x_columns.
 template <int kBits, class Input>
 void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_t x_row_stride,

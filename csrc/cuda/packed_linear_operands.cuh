@@ -40,13 +40,20 @@ struct PackedLinearOperands {
           __byte_perm(static_cast<uint32_t>(pair.x), static_cast<uint32_t>(pair.y), 0x7632);
     }
   }
+  // The codes less zero at `shift` and 16 bits on, and at `shift` + 8 and 16 bits on.
+  template <int kBits>
+  static __device__ __forceinline__ void unpack(uint32_t word, int shift, uint32_t zero,
+                                                uint32_t* first, uint32_t* second) {
+    constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x00010001u;
+    *first = subtract_pair<Input>((word >> shift & kMask) | kMagic, zero);
+    *second = subtract_pair<Input>((word >> (shift + 8) & kMask) | kMagic, zero);
+  }
   template <int kBits, int kBlocks>
   static __device__ __forceinline__ void multiply(Sum (&sums)[4], const uint32_t (&left)[4],
                                                   uint32_t word, int shift, int /*block*/,
                                                   uint32_t zero) {
-    constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x00010001u;
-    const uint32_t right[2] = {subtract_pair<Input>((word >> shift & kMask) | kMagic, zero),
-                               subtract_pair<Input>((word >> (shift + 8) & kMask) | kMagic, zero)};
+    uint32_t right[2];
+    unpack<kBits>(word, shift, zero, &right[0], &right[1]);
     mma_m16n8k16<Input>(sums, left, right);
   }
 };

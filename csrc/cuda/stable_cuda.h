@@ -56,6 +56,15 @@ inline int64_t multiprocessor_count(const Tensor& tensor, const char* op) {
   return count;
 }
 
+// As 10 major + minor.
+inline int compute_capability(const Tensor& tensor, const char* op) {
+  int major = 0, minor = 0;
+  const int device = tensor.get_device_index();
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op);
+  return 10 * major + minor;
+}
+
 inline bool is_float_dtype(const Tensor& tensor) {
   const ScalarType dtype = tensor.scalar_type();
   return dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16;

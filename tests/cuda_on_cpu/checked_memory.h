@@ -4,7 +4,7 @@
 // read it last and how many barriers that thread had passed. An access that conflicts with another
 // thread's (one of the two a write) is an error unless a __syncthreads, or a __syncwarp within a
 // warp, stands between them, in whatever order the threads happened to run. So is a read of
-// a byte that nobody wrote, or that an unfinished cp.async is about to write.
+// a byte that nobody wrote, or that an unfinished cp.async or TMA is about to write.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,9 @@ namespace cuda_on_cpu {
 
 // The last accesses to one byte. `read_by_*` widen: the thread `reader`, several lanes of its warp
 // since their last __syncwarp, or several warps.
+constexpr int16_t kNobody = -1, kTma = -2;
 struct Shadow {
-  int16_t writer = -1, reader = -1;
+  int16_t writer = kNobody, reader = kNobody;
   bool write_atomic = false, read_by_lanes = false, read_by_warps = false, copy_pending = false;
   uint32_t write_block = 0, write_warp = 0, read_block = 0, read_warp = 0;
 };
@@ -54,7 +55,9 @@ struct SharedRegion {
         fail("reads shared array \"", name, "\", byte ", byte,
              ", before its cp.async is waited for");
       }
-      if (s.writer < 0) fail("reads shared array \"", name, "\", byte ", byte, ", never written");
+      if (s.writer == kNobody) {
+        fail("reads shared array \"", name, "\", byte ", byte, ", never written");
+      }
       if (s.writer != id && concurrent(s.writer, s.write_block, s.write_warp)) {
         race(byte, "reads", s.writer, "wrote");
       }
@@ -102,7 +105,7 @@ struct SharedRegion {
  private:
   static bool concurrent(int other, uint32_t block_epoch, uint32_t warp_epoch) {
     const Thread& me = current_thread();
-    if (block_epoch != me.block_epoch) return false;
+    if (other < 0 || block_epoch != me.block_epoch) return false;
     return other / kWarp != block.current / kWarp || warp_epoch == me.warp_epoch;
   }
 };
@@ -124,9 +127,12 @@ struct PendingCopy {
 // Copies of each thread: groups that were committed, and at the end the one that is being filled.
 inline std::map<int, std::vector<std::vector<PendingCopy>>> pending_copies;
 
+void reset_hopper();  // hopper.h
+
 inline void reset_shared() {
   block.shared.clear();
   pending_copies.clear();
+  reset_hopper();
 }
 
 }  // namespace cuda_on_cpu

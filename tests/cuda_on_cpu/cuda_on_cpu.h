@@ -6,7 +6,7 @@
 // index. It is no model of speed, of the memory hierarchy or of races in global memory.
 #pragma once
 
-#include "intrinsics.h"
+#include "hopper.h"
 
 namespace compressops {
 

@@ -94,7 +94,10 @@ def _call(function, *args, order: str) -> None:
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 c_int64 = ctypes.c_int64
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-INT8_LINEAR_KERNELS = {"auto": -1, "rows1": 0, "rows4": 1, "rows16": 2, "tile64": 3, "tile128": 4}
+INT8_LINEAR_KERNELS = {
+    **{"auto": -1, "rows1": 0, "rows4": 1, "rows16": 2, "tile64": 3, "tile128": 4},
+    **{"wgmma128": 5, "wgmma256": 6},
+}
 
 
 def int8_linear(
@@ -110,6 +113,7 @@ def int8_linear(
     *,
     kernel: str = "auto",
     max_blocks: int = 2**31 - 1,
+    capability: int = 80,
     order: str = "forward",
 ) -> torch.Tensor:
     """The op on ``x`` ``[M, K]`` (dense rows), with its second kernel forced if named."""
@@ -125,6 +129,7 @@ def int8_linear(
         ctypes.c_int(2 if x_scale is not None else not symmetric),
         ctypes.c_int(INT8_LINEAR_KERNELS[kernel]),
         ctypes.c_int64(max_blocks),
+        ctypes.c_int(capability),
         order=order,
     )
     return y

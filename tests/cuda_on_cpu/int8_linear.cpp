@@ -1,14 +1,15 @@
 // Runs the CUDA kernels of int8_linear on buffers of a Python test.
-#include "int8_linear.cuh"
-
 #include <memory>
 #include <string>
 
+#include "int8_linear_launch.cuh"
 #include "runner.h"
 
 namespace {
 
 using namespace compressops;
+
+constexpr int64_t kMultiprocessors = 2;
 
 struct Buffers {
   int64_t M, N, K, x_row_stride;
@@ -23,7 +24,8 @@ struct Buffers {
 };
 
 template <class T>
-cudaError_t run(const Buffers& b, int activation, int scaling, int kernel, int64_t max_blocks) {
+cudaError_t run(const Buffers& b, int activation, int scaling, int kernel, int64_t max_blocks,
+                int capability) {
   const int64_t x_count = b.M ? (b.M - 1) * b.x_row_stride + b.K : 0;
   const int64_t q_count = b.M * padded_to_16(b.K);
   // Vectors, so that the scratch is as aligned as torch's.
@@ -50,7 +52,7 @@ cudaError_t run(const Buffers& b, int activation, int scaling, int kernel, int64
   args.q = Global<int8_t>(reinterpret_cast<int8_t*>(q.get()), q_count, "q");
   args.x_scales = Global<float>(x_scales.get(), b.M, "x_scales");
   args.y = Global<T>(static_cast<T*>(b.y), b.M * b.N, "y");
-  return launch_int8_linear(args, /*multiprocessors=*/2, nullptr,
+  return launch_int8_linear(args, kMultiprocessors, capability, nullptr,
                             static_cast<Int8LinearKernel>(kernel), max_blocks);
 }
 
@@ -61,20 +63,29 @@ CUDA_ON_CPU_EXPORT int run_int8_linear(int dtype, int64_t M, int64_t N, int64_t 
                                        const float* weight_scales, const int* weight_sums,
                                        const float* bias, const float* x_scale,
                                        const int8_t* x_zero, void* y, int activation, int scaling,
-                                       int kernel, int64_t max_blocks, int order, unsigned seed,
-                                       char* message) {
+                                       int kernel, int64_t max_blocks, int capability, int order,
+                                       unsigned seed, char* message) {
   return cuda_on_cpu::guarded(order, seed, message, [&] {
     const Buffers buffers = {M,           N,    K,       x_row_stride, x, weight, weight_scales,
                              weight_sums, bias, x_scale, x_zero,       y};
-    if (dtype == 0) return run<float>(buffers, activation, scaling, kernel, max_blocks);
-#ifndef CUDA_ON_CPU_FLOAT_ONLY  // compiles in half the time
-    if (dtype == 1) return run<__half>(buffers, activation, scaling, kernel, max_blocks);
-    if (dtype == 2) return run<__nv_bfloat16>(buffers, activation, scaling, kernel, max_blocks);
+#ifndef CUDA_ON_CPU_HALF_ONLY  // one type compiles in half the time
+    if (dtype == 0) return run<float>(buffers, activation, scaling, kernel, max_blocks, capability);
+#endif
+#ifndef CUDA_ON_CPU_FLOAT_ONLY
+    if (dtype == 1) {
+      return run<__half>(buffers, activation, scaling, kernel, max_blocks, capability);
+    }
+#endif
+#if !defined(CUDA_ON_CPU_FLOAT_ONLY) && !defined(CUDA_ON_CPU_HALF_ONLY)
+    if (dtype == 2) {
+      return run<__nv_bfloat16>(buffers, activation, scaling, kernel, max_blocks, capability);
+    }
 #endif
     throw cuda_on_cpu::Error("no dtype " + std::to_string(dtype));
   });
 }
 
-CUDA_ON_CPU_EXPORT int choose_int8_linear_kernel(int64_t M, int64_t N, int64_t multiprocessors) {
-  return static_cast<int>(choose_int8_linear(M, N, multiprocessors));
+CUDA_ON_CPU_EXPORT int choose_int8_linear_kernel(int64_t M, int64_t N, int64_t multiprocessors,
+                                                 int capability) {
+  return static_cast<int>(choose_int8_linear(M, N, multiprocessors, capability));
 }
