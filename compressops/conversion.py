@@ -19,7 +19,7 @@ from compressops.compress import record
 from compressops.compress.activations import input_quantizer, quantize_first_input
 from compressops.formats import PackedTensor
 from compressops.measure import captured_inputs
-from compressops.nn import Int8Linear, PackedConv2d, PackedModule, PackedWeight, Winograd
+from compressops.nn import Fused, Int8Linear, PackedConv2d, PackedModule, PackedWeight, Winograd
 from compressops.plan import Choice, Plan, naming
 from compressops.registry import Rule, refusals, rules_for, why_not
 from compressops.rivals import assume, fastest
@@ -53,14 +53,15 @@ class Conversion:
 
     def stay(self, name: str, module: nn.Module, why: str) -> None:
         self.plans.pop(name, None)
-        self._note(name, module, [why])
+        self.note(name, module, [why])
 
     def leave(self, name: str, module: nn.Module, why: str) -> None:
         """As `stay`, and nothing else shall be done with it either."""
         self.untouchable.add(name)
         self.stay(name, module, why)
 
-    def _note(self, name: str, module: nn.Module, whys: list[str]) -> None:
+    def note(self, name: str, module: nn.Module, whys: list[str]) -> None:
+        """Keep what a layer was, and why it becomes what it will be."""
         # A layer that is converted twice was what it was before the first time.
         was = self.notes[name].was if name in self.notes else _kind(module).__name__
         self.whys[name] = whys
@@ -148,7 +149,7 @@ class Conversion:
             else:
                 self.built[name] = new
                 self.weights[id(_weight_of(module))].append(new.packed_weight)
-                self._note(name, module, whys)
+                self.note(name, module, whys)
 
     def choose_kernels(self, example_inputs: Any, inplace: bool) -> None:
         """Let convolutions run as Winograd's where that is measured faster."""
@@ -168,7 +169,7 @@ class Conversion:
         for name, verdict in kernels.choose(self.model, layers, runs, example_inputs).items():
             module = self.modules[name]
             kept = (PLAIN,) if verdict.tile is None else (PLAIN, DENSE)
-            self._note(name, module, [*(w for w in self.whys[name] if w not in kept), verdict.why])
+            self.note(name, module, [*(w for w in self.whys[name] if w not in kept), verdict.why])
             if verdict.tile is None:
                 continue
             if name not in self.built and isinstance(module, PackedModule):
@@ -248,6 +249,9 @@ class Conversion:
         packed: dict[str, PackedTensor],
     ) -> None:
         """Build one layer of a file, to stand in the place of ``module``."""
+        if target is Fused:
+            self.modules[name], self.built[name] = module, Fused.from_config(config)
+            return
         if not issubclass(target, PackedModule):
             return self._load_float(name, module, target, config, packed)
         quantizer = None
@@ -268,7 +272,7 @@ class Conversion:
         self.modules[name] = module
         self.built[name] = new
         self.weights[id(_weight_of(module))].append(new.packed_weight)
-        self._note(name, module, ["loaded from a file"])
+        self.note(name, module, ["loaded from a file"])
 
     def _load_float(
         self,
@@ -294,7 +298,7 @@ class Conversion:
         runs = Winograd.from_config(config["winograd"])
         self.modules[name] = module
         self.built[name] = target.from_float(module, runs.tile, runs.aware)
-        self._note(name, module, ["loaded from a file"])
+        self.note(name, module, ["loaded from a file"])
 
     def finish(self, inplace: bool) -> nn.Module:
         """Put the built modules into the model, or into its copy."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from compressops import kernels
+from compressops import fusion, kernels
 from compressops import plan as plans
 from compressops.calibrate import Calibrate
 from compressops.conversion import Conversion
@@ -46,7 +46,9 @@ def convert(
             (rounded to nearest, not retrained), a layout or coding repacks them without loss; a
             tuple combines up to one of each. Linear layers of some integers then round their
             activations too (`Int8Linear`, `Int4Linear`, `TernaryLinear`): so does a layer that was
-            trained with the number, if the config names it again. A mapping gives one of these per
+            trained with the number, if the config names it again. A ReLU or exact GELU module that
+            is called right after such a layer is computed by the layer, and `Fused` stands in its
+            place, where nothing else uses what is between them. A mapping gives one of these per
             glob on layer names (first match wins; ``None`` leaves a layer as it is).
         filter_fn: ``filter_fn(module, name)`` false: the layer stays.
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
@@ -99,6 +101,7 @@ def convert(
     job.build(example_inputs)
     if example_inputs is not None and prefer == "speed":
         job.choose_kernels(example_inputs, inplace)
+    fusion.fuse(job)
     result = job.finish(inplace)
     kernels.prepare(result)
     return result
@@ -136,4 +139,5 @@ def from_packed(
             if kind not in known:
                 raise ValueError(f"unknown module type {kind!r}; known: {', '.join(sorted(known))}")
             job.load(name, layers[name], known[kind], dict(entry["config"]), dict(entry["packed"]))
+    fusion.settle_loaded(job)
     return job.finish(inplace)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressops.formats.packed import PackedTensor
+from compressops.nn.fused import Fused
 from compressops.nn.winograd_conv import WinogradConv
 
 _SHOWN = 5
@@ -26,13 +27,13 @@ def packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def configured_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    """The modules of whose configuration a file keeps a record: the packed ones, and those that run
-    another kernel on a float weight."""
+    """The modules of whose configuration a file keeps a record: the packed ones, those that run
+    another kernel on a float weight, and those that stand for a fused activation."""
     named = model.named_modules(remove_duplicate=False)
     return [
         (name, module)
         for name, module in named
-        if hasattr(module, "packed_tensors") or isinstance(module, WinogradConv)
+        if hasattr(module, "packed_tensors") or isinstance(module, WinogradConv | Fused)
     ]
 
 

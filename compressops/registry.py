@@ -13,6 +13,7 @@ from compressops.nn import (
     BlockSparseConv2d,
     BlockSparseInt8Linear,
     BlockSparseLinear,
+    Fused,
     Int4Linear,
     Int8Conv2d,
     Int8Linear,
@@ -94,9 +95,9 @@ def _unless(accepts: Callable[[Plan], bool]) -> Callable[[Plan], str | None]:
 
 
 def targets() -> dict[str, type[nn.Module]]:
-    """Class name to module, of all that a file may name: the packed modules of all rules, and the
-    layers that run another kernel on a float weight."""
-    found = (*(rule.target for rule in _rules), WinogradConv1d, WinogradConv2d)
+    """Class name to module, of all that a file may name: the packed modules of all rules, the
+    layers that run another kernel on a float weight, and what stands for a fused activation."""
+    found = (*(rule.target for rule in _rules), WinogradConv1d, WinogradConv2d, Fused)
     return {target.__name__: target for target in found}
 
 

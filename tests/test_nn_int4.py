@@ -188,7 +188,7 @@ def test_activations_as_they_are(eager: None) -> None:
         (
             lambda la: Int4Linear.from_float(la, None, Int(bits=4), speed=True),
             TypeError,
-            "settings \\('quantize_x',\\), got \\['speed'\\]",
+            "settings \\('quantize_x', 'activation'\\), got \\['speed'\\]",
         ),
         (
             lambda la: Int4Linear.from_module(

@@ -8,6 +8,7 @@ from compressops.nn.block_sparse import (
 )
 from compressops.nn.conv import PackedConv1d, PackedConv2d
 from compressops.nn.embedding import PackedEmbedding, TernaryEmbedding
+from compressops.nn.fused import Fused
 from compressops.nn.int8_conv import Int8Conv2d
 from compressops.nn.linear import PackedLinear
 from compressops.nn.lowrank import LowRankConv2d, LowRankLinear
@@ -21,6 +22,7 @@ __all__ = [
     "BlockSparseConv2d",
     "BlockSparseInt8Linear",
     "BlockSparseLinear",
+    "Fused",
     "Int4Linear",
     "Int8Conv2d",
     "Int8Linear",

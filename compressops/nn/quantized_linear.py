@@ -14,10 +14,27 @@ from compressops.formats import Int
 from compressops.nn.kernel_weight import Int4Weight, Int8Weight, TernaryWeight
 from compressops.nn.linear import KernelLinear
 from compressops.nn.weight import PackedWeight, as_bytes
+from compressops.ops.checks import ACTIVATIONS
 from compressops.ops.int8_linear import MAX_ASYMMETRIC_IN_FEATURES
 
+FUSABLE = tuple(name for name in ACTIVATIONS if name != "none")
 
-class Int8Linear(KernelLinear):
+
+class IntegerLinear(KernelLinear):
+    """What the layers below share: the activation that their op computes at once.
+
+    Args:
+        activation: ``"relu"``, ``"gelu"`` (exact) or ``None``, of the layer's output.
+    """
+
+    settings = ("activation",)
+
+    def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
+        super().__init__(module, weight, **settings)
+        self.activation = fusable("activation", self.activation)
+
+
+class Int8Linear(IntegerLinear):
     """`torch.nn.Linear` as W8A8: weight ``Int(bits=8)`` per row, activations in 8 bits.
 
     Runs `ops.int8_linear`. Activations are quantized row by row to their own range (dynamic), or
@@ -32,13 +49,14 @@ class Int8Linear(KernelLinear):
         symmetric: whether activations are quantized without a zero point; default true.
         static: whether there are buffers ``x_scale`` float32 ``[]`` and, unless symmetric,
             ``x_zero`` int8 ``[]``, which the state of the layer then holds; default false.
+        activation: as of all layers on integers.
 
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
 
     weight_type = Int8Weight
     row_numbers = (Int(8), Int(8, symmetric=False))
-    settings = ("symmetric", "static")
+    settings = ("symmetric", "static", *IntegerLinear.settings)
 
     def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         super().__init__(module, weight, **settings)
@@ -105,10 +123,11 @@ class Int8Linear(KernelLinear):
         # Not through Module's __getattr__, which takes half a microsecond for each.
         held, arguments = self._buffers, self._modules["packed_weight"].kernel()
         quantization = (held["x_scale"], held["x_zero"], self.symmetric or self.static)
-        return ops.int8_linear(self.taken(input), *arguments, self.bias, "none", *quantization)
+        activation = self.activation or "none"
+        return ops.int8_linear(self.taken(input), *arguments, self.bias, activation, *quantization)
 
 
-class Int4Linear(KernelLinear):
+class Int4Linear(IntegerLinear):
     """`torch.nn.Linear` on weights of 2 to 4 bits, ``Int(bits=4, group_size=…)`` and the like.
 
     Runs `ops.int4_linear`: one scale a row, or one for each group of inputs (a multiple of 16),
@@ -123,13 +142,14 @@ class Int4Linear(KernelLinear):
     Args:
         quantize_x: whether activations are quantized; ``None``: on a CPU, whose integer
             multipliers are the faster ones, and nowhere else.
+        activation: as of all layers on integers.
 
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
 
     weight_type = Int4Weight
     row_numbers = (Int(8),)
-    settings = ("quantize_x",)
+    settings = ("quantize_x", *IntegerLinear.settings)
 
     def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         super().__init__(module, weight, **settings)
@@ -147,11 +167,12 @@ class Int4Linear(KernelLinear):
             self.out_features,
             held.group_size,
             self.bias,
+            self.activation or "none",
             quantize_x=input.device.type == "cpu" if quantize_x is None else quantize_x,
         )
 
 
-class TernaryLinear(KernelLinear):
+class TernaryLinear(IntegerLinear):
     """`torch.nn.Linear` on weights −α, 0 and α of 2 bits, and activations in 8 bits (W2A8).
 
     Runs `ops.ternary_linear`: one α for the tensor, a row, or a group of inputs (a multiple of 16).
@@ -162,6 +183,9 @@ class TernaryLinear(KernelLinear):
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
+    Args:
+        activation: as of all layers on integers.
+
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
 
@@ -171,7 +195,7 @@ class TernaryLinear(KernelLinear):
     def forward(self, input: Tensor) -> Tensor:
         held = self.packed_weight
         arguments = (*held.kernel(), self.out_features, held.group_size, self.bias)
-        return ops.ternary_linear(self.taken(input), *arguments)
+        return ops.ternary_linear(self.taken(input), *arguments, self.activation or "none")
 
 
 def flag(name: str, value: Any, default: bool | None) -> bool | None:
@@ -184,4 +208,15 @@ def flag(name: str, value: Any, default: bool | None) -> bool | None:
         return default
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true, false or None, got {value!r}")
+    return value
+
+
+def fusable(name: str, value: Any) -> str | None:
+    """``value``: an activation that an op computes, or ``None``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if value not in FUSABLE and value is not None:
+        raise ValueError(f"{name} must be one of {FUSABLE} or None, got {value!r}")
     return value

@@ -1,0 +1,199 @@
+"""Activations that the linear layer before them computes, while its results are in the cache.
+
+That a module calls both in turn, and uses what is between them for nothing else, is not read from
+its source, but seen: its ``forward`` runs once on stand-ins of its children.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compressops.model_state import join
+from compressops.nn import Fused, PackedModule
+from compressops.nn.quantized_linear import IntegerLinear
+
+if TYPE_CHECKING:
+    from compressops.conversion import Conversion
+
+_BEFORE = ("_forward_pre_hooks",)
+_AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def activation_of(module: nn.Module) -> str | None:
+    """The fusable activation that a module computes and nothing else; ``None``: none."""
+    if "forward" in vars(module):
+        return None
+    kind = type(module)
+    if kind is Fused:
+        return module.activation
+    if kind is nn.ReLU:
+        return "relu"
+    # transformers has a module of its own for torch's function.
+    named = kind.__name__ == "GELUActivation" and getattr(module, "act", None) is F.gelu
+    exact = kind is nn.GELU and module.approximate == "none"
+    return "gelu" if exact or named else None
+
+
+def pairs(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """Of each linear layer whose output an activation module takes, and nothing else does: its
+    name, the activation module's, and the activation's.
+
+    Not found are layers or activations that have several places in the model, that a hook watches,
+    and those of a module whose ``forward`` takes more than one tensor.
+    """
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    found = {}
+    for name, parent in model.named_modules():
+        # Both in one place, so that nobody else calls the one without the other.
+        alone = {k: m for k, m in parent._modules.items() if places[id(m)] == 1}
+        layers = {k for k, m in alone.items() if _is_linear(m) and not _watched(m, *_AFTER)}
+        activations = {
+            key: activation
+            for key, module in alone.items()
+            if (activation := activation_of(module)) and not _watched(module, *_BEFORE, *_AFTER)
+        }
+        if not layers or not activations:
+            continue
+        for layer, after in _in_turn(parent):
+            if layer in layers and after in activations:
+                found[join(name, layer)] = join(name, after), activations[after]
+    return found
+
+
+def fuse(job: Conversion) -> None:
+    """Let the integer layers of a conversion compute the activations that follow them."""
+    candidates = {name for name, new in job.built.items() if isinstance(new, IntegerLinear)}
+    if not candidates:
+        return
+    for name, (after, activation) in pairs(job.model).items():
+        module = job.model.get_submodule(after)
+        if name not in candidates or isinstance(module, Fused):
+            continue
+        job.built[name].activation = activation
+        job.modules[after], job.built[after] = module, Fused(activation)
+        why = f"computes the {activation} of {after!r} too"
+        job.note(name, job.modules[name], [*job.whys[name], why])
+
+
+def settle_loaded(job: Conversion) -> None:
+    """See that the layers of a file and the activations that they compute belong together.
+
+    An activation that was fused in the model, and is not in the file, is computed again.
+
+    Raises:
+        ValueError: a layer computes an activation that does not follow it in the model, or one
+            would be computed by none.
+    """
+    stood = {n: m for n, m in job.model.named_modules() if isinstance(m, Fused)}
+    for name, module in stood.items():
+        if name not in job.built:
+            job.modules[name], job.built[name] = module, module.plain()
+    missing = {n: new.activation for n, new in job.built.items() if isinstance(new, Fused)}
+    layers = {n: a for n, new in job.built.items() if (a := getattr(new, "activation", None))}
+    layers = {name: activation for name, activation in layers.items() if name not in missing}
+    known = pairs(job.model) if layers or missing else {}
+    for name, activation in layers.items():
+        after, there = known.get(name, (None, None))
+        if there != activation or missing.pop(after, None) != activation:
+            raise ValueError(
+                f"layer {name!r}: the file has it compute a {activation}, and in the model "
+                + (f"{after!r}, a {there}, follows it" if after else "no activation follows it")
+            )
+    for name, activation in missing.items():
+        raise ValueError(f"layer {name!r}: the file has no layer that computes its {activation}")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    kind = parametrize.type_before_parametrizations(module)
+    source = kind.source if issubclass(kind, PackedModule) else kind
+    return source is nn.Linear and "forward" not in vars(module)
+
+
+def _watched(module: nn.Module, *hooks: str) -> bool:
+    return any(getattr(module, name) for name in hooks)
+
+
+class _StandIn(nn.Module):
+    """Takes the place of a child: remembers its calls, and computes nothing."""
+
+    def __init__(self, child: nn.Module, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+        self.width = child.out_features if _is_linear(child) else None
+        self.calls: list[tuple[Tensor, ...]] = []
+        self.results: list[Tensor] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        tensors = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        with self.watch.away():
+            first = tensors[0]
+            size = first.shape if self.width is None else (*first.shape[:-1], self.width)
+            result = first.new_zeros(size)
+        self.calls.append(tensors)
+        self.results.append(result)
+        return result
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps the memory that the operations of a module read or write by themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: list[Tensor] = []
+        self._active = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._active:
+            self.used += [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """While a stand-in works, which is no operation of the module's own."""
+        self._active = False
+        try:
+            yield
+        finally:
+            self._active = True
+
+
+def _in_turn(parent: nn.Module) -> Iterator[tuple[str, str]]:
+    """The names of two children, the second of which takes what the linear first one gives, as it
+    is, once a call; and nothing else sees that."""
+    if "forward" in vars(parent):
+        return
+    watch, probe = _Watch(), copy.copy(parent)
+    children = {k: child for k, child in parent._modules.items() if child is not None}
+    stands = {k: _StandIn(child, watch) for k, child in children.items()}
+    probe.__dict__ = {**vars(parent), "_modules": stands}
+    first = next(child for child in children.values() if _is_linear(child))
+    try:
+        with torch.random.fork_rng([]), torch.no_grad(), watch:
+            output = type(parent).forward(probe, torch.zeros(1, 2, first.in_features))
+    except Exception:
+        return
+    kept = [t for t in tree_leaves((output, list(vars(probe).values()))) if isinstance(t, Tensor)]
+    seen = Counter(_memory(t) for t in (*watch.used, *kept))
+    seen.update(_memory(t) for stand in stands.values() for call in stand.calls for t in call)
+    for name, stand in stands.items():
+        if stand.width is None or len(stand.results) != 1 or seen[_memory(stand.results[0])] != 1:
+            continue
+        for after, other in stands.items():
+            taken = [t for call in other.calls for t in call]
+            if len(taken) == 1 and taken[0] is stand.results[0]:
+                yield name, after
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
