@@ -65,11 +65,12 @@ def check_fit(name: str, stored: Tensor | PackedTensor, target: Tensor) -> None:
 
 
 def load_plain_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Copy plain tensors of a file into ``model``.
+    """Copy plain tensors of a file into ``model``, or put them there where it has none but shapes
+    (on the meta device).
 
     Raises:
-        ValueError: one is missing, unknown, of another shape or dtype, or on the meta device;
-            before anything is written.
+        ValueError: one is missing, unknown, of another shape or dtype, before anything is written;
+            or a buffer that is in no state is on the meta device.
     """
     state = plain_state(model)
     for names, what in (
@@ -83,11 +84,26 @@ def load_plain_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{what} {shown}")
     for name, tensor in tensors.items():
         check_fit(name, tensor, state[name])
-        if state[name].is_meta:
-            raise ValueError(f"{name} of the model is on the meta device")
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and name not in state:
+            raise ValueError(
+                f"buffer {name} of the model is on the meta device, and no file holds it: make the "
+                "model with its parameters alone there (accelerate.init_empty_weights)"
+            )
+    # Tied ones are one again.
+    made: dict[int, Tensor] = {}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            state[name].copy_(tensor)
+            target = state[name]
+            if not target.is_meta:
+                target.copy_(tensor)
+                continue
+            owner, _, key = name.rpartition(".")
+            if isinstance(target, nn.Parameter):
+                new = made.setdefault(id(target), nn.Parameter(tensor, target.requires_grad))
+                model.get_submodule(owner)._parameters[key] = new
+            else:
+                model.get_submodule(owner)._buffers[key] = made.setdefault(id(target), tensor)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:

@@ -311,16 +311,22 @@ def save(model: nn.Module, path: Path) -> int:
 
 @normal_tensors()
 def load(
-    path: Path, model: nn.Module | Callable[[], nn.Module], residency: str = "decoded"
+    path: Path,
+    model: nn.Module | Callable[[], nn.Module],
+    residency: str = "decoded",
+    *,
+    inplace: bool = False,
 ) -> nn.Module:
     """Load a saved model: ``model``'s architecture with the packed modules and state of the file.
 
     Args:
         path: of the file.
         model: the float model that the saved one was made of, which stays as it is, or a
-            function that makes it. Its weights don't matter.
+            function that makes it. Its weights don't matter, and may be on the meta device, so that
+            they are never in memory; buffers that no file holds have to be there.
         residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use, and
             none while loading: what the file says of their values is left to `verify`.
+        inplace: change ``model`` itself.
 
     Raises:
         CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
@@ -351,7 +357,7 @@ def load(
         for name, tensor in packed.items():
             if name in weights:
                 check_fit(name, tensor, weights[name])
-        loaded = from_packed(float_model, modules, residency)
+        loaded = from_packed(float_model, modules, residency, inplace=inplace)
         plain = contents.tensors | {
             alias: contents.tensors[name]
             for alias, name in contents.aliases.items()
