@@ -43,7 +43,9 @@ import compressops as co
 from compressops import backends
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-SHAPES = [(m, k, n) for k, n in ((768, 3072), (4096, 4096)) for m in (1, 16, 256, 4096)]
+SHAPES = [
+    (m, k, n) for k, n in ((768, 3072), (4096, 4096), (8192, 8192)) for m in (1, 16, 256, 4096)
+]
 STEPS = ("parity", "sanitize", "time")
 
 
@@ -145,15 +147,22 @@ def int8_rows(backend: str, rounds: int) -> Iterator[dict]:
         dense = [torch.randn(n, k, device=DEVICE, dtype=torch.bfloat16) for _ in range(copies)]
         with co.backend(backend):
             ours = graph_seconds([lambda s=s: co.ops.int8_linear(*s) for s in sets], rounds)
-        peer = graph_seconds(
-            [lambda s=s, w=w: F.linear(s[0], w) for s, w in zip(sets, dense, strict=True)], rounds
-        )
-        figure = {"µs": ours * 1e6, "TOP/s": 2 * m * k * n / ours / 1e12}
-        yield {
-            **{"op": "int8_linear", "backend": backend, "case": f"{m}×{k}×{n} bf16"},
-            **{**figure, "GB/s": (n * k + 2 * m * (n + k)) / ours / 1e9, "× peer": peer / ours},
-            "peer": "torch bf16 linear",
+        peers = {
+            "torch bf16 linear": [
+                functools.partial(F.linear, s[0], w) for s, w in zip(sets, dense, strict=True)
+            ]
         }
+        if m > 16:  # fewer rows it refuses; without scales, bias and the quantization of x
+            q = torch.randint(-127, 128, (m, k), dtype=torch.int8, device=DEVICE)
+            peers["torch._int_mm"] = [functools.partial(torch._int_mm, q, s[1].t()) for s in sets]
+        for name, calls in peers.items():
+            yield {
+                **{"op": "int8_linear", "backend": backend},
+                "case": f"{m}×{k}×{n} bf16" + (", _int_mm" if name == "torch._int_mm" else ""),
+                **{"µs": ours * 1e6, "TOP/s": 2 * m * k * n / ours / 1e12},
+                "GB/s": (n * k + 2 * m * (n + k)) / ours / 1e9,
+                **{"× peer": graph_seconds(calls, rounds) / ours, "peer": name},
+            }
 
 
 def conv_rows(backend: str, rounds: int) -> Iterator[dict]:

@@ -10,6 +10,7 @@ from cuda_on_cpu import harness
 from cuda_on_cpu.harness import Plant
 from test_cuda_on_cpu import reference
 from test_cuda_on_cpu_checks import verdict
+from test_cuda_on_cpu_packed_linear import Case, Layer
 
 pytestmark = pytest.mark.skipif(harness.COMPILER is None, reason="needs a C++20 compiler")
 
@@ -60,15 +61,49 @@ WGMMA_PLANTS = {
 }
 
 
+PACKED = "packed_linear_wgmma.cuh"
+PACKED_PLANTS = {
+    "unpacked over what is being multiplied": (
+        Plant(PACKED, "          wgmma_wait<1>();\n", ""),
+        "registers of a wgmma are written|TMA over what a wgmma",
+    ),
+    "a group that is scaled too early": (
+        Plant(PACKED, "            wgmma_wait<0>();\n            fold();", "            fold();"),
+        "wrong result",
+    ),
+    "the next group's scale": (
+        Plant(
+            PACKED,
+            "            fold();\n            current = ahead;",
+            "            current = ahead;\n            fold();",
+        ),
+        "wrong result",
+    ),
+    "the zero points of the group before": (
+        Plant(PACKED, "ahead.zeros[half]", "current.zeros[half]"),
+        "wrong result",
+    ),
+    "another lane's codes": (
+        Plant(PACKED, "low_lane + 2);", "low_lane + 1);"),
+        "wrong result",
+    ),
+    "a stage that is never released": (
+        Plant(PACKED, "      if (steps > 1) release(2);\n", ""),
+        "deadlock",
+    ),
+}
+
+
 @pytest.fixture(scope="module")
 def planted():
     """All of them, built two at a time."""
     with ThreadPoolExecutor(2) as pool:
         futures = {
-            name: pool.submit(harness.build, "int8_linear", plant, ("CUDA_ON_CPU_HALF_ONLY",))
-            for name, (plant, _) in WGMMA_PLANTS.items()
+            (op, name): pool.submit(harness.build, op, plant, ("CUDA_ON_CPU_HALF_ONLY",))
+            for op, plants in (("int8_linear", WGMMA_PLANTS), ("packed_linear", PACKED_PLANTS))
+            for name, (plant, _) in plants.items()
         }
-        return {name: future.result() for name, future in futures.items()}
+        return {key: future.result() for key, future in futures.items()}
 
 
 @pytest.mark.parametrize("order", harness.ORDERS)
@@ -80,9 +115,26 @@ def test_mistakes_planted_in_int8_linear_are_found(planted, name, order):
     expected = reference(x, weight, scales, None, "none")
 
     def check() -> bool:
-        library = planted[name]
+        library = planted["int8_linear", name]
         y = harness.int8_linear(library, x, weight, scales, kernel="wgmma128", order=order)
         return torch.equal(y, expected)
 
     with pytest.raises(AssertionError, match=WGMMA_PLANTS[name][1]):
+        raise AssertionError(verdict(check))
+
+
+@pytest.mark.parametrize("order", harness.ORDERS)
+@pytest.mark.parametrize("name", PACKED_PLANTS)
+def test_mistakes_planted_in_int4_linear_are_found(planted, name, order):
+    """Groups of two steps, and more tiles than blocks."""
+    case = Case(130, 136, 64 * 11, 128, zeros=True, bias=False, kernel="wgmma")
+    layer = Layer.make(case)
+    layer.scales.copy_(2.0 ** torch.randint(-3, 4, layer.scales.shape))  # exact sums
+    x = torch.randint(-8, 9, (case.M, case.K)).half()
+    expected = (x.double() @ layer.dense().t()).half()
+
+    def check() -> bool:
+        return torch.equal(layer.run(planted["packed_linear", name], x, order), expected)
+
+    with pytest.raises(AssertionError, match=PACKED_PLANTS[name][1]):
         raise AssertionError(verdict(check))

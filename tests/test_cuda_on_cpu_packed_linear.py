@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -121,7 +121,23 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+WGMMA = [
+    *(
+        Case(M, N, K, group, zeros=zeros, dtype=dtype, activation=activation, kernel="wgmma")
+        for dtype in harness.DTYPES
+        for M, N, K, group, zeros, activation in (
+            (1, 1, 8, None, False, "none"),
+            (130, 141, 200, 64, True, "gelu"),  # more tiles than blocks, a group of part of a step
+            (3, 17, 64 * 11, 128, True, "none"),  # more steps than stages, the last group half
+            (33, 130, 64 * 9 - 8, None, False, "relu"),
+        )
+    ),
+    Case(5, 20, 264, 2**62, zeros=True, kernel="wgmma"),
+    Case(129, 16, 384, 192, bias=False, kernel="wgmma"),
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *WGMMA], ids=str)
 def test_packed_linear(library, case):
     layer = Layer.make(case)
     x = torch.randn(case.M, case.K).to(case.dtype)
@@ -160,11 +176,9 @@ def test_special_values(library, dtype):
 
 
 def test_choice_of_kernel(library):
-    def plan(M, N, K, capability=90):
-        out = (harness.c_int64 * 3)()
-        library.plan_packed_linear_of(
-            *map(harness.c_int64, (M, N, K, 132)), harness.ctypes.c_int(capability), out
-        )
+    def plan(M, N, K, capability=90, hopper=False):
+        out, options = (harness.c_int64 * 3)(), map(harness.ctypes.c_int, (capability, hopper))
+        library.plan_packed_linear_of(*map(harness.c_int64, (M, N, K, 132)), *options, out)
         return tuple(out)
 
     assert plan(1, 4096, 4096) == (0, 4, 64 * 4 * 1024)
@@ -173,3 +187,27 @@ def test_choice_of_kernel(library):
     assert plan(4096, 4096, 4096) == (1, 1, 0)
     assert plan(1, 64, 64)[1] == 1  # one step cannot be split
     assert plan(1, 4096, 4096, 75)[0] == -1
+    assert plan(4096, 4096, 4096, hopper=True) == (2, 1, 0)
+    assert [plan(M, 4096, 4096, hopper=True)[0] for M in (16, 512, 640)] == [0, 1, 2]
+
+
+def test_hopper_serves_whole_steps_of_16_bits(library):
+    for case in kinds(300, 136, 136, 32) + kinds(300, 136, 128, 64):
+        layer, x = Layer.make(case), torch.randn(300, case.K).to(case.dtype)
+        layer.check(layer.run(library, x), x)
+        if case.quantize_x or case.group == 32:
+            with pytest.raises(harness.KernelError, match="launch failed"):
+                Layer.make(replace(case, kernel="wgmma")).run(library, x)
+
+
+def test_codes_do_not_depend_on_the_kernel(library):
+    """Integers and scales that are powers of two have exact sums, whatever their order."""
+    case = Case(70, 72, 640, 128, zeros=True, dtype=torch.bfloat16)
+    layer = Layer.make(case)
+    layer.scales.copy_(2.0 ** torch.randint(-3, 4, layer.scales.shape))
+    layer.bias.zero_()
+    x = torch.randint(-8, 9, (case.M, case.K)).bfloat16()
+    expected = (x.double() @ layer.dense().t()).bfloat16()
+    for kernel in ("narrow", "wide", "wgmma"):
+        forced = replace(layer, case=replace(case, kernel=kernel))
+        assert torch.equal(forced.run(library, x), expected)

@@ -1,6 +1,7 @@
 // int4_linear, ternary_linear: y[M, N] = activation(x_scale[m] · Σ_groups scale[group, n] ·
 // Σ_k x[m, k] · (code[n, k] − zero[group, n]) + bias[n]), x in int8 (W4A8, W2A8), or in float16 or
-// bfloat16 with x_scale 1 (W4A16). One kernel on mma.sync (sm_80 and newer), in two shapes:
+// bfloat16 with x_scale 1 (W4A16). A kernel on mma.sync (sm_80 and newer), narrow or wide, or
+// wgmma:
 //
 //   narrow, M ≤ 16: the N·K·bits/8 bytes of codes are all the traffic that counts. Four warps of a
 //       block take different inputs of the same 64 outputs, and blocks split the inputs further.
@@ -11,6 +12,7 @@
 //       way; three stages of 8 KB of each of two blocks are 48 KB.
 //   wide: 64 × 128 outputs a block, and each code is unpacked once in it. Per 64 inputs come in
 //       8 KB of 16-bit x (4 KB of int8) and 4 KB of 4-bit codes (2 KB) for 524,288 multiply-adds.
+//   wgmma: 16-bit x and many rows on Hopper, see packed_linear_wgmma.cuh.
 //
 // Codes lie in the order of the fragments (Codes.pack_fragments in ops/packed_linear.py): a lane
 // fetches the 16 bytes that it multiplies, so that they need no barrier and no shuffle. A group's

@@ -29,8 +29,10 @@ void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_
                      int64_t x_columns, int64_t parts, Global<const float> x_scales) {
   const int64_t multiprocessors = multiprocessor_count(call.rows, call.op);
   const int capability = compute_capability(call.rows, call.op);
+  const bool hopper = packed_linear_fits_wgmma<kBits, Input>(call.M, call.N, call.K, parts,
+                                                             call.group_size, capability);
   const PackedLinearPlan plan =
-      plan_packed_linear(call.M, call.N, call.K, parts, multiprocessors, capability);
+      plan_packed_linear(call.M, call.N, call.K, parts, multiprocessors, capability, hopper);
   COMPRESSOPS_CHECK(plan.kernel != PackedLinearKernel::kAuto, call.op, "x",
                     "on a GPU of compute capability 8.0 or more", int64_t{capability});
   OptionalTensor partials, tickets;
@@ -60,7 +62,9 @@ void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_
                                         : dtype == ScalarType::BFloat16 ? FloatType::kBfloat16
                                                                         : FloatType::kFloat,
                                         data_of<uint8_t>(call.y)};
-  check_cuda(launch_packed_linear<kBits>(args, plan, current_stream(call.rows, call.op)), call.op);
+  check_cuda(
+      launch_packed_linear<kBits>(args, plan, multiprocessors, current_stream(call.rows, call.op)),
+      call.op);
 }
 
 template <int kBits, class T>

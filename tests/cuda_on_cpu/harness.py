@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 KERNELS = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "cuda_on_cpu"
-# As CXX may be given to the build: a compiler, or a wrapper and its compiler.
+# As CXX may be given to the build : a compiler, or a wrapper and its compiler.
 _NAMED = map(shlex.split, (os.environ.get("CXX", "g++"), "clang++"))
 COMPILER = next((words for words in _NAMED if words and shutil.which(words[0])), None)
 FLAGS = ("-std=c++20", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off")
@@ -67,7 +67,7 @@ def build(op: str, plant: Plant | None = None, defines: tuple[str, ...] = ()) ->
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             includes = [f"-I{HERE}", f"-I{KERNELS}"]
             if plant is not None:
-                # All of them: a quoted include looks beside the including file first.
+                # All of them : a quoted include looks beside the including file first.
                 for header in KERNELS.glob("*.cuh"):
                     shutil.copy(header, folder)
                 (Path(folder) / plant.file).write_text(planted)
@@ -213,7 +213,7 @@ def int8_conv2d(
     return y
 
 
-PACKED_LINEAR_KERNELS = {"auto": -1, "narrow": 0, "wide": 1}
+PACKED_LINEAR_KERNELS = {"auto": -1, "narrow": 0, "wide": 1, "wgmma": 2}
 
 
 def packed_linear(
@@ -230,6 +230,7 @@ def packed_linear(
     *,
     kernel: str = "auto",
     splits: int = 0,
+    capability: int = 90,
     order: str = "forward",
 ) -> torch.Tensor:
     """The op of ``kind`` (its `Codes`) on ``x`` ``[M, K]`` (dense rows) and a weight as GPUs have
@@ -245,6 +246,7 @@ def packed_linear(
         ctypes.c_int(ACTIVATIONS[activation]),
         ctypes.c_int(PACKED_LINEAR_KERNELS[kernel]),
         c_int64(splits),
+        ctypes.c_int(capability),
         order=order,
     )
     return y

@@ -11,7 +11,6 @@ namespace {
 using namespace compressops;
 
 constexpr int64_t kMultiprocessors = 2;
-constexpr int kCapability = 80;
 
 struct Buffers {
   int64_t M, N, K, x_row_stride, group_size;
@@ -23,6 +22,7 @@ struct Buffers {
   void* y;
   int y_type, activation, kernel;
   int64_t splits;
+  int capability;
 };
 
 // Vectors, so that the scratch is as aligned as torch's.
@@ -39,7 +39,9 @@ struct Scratch {
 template <int kBits, class Input>
 cudaError_t run(const Buffers& b, Global<const Input> x, int64_t x_row_stride, int64_t x_columns,
                 int64_t parts, Global<const float> x_scales) {
-  const auto plan = plan_packed_linear(b.M, b.N, b.K, parts, kMultiprocessors, kCapability,
+  const bool hopper =
+      packed_linear_fits_wgmma<kBits, Input>(b.M, b.N, b.K, parts, b.group_size, b.capability);
+  const auto plan = plan_packed_linear(b.M, b.N, b.K, parts, kMultiprocessors, b.capability, hopper,
                                        static_cast<PackedLinearKernel>(b.kernel), b.splits);
   const int64_t groups = b.K ? ceil_div(b.K, b.group_size) : 0;
   const int64_t rows = 8 * kLaneOutputs<kBits>;
@@ -70,7 +72,7 @@ cudaError_t run(const Buffers& b, Global<const Input> x, int64_t x_row_stride, i
   args.y_type = static_cast<FloatType>(b.y_type);
   const int64_t bytes = b.M * b.N * (b.y_type == 0 ? 4 : 2);
   args.y = Global<uint8_t>(static_cast<uint8_t*>(b.y), bytes, "y");
-  return launch_packed_linear<kBits>(args, plan, nullptr);
+  return launch_packed_linear<kBits>(args, plan, kMultiprocessors, nullptr);
 }
 
 template <class T>
@@ -109,11 +111,16 @@ cudaError_t run_float(const Buffers& b) {
 CUDA_ON_CPU_EXPORT int run_packed_linear(int bits, int quantize_x, int dtype, const int64_t* sizes,
                                          const void* x, const uint8_t* weight, const float* scales,
                                          const uint8_t* zeros, const float* bias, void* y,
-                                         int activation, int kernel, int64_t splits, int order,
-                                         unsigned seed, char* message) {
+                                         int activation, int kernel, int64_t splits, int capability,
+                                         int order, unsigned seed, char* message) {
   return cuda_on_cpu::guarded(order, seed, message, [&] {
-    const Buffers b = {sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],   x,      weight, scales,
-                       zeros,    bias,     y,        dtype,    activation, kernel, splits};
+    const Buffers b = {sizes[0],   sizes[1], sizes[2], sizes[3],  sizes[4], x,
+                       weight,     scales,   zeros,    bias,      y,        dtype,
+                       activation, kernel,   splits,   capability};
+#ifdef CUDA_ON_CPU_HALF_ONLY  // compiles in a fraction of the time
+    if (!quantize_x && bits == 4 && dtype == 1) return run_float<__half, __half>(b);
+    throw cuda_on_cpu::Error("no such kernel in this library");
+#else
     if (quantize_x && bits == 2) {
       if (dtype == 0) return run_quantized<2, float>(b);
       if (dtype == 1) return run_quantized<2, __half>(b);
@@ -131,14 +138,15 @@ CUDA_ON_CPU_EXPORT int run_packed_linear(int bits, int quantize_x, int dtype, co
     if (dtype == 1) return run_float<__half, __half>(b);
     return run_float<__nv_bfloat16, __nv_bfloat16>(b);
 #endif
+#endif
   });
 }
 
 // Kernel, splits and floats of scratch.
 CUDA_ON_CPU_EXPORT void plan_packed_linear_of(int64_t M, int64_t N, int64_t K,
-                                              int64_t multiprocessors, int capability,
+                                              int64_t multiprocessors, int capability, int hopper,
                                               int64_t* plan) {
-  const auto chosen = plan_packed_linear(M, N, K, 1, multiprocessors, capability);
+  const auto chosen = plan_packed_linear(M, N, K, 1, multiprocessors, capability, hopper != 0);
   plan[0] = static_cast<int64_t>(chosen.kernel);
   plan[1] = chosen.splits;
   plan[2] = chosen.partials;
