@@ -1,0 +1,159 @@
+"""A BERT of MiniLM's shape in 2-2-8 and 8-8-8 against its float model: time and peak memory.
+
+    python bench/bench_bert_speed.py
+
+Random weights, which neither time nor memory depends on; 64 tokens a sentence. "peak MiB" is the
+growth of a new process's resident memory, at its highest, from before the model's file is loaded to
+after one call. The float model is loaded by mapping its file into a model without weights; packed
+ones by `compressops.load`. Times and ratios are of all models in one process.
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import interleaved, median_ratio, parser, report
+from torch import nn
+
+import compressops as co
+
+SHAPE = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+SMOKE = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
+NUMBERS = {
+    "2-2-8": (co.Ternary("tensor"), co.Ternary("row")),
+    "8-8-8": (co.Int(bits=8), co.Int(bits=8)),
+}
+TOKENS = 64
+
+
+def build(shape: dict) -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    return BertForSequenceClassification(BertConfig(**shape)).eval()
+
+
+def convert(model: nn.Module, name: str) -> nn.Module:
+    number, embedding = NUMBERS[name]
+    config = {
+        "bert.embeddings.word_embeddings": embedding,
+        "bert.embeddings.*": None,
+        "classifier": None,
+        "*": number,
+    }
+    return co.convert(model, config, prefer="size")
+
+
+def batch(shape: dict, size: int) -> dict[str, torch.Tensor]:
+    ids = torch.arange(size * TOKENS).view(size, TOKENS) * 7 % shape.get("vocab_size", 30522)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def peak(path: Path, packed: bool, shape: dict, size: int) -> float:
+    """MiB by which this process's resident memory grows while it loads a file and runs it."""
+    from accelerate import init_empty_weights
+    from safetensors.torch import load_file
+
+    # What the first call of anything takes is not the model's.
+    small = convert(build(SMOKE), "8-8-8")
+    small(**batch(SMOKE, 1))
+    with init_empty_weights():
+        model = build(shape)
+    inputs = batch(shape, size)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    if packed:
+        model = co.load(path, model, inplace=True)
+    else:
+        model.load_state_dict(load_file(path), assign=True)
+    model(**inputs)
+    return (_status("VmHWM") - before) / 1024
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def measured_peak(path: Path, name: str, shape: dict, size: int) -> float:
+    code = (
+        f"import torch, bench_bert_speed as b; torch.set_num_threads(1); "
+        f"print(b.peak(b.Path({str(path)!r}), {name != 'float'}, {shape!r}, {size}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr}")
+    return float(done.stdout.split()[-1])
+
+
+@torch.no_grad()
+def main() -> None:
+    options = parser(__doc__, "bert_speed-cpu")
+    options.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    arguments = options.parse_args()
+    try:
+        import accelerate  # noqa: F401
+        import transformers
+    except ImportError as missing:
+        if arguments.smoke:
+            print(f"not run: {missing}")
+            return
+        raise
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    shape = SMOKE if arguments.smoke else SHAPE
+    models: dict[str, Any] = {"float": build(shape)}
+    models |= {name: convert(models["float"], name) for name in NUMBERS}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / f"{name}.safetensors" for name in models}
+        for name, model in models.items():
+            co.save(model, paths[name]) if name != "float" else _save(model, paths[name])
+        for size in [2] if arguments.smoke else arguments.batch:
+            peaks = {n: measured_peak(path, n, shape, size) for n, path in paths.items()}
+            inputs = batch(shape, size)
+            calls = {n: lambda m=m, i=inputs: m(**i) for n, m in models.items()}
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                seconds = interleaved(calls, 2 if arguments.smoke else max(15, arguments.rounds))
+                rows += [
+                    {
+                        **{"batch": size, "threads": threads, "model": name},
+                        "ms": statistics.median(seconds[name]) * 1e3,
+                        "× float": median_ratio(seconds["float"], seconds[name]),
+                        "file bytes": paths[name].stat().st_size,
+                        "peak MiB": peaks[name],
+                        "peak, part of float": peaks[name] / peaks["float"],
+                    }
+                    for name in models
+                ]
+    report("BERT of MiniLM's shape, 64 tokens (CPU)", rows, arguments)
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""MiniLM on SST-2's 872 development sentences: the float model, and what the recipes make of it.
+
+    python bench/bert_sst2.py minilm_sst2                  # first: it is the others' teacher
+    python bench/bert_sst2.py minilm_int8 minilm_ternary   # hours on few cores; resumes
+
+"top1" is that of the file: it is saved, loaded into a model without weights, and classifies the
+sentences. "agree" are the percent of them to which the file gives the label that the model of the
+training gave, in floats that stand for integers. `compressops/zoo/sentiment.py` says what to
+install.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from common import RESULTS, ROOT, context
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import compressops as co
+from compressops.compress.run import run_recipe
+from compressops.measure import evaluating
+from compressops.train.memory import keep_freed_memory
+from compressops.zoo.sentiment import Sentences
+
+TEACHER = "minilm_sst2"
+ROWS = (TEACHER, "minilm_int8", "minilm_ternary")
+
+
+def logits(model: nn.Module, dev: Sentences, size: int = 32) -> Tensor:
+    order = sorted(range(len(dev)), key=dev.lengths.__getitem__)
+    found = torch.empty(len(dev), 2)
+    with evaluating(model):
+        for start in range(0, len(order), size):
+            picked = order[start : start + size]
+            found[picked] = model(**dev.__getitems__(picked)[0]).logits
+    return found
+
+
+def run(name: str, workdir: Path) -> dict:
+    """Train one row, or go on with it."""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = co.Recipe.from_yaml(path)
+    model, _, dev, _ = recipe.load()
+    result = run_recipe(path, workdir)
+    file = workdir / f"{name}.safetensors"
+    trained = logits(result.model, dev)
+    if name == TEACHER:
+        tensors = {key: value.contiguous() for key, value in result.model.state_dict().items()}
+        save_file(tensors, file)
+        loaded = trained
+    else:
+        # What training rounded is run as integers without being asked for; look-ups in 2 bits take
+        # less memory and more time, and are taken with prefer="size" alone.
+        co.save(co.convert(result.model, prefer="size"), file)
+        co.verify(file)
+        with init_empty_weights():
+            skeleton = type(model)(model.config)
+        loaded = logits(co.load(file, skeleton, inplace=True).eval(), dev)
+    right = loaded.argmax(1) == dev.labels
+    return {
+        "row": name,
+        "recipe": f"recipes/{path.name}",
+        "top1": 100 * right.double().mean().item(),
+        "top1 of the training's model": result.table[-1].top1,
+        "agree": 100 * (loaded.argmax(1) == trained.argmax(1)).double().mean().item(),
+        "largest difference of logits": (loaded - trained).abs().max().item(),
+        "file_bytes": file.stat().st_size,
+        "stages": [asdict(stage) for stage in result.table],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rows", nargs="+", choices=ROWS)
+    # Where the students' recipes look for their teacher.
+    parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "bert")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bert_sst2.json")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.set_defaults(rounds=1)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(arguments.threads)
+    arguments.workdir.mkdir(parents=True, exist_ok=True)
+    for name in arguments.rows:
+        found = context(arguments) | run(name, arguments.workdir)
+        before = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+        rows = [row for row in before if row["row"] != name] + [found]
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+        print(
+            f"{name}: top-1 {found['top1']:.2f}, agrees {found['agree']:.2f}, "
+            f"{found['file_bytes']:,} bytes"
+        )
+
+
+if __name__ == "__main__":
+    main()
