@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 
 import torch
-from common import interleaved, median_ratio, parser, report
+from common import interleaved, median_ratio, merged, parser, report
 from torch import nn
 
 import compressops as co
@@ -44,6 +44,7 @@ def linears(model: nn.Module) -> str:
 def main() -> None:
     options = parser(__doc__, "minilm-cpu")
     options.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    options.add_argument("--merge", action="store_true", help="keep the other rows of --out")
     arguments = options.parse_args()
     try:
         model, tokenizer = minilm.load()
@@ -101,6 +102,7 @@ def main() -> None:
                     }
                 )
             print(rows[-len(models) :], flush=True)
+    rows = merged(rows, arguments, ("threads", "batch", "model"))
     report("all-MiniLM-L6-v2, SST-2 dev (CPU)", rows, arguments)
 
 

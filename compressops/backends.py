@@ -28,7 +28,8 @@ BACKENDS = ("cuda", "triton", "cpu", "eager")
 
 Kernel = Callable[..., torch.Tensor]
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+_VALUES = frozenset((type(None), bool, int, float, str))
 
 
 class BackendError(RuntimeError):
@@ -234,7 +235,7 @@ def register(
         # layer's kernel. Nobody who has no gradient to take and nothing to record needs it.
         if torch.compiler.is_compiling() or _is_watched(args):
             return public(*args)
-        return run(*args)
+        return _serving(op, args[0].device.type)[1](*args)
 
     return call
 
@@ -247,7 +248,11 @@ def _is_watched(args: tuple) -> bool:
         return True
     records = torch.is_grad_enabled()
     for value in args:
-        if type(value) in _PLAIN:
+        kind = type(value)
+        # Most arguments are of these types, and isinstance takes longer.
+        if kind in _VALUES:
+            continue
+        if kind in _PLAIN:
             if records and value.requires_grad:
                 return True
         elif isinstance(value, torch.Tensor):
