@@ -14,7 +14,7 @@ import torch
 
 import compressops as co
 from compressops.ops import huge_pages
-from compressops.ops.huge_pages import PAGE, on_huge_pages
+from compressops.ops.huge_pages import PAGE, empty_on_huge_pages, on_huge_pages
 
 linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages to ask for")
 
@@ -148,3 +148,18 @@ def test_packed_weights_are_there_and_multiply_the_same(monkeypatch):
         assert here[0].data_ptr() % PAGE == 0
         assert torch.equal(here[0], there[0])
         assert torch.equal(op(*arguments(*here)), op(*arguments(*there)))
+
+
+@linux
+def test_new_memory_on_huge_pages():
+    like = torch.empty(0)
+    large = empty_on_huge_pages(PAGE // 2 + 3, like, torch.bfloat16)
+    assert large.data_ptr() % PAGE == 0
+    assert large.shape == (PAGE // 2 + 3,)
+    assert large.untyped_storage().nbytes() == large.nbytes
+    large.fill_(2.0)
+    small = empty_on_huge_pages(PAGE // 2 - 1, like, torch.bfloat16)
+    assert (small.dtype, small.shape) == (torch.bfloat16, (PAGE // 2 - 1,))
+    meta = empty_on_huge_pages(PAGE, torch.empty(0, device="meta"), torch.uint8)
+    assert meta.is_meta
+    assert empty_on_huge_pages(0, like, torch.uint8).numel() == 0

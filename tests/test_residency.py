@@ -83,6 +83,41 @@ def test_embedding_and_modes() -> None:
     assert torch.equal(jacobian, torch.func.jacrev(linear)(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("coding", [co.Huffman(), co.Huffman(chunk_size=100), co.Raw()], ids=str)
+@pytest.mark.parametrize("rows", [[], [0], [41], [40, 41], [3, 30, 3, 0], list(range(42))], ids=len)
+def test_an_embedding_decodes_the_chunks_of_its_rows(dtype, coding, rows, monkeypatch) -> None:
+    table = nn.Embedding(42, 77).to(dtype)
+    packed = co.nn.PackedEmbedding.from_float(table, coding=coding, residency="packed")
+    decoded = []
+
+    def symbols(stream, offsets, lengths, count, chunk_size):
+        decoded.append(count)
+        return co.ops.huffman_decode(stream, offsets, lengths, count, chunk_size)
+
+    decoder = co.formats.coding.Decoder(symbols, co.ops.merge_planes)
+    monkeypatch.setattr(co.ops, "DECODER", decoder)
+    ids = torch.tensor([rows, rows], dtype=torch.int32)
+    assert torch.equal(packed(ids), table(ids))
+    if coding == co.Huffman(chunk_size=100):
+        chunks = {at // 100 for row in rows for at in range(77 * row, 77 * (row + 1))}
+        short = 100 * 33 - 42 * 77
+        assert sum(decoded) == 100 * len(chunks) - (short if 32 in chunks else 0)
+    for wrong in (-1, 42):
+        with pytest.raises(IndexError, match=f"input must be from 0 to 41, got {wrong}"):
+            packed(torch.tensor([0, wrong]))
+
+
+def test_corrupt_rows_of_an_embedding_are_errors() -> None:
+    table = nn.Embedding(42, 77)
+    coding = co.Huffman(chunk_size=100)
+    packed = co.nn.PackedEmbedding.from_float(table, coding=coding, residency="packed")
+    packed.packed_weight.codes_3[10] ^= 1
+    assert torch.equal(packed(torch.tensor([30])), table(torch.tensor([30])))
+    with pytest.raises(ValueError, match="chunk 0: its CRC"):
+        packed(torch.tensor([0, 30]))
+
+
 def test_one_buffer_that_grows_and_goes() -> None:
     packed = co.convert(model(), co.Huffman(), residency="packed")
     with torch.no_grad():

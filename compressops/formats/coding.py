@@ -41,6 +41,10 @@ __all__ = [
 ]
 
 
+def _empty(count: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return like.new_empty(count, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Decoder:
     """The kernels that decoding takes; by default the references.
@@ -49,16 +53,16 @@ class Decoder:
         symbols: ``(stream, offsets, lengths, num_symbols, chunk_size)`` → uint8 symbols, as
             :func:`huffman_decode_reference`.
         merge: ``(out, planes, turned)``, as :func:`merge_planes_reference`.
+        empty: ``(count, like, dtype)`` → memory for codes of more than a byte, where ``like`` is.
     """
 
     symbols: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = huffman_decode_reference
     merge: Callable[[Tensor, Sequence[Tensor], bool], None] = merge_planes_reference
+    empty: Callable[[int, Tensor, torch.dtype], Tensor] = _empty
 
 
-# The kernel that encoding takes: ``(symbols, lengths, chunk_size)`` → ``(stream, offsets)``, as
-# :func:`huffman_encode_reference`.
+# Takes ``(symbols, lengths, chunk_size)``, gives ``(stream, offsets)``: a kernel, or the reference.
 Encoder = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
 
 # What a chunk takes beside its codes: its header, and its size as uint16 (32,768 symbols of 12 bits
 # are 49,152 bytes).
@@ -336,10 +340,14 @@ class Huffman(Coding):
             self._reader(parts, plane, count, width, decoder)
             for plane, width in self._planes(name, bits)
         ]
-        device = parts[f"{name}_0"].device
-        codes = torch.empty(count, dtype=code_dtype(bits), device=device) if out is None else out
+        like = parts[f"{name}_0"]
+        codes = decoder.empty(count, like, code_dtype(bits)) if out is None else out
         # Elsewhere a launch costs more than a cache saves.
-        tile = count if device.type != "cpu" else max(1, _TILE // self.chunk_size) * self.chunk_size
+        tile = (
+            count
+            if like.device.type != "cpu"
+            else max(1, _TILE // self.chunk_size) * self.chunk_size
+        )
         for start in range(0, count, max(1, tile)):
             stop = min(start + tile, count)
             planes = [read(start, stop) for read in readers]

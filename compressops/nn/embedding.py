@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops import ops
+from compressops.formats.rows import has_rows
 from compressops.nn.base import PackedModule
 from compressops.nn.kernel_weight import TernaryWeight
 from compressops.nn.weight import PackedWeight
@@ -19,7 +20,8 @@ class PackedEmbedding(PackedModule):
     ``max_norm`` is refused: it renormalises the table in place on each use, which a packed table
     cannot follow.
 
-    Packed residency breaks compiled graphs, see `PackedModule`.
+    Packed residency decodes the chunks that hold the rows of a call, of a dense table of floats, and
+    else the whole table. It breaks compiled graphs, see `PackedModule`.
 
     Shape: input integer ``[...]``, output ``[..., embedding_dim]``.
     """
@@ -39,6 +41,16 @@ class PackedEmbedding(PackedModule):
         return super()._template({k: v for k, v in config.items() if k != "bias"})
 
     def forward(self, input: Tensor) -> Tensor:
+        held = self.packed_weight
+        # Elsewhere finding the rows would wait for the device.
+        if input.device.type == "cpu" and held.keeps_none() and has_rows(held.packed()):
+            wanted, places = input.unique(return_inverse=True)
+            for row in (wanted.min(), wanted.max()) if wanted.numel() else ():
+                if not 0 <= row < self.num_embeddings:
+                    raise IndexError(
+                        f"input must be from 0 to {self.num_embeddings - 1}, got {int(row)}"
+                    )
+            return F.embedding(places, held.rows(wanted.long()))
         return self.with_weight(F.embedding, input, self.padding_idx)
 
 

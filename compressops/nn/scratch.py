@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from compressops.ops.huge_pages import empty_on_huge_pages
+
 # Of a GPU also by stream: what one stream still reads, another must not overwrite.
 _Key = tuple[torch.device, int]
 
@@ -40,7 +42,7 @@ def lease(user: nn.Module, device: torch.device, nbytes: int) -> Iterator[Tensor
         # Freed before its successor is allocated.
         buffer = None
         with torch.inference_mode(False):
-            buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            buffer = empty_on_huge_pages(nbytes, torch.empty(0, device=device), torch.uint8)
     try:
         yield buffer[:nbytes]
     finally:

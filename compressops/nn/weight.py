@@ -14,8 +14,10 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from compressops import ops
 from compressops.formats import Coding, Layout, Number, PackedTensor
+from compressops.formats.rows import unpack_rows
 from compressops.nn import scratch
 from compressops.ops.checks import version
+from compressops.ops.huge_pages import empty_on_huge_pages
 
 RESIDENCIES = ("decoded", "packed")
 
@@ -156,8 +158,21 @@ class PackedWeight(nn.Module):
     @outside_graphs
     def _decode(self) -> Tensor:
         device, dtype = self._probe.device, self._probe.dtype
-        out = torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
-        return out if device.type == "meta" else self.packed().unpack(ops.DECODER, out=out)
+        if device.type == "meta":
+            return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
+        flat = empty_on_huge_pages(self.shape.numel(), self._probe, dtype)
+        out = flat.as_strided(self.shape, self._strides)
+        return self.packed().unpack(ops.DECODER, out=out)
+
+    def rows(self, wanted: Tensor) -> Tensor:
+        """The rows of these indices (int64 ``[n]``, each once), in the compute dtype."""
+        return unpack_rows(self.packed(), wanted, ops.DECODER).to(self._probe.dtype)
+
+    def keeps_none(self) -> bool:
+        """Whether a call decodes what it needs, and nobody but it may keep that."""
+        probe = self._probe
+        kept = self.residency == "decoded" or torch.compiler.is_compiling() or probe.is_meta
+        return not (kept or _has_interpreters())
 
     def run(self, function: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
         """``function(input, weight, *args)`` with the dense weight, which is decoded into memory
@@ -166,7 +181,7 @@ class PackedWeight(nn.Module):
         For a backward pass nothing of it is kept either: the weight is decoded again.
         """
         probe = self._probe
-        if torch.compiler.is_compiling() or probe.is_meta or _has_interpreters():
+        if not self.keeps_none():
             return function(input, self._decode(), *args)
         nbytes = self.shape.numel() * probe.element_size()
         with scratch.lease(self, probe.device, nbytes) as buffer:

@@ -6,6 +6,7 @@ from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
 from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
 from .huffman_decode import huffman_decode, huffman_decode_out
 from .huffman_encode import huffman_encode
+from .huge_pages import empty_on_huge_pages
 from .int4_linear import int4_linear, int4_linear_pack
 from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
@@ -23,7 +24,7 @@ from .winograd_model import choose_tile
 from .winograd_transform import cook_toom
 
 # What `PackedTensor.unpack` takes to decode by the ops.
-DECODER = Decoder(huffman_decode, merge_planes)
+DECODER = Decoder(huffman_decode, merge_planes, empty_on_huge_pages)
 
 __all__ = [
     "DECODER",

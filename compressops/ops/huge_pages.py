@@ -23,15 +23,35 @@ def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
         ``tensor``, or a contiguous copy in memory of its own, of which only what the copy fills is
         ever resident.
     """
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # of Linux alone
-    plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
-    if advice is None or not plain or tensor.nbytes < PAGE or torch.compiler.is_compiling():
+    if tensor.nbytes < PAGE or not _has_huge_pages(tensor):
         return tensor
-    memory = mmap.mmap(-1, tensor.nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return _mapped(tensor.numel(), tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def empty_on_huge_pages(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``torch.empty(count)`` on the device of ``like``, in huge pages where `on_huge_pages` would
+    put a tensor of that size.
+
+    Memory of the system's is given page by page when it is first written to; a virtual machine
+    takes 16 ms for 32 MB of pages of 4 KB, and 3 ms for huge ones.
+    """
+    if count * dtype.itemsize < PAGE or not _has_huge_pages(like):
+        return torch.empty(count, dtype=dtype, device=like.device)
+    return _mapped(count, dtype)
+
+
+def _has_huge_pages(tensor: torch.Tensor) -> bool:
+    """Whether the system has them, and the tensor is in plain CPU memory."""
+    plain = type(tensor) is torch.Tensor and tensor.device.type == "cpu"
+    return plain and hasattr(mmap, "MADV_HUGEPAGE") and not torch.compiler.is_compiling()
+
+
+def _mapped(count: int, dtype: torch.dtype) -> torch.Tensor:
+    nbytes = count * dtype.itemsize
+    memory = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
     # Whole ones: the rest of the last would be memory that nothing uses. A kernel without huge
-    # pages refuses, and the copy is in small ones as the tensor was.
+    # pages refuses, and the tensor is in small ones as any other is.
     with contextlib.suppress(OSError):
-        memory.madvise(advice, start, tensor.nbytes // PAGE * PAGE)
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=start)
-    return copy.view(tensor.shape).copy_(tensor)
+        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=start)

@@ -17,6 +17,7 @@ struct HuffmanScratch {
   // The chunk, copied, so that what is checked is what is decoded, whoever writes to the stream.
   uint8_t chunk[kHuffmanHeaderBytes + kHuffmanMaxChunkSize * kHuffmanMaxLength / 8 + kHuffmanSlack];
   uint8_t levels[2][kHuffmanMaxChunkSize + kHuffmanSlack];
+  const uint8_t* behind;  // where the chunk ended; what is there is fetched, and not read
 };
 
 // Decodes `count` symbols of the chunk in the scratch, which has `bytes` bytes of codes. Its bits

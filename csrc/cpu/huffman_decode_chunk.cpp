@@ -34,6 +34,7 @@ HuffmanFault huffman_decode_chunk(const HuffmanTree& tree, HuffmanScratch& scrat
   if (size < kHuffmanHeaderBytes) return kHuffmanTruncated;
   if (size > static_cast<int64_t>(sizeof(scratch.chunk)) - kHuffmanSlack) return kHuffmanTooLong;
   uint8_t* chunk = scratch.chunk;
+  scratch.behind = end;
   std::memcpy(chunk, begin, static_cast<size_t>(size));
   std::memset(chunk + size, 0, static_cast<size_t>(kHuffmanSlack));
   uint32_t stated;

@@ -27,6 +27,12 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
   const HuffmanFault end = huffman_check_end(data, bytes, starts[tree.nodes]);
   if (end != kHuffmanSound) return end;
 
+  // The result's lines, and those of the next chunk, are fetched little by little while the lower
+  // levels are merged: the merge of the root would wait for memory at each of them.
+  const int64_t lower = starts[tree.nodes] - count;
+  const uint64_t share = lower > 0 ? ((uint64_t)count << 16) / (uint64_t)lower + 1 : 0;
+  uint64_t fetched = 0, due = 0;
+
   // Upwards, each level from the one below. Within a level from left to right, so that what a merge
   // writes past its end is overwritten by the next.
   for (int level = tree.levels - 1; level >= 0; --level) {
@@ -45,6 +51,11 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
       } else {
         merge_nodes(bits, counts[v], below + starts[zero_child], below + starts[one_child], out,
                     exact);
+      }
+      due += exact ? 0 : (uint64_t)counts[v] * share;
+      for (; fetched < due >> 16 && fetched < (uint64_t)count; fetched += 64) {
+        __builtin_prefetch(result + fetched, 1);
+        if (fetched < (uint64_t)bytes) __builtin_prefetch(scratch.behind + fetched);
       }
     }
   }
