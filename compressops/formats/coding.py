@@ -63,7 +63,6 @@ class Decoder:
 
 # Takes ``(symbols, lengths, chunk_size)``, gives ``(stream, offsets)``: a kernel, or the reference.
 Encoder = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-
 # What a chunk takes beside its codes: its header, and its size as uint16 (32,768 symbols of 12 bits
 # are 49,152 bytes).
 _CHUNK_BYTES = HEADER_BYTES + 2

@@ -20,8 +20,8 @@ class PackedEmbedding(PackedModule):
     ``max_norm`` is refused: it renormalises the table in place on each use, which a packed table
     cannot follow.
 
-    Packed residency decodes the chunks that hold the rows of a call, of a dense table of floats, and
-    else the whole table. It breaks compiled graphs, see `PackedModule`.
+    Packed residency decodes the chunks that hold the rows of a call where the table is one of
+    floats, and else all of it. It breaks compiled graphs, see `PackedModule`.
 
     Shape: input integer ``[...]``, output ``[..., embedding_dim]``.
     """
