@@ -9,7 +9,7 @@
 //       unpack them takes 1 instruction of a thread a code in 16 bits (a shift for two words, and
 //       a logical and a subtraction for two codes), of 128 a clock, and the 16 padded rows 40 · 16
 //       of 1024 multiply-adds a clock. 20 bytes a clock over 1000 clocks of latency are 20 KB under
-//       way; three stages of 8 KB of each of two blocks are 48 KB. All in all a step takes about 900
+//       way; three stages of 8 KB of each of two blocks are 48 KB. In all a step takes 900
 //       instructions of a warp, twice what the bandwidth leaves time for (docs/GPU_STATUS.md).
 //   wide: 64 × 128 outputs a block, and each code is unpacked once in it. Per 64 inputs come in
 //       8 KB of 16-bit x (4 KB of int8) and 4 KB of 4-bit codes (2 KB) for 524,288 multiply-adds.
