@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from compressops.compress import Factorize
-from compressops.compress.outputs import watch
+from compressops.compress import Factorize, search
+from compressops.compress.outputs import output_error, watch
 from compressops.compress.parametrizations import Factors, find
 from compressops.compress.ranks import Options, Point, allocate, hull, points
 
@@ -48,6 +50,60 @@ def test_budgets_are_kept(form: str, part: float, sensitivity: bool) -> None:
     assert measured(model)[1] <= part * whole[1]
     with pytest.raises(ValueError, match=r"0.001 of the macs is less than the lowest ranks take"):
         Factorize(form, macs=0.001).attach(network())
+
+
+def _searched(trials: int, **budget: float) -> tuple[nn.Module, float]:
+    """The network with the ranks that are found, and its relative squared error."""
+    pytest.importorskip("optuna")
+    torch.manual_seed(0)
+    model, x = network().eval(), images(16)
+    exact = model(x)
+    state = copy.deepcopy(model.state_dict())
+    stage = Factorize(search=trials, calibration=1, **budget)
+    found = stage.apply(model, [x])
+    assert (found.search, found.macs, found.params) == (0, None, None)
+    again = network().eval()
+    again.load_state_dict(state)
+    # What is kept in a checkpoint gives the same ranks, without a search.
+    dataclasses.replace(found, calibration=0).attach(again)
+    assert [r for r, _ in again.named_parameters()] == [r for r, _ in model.named_parameters()]
+    return model, ((model(x) - exact).square().sum() / exact.square().sum()).item()
+
+
+@pytest.mark.parametrize("budget", [{"macs": 0.4}, {"params": 0.4}])
+def test_a_search_keeps_to_the_budget_and_loses_less(
+    budget: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors: list[float] = []
+
+    def watched(*arguments: Any) -> float:
+        errors.append(output_error(*arguments))
+        return errors[-1]
+
+    monkeypatch.setattr(search, "output_error", watched)
+    whole = measured(network())
+    (plain, before), (model, after) = _searched(1, **budget), _searched(30, **budget)
+    # What is measured is what comes of it, and the best of all trials.
+    assert len(errors) == 31
+    assert errors[0] == pytest.approx(before, rel=1e-4)
+    assert min(errors[1:]) == pytest.approx(after, rel=1e-4)
+    for found in (plain, model):
+        cost, given = measured(found)["params" in budget], whole["params" in budget]
+        assert cost <= 0.4 * given
+    # The first trial is the choice without a search.
+    reference = network().eval()
+    Factorize(calibration=1, **budget).apply(reference, [images(16)])
+    torch.testing.assert_close(plain(images(16)), reference(images(16)))
+    # It finds something in one of the two budgets; never anything worse.
+    assert after < before if "macs" in budget else after <= before
+    # The same again.
+    assert _searched(30, **budget)[1] == after
+
+
+def test_a_search_needs_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ImportError, match="needs the package optuna: pip install"):
+        Factorize(macs=0.5, search=2, calibration=1).apply(network(), [images()])
 
 
 def test_energy_is_kept() -> None:

@@ -16,6 +16,7 @@ from compressops.compress import checks
 from compressops.compress.outputs import Outputs, sensitivities, watch
 from compressops.compress.parametrizations import Factors, register
 from compressops.compress.ranks import Options, Point, allocate, points
+from compressops.compress.search import search_ranks
 from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Stage
 from compressops.formats.decompose import Spectrum, decompose
@@ -47,6 +48,8 @@ class Factorize(Stage):
         params: budget: part of the selected layers' weights that may remain.
         sensitivity: the budget weighs a layer's error by what it does to the model's output,
             measured on the first batch, one layer at a time.
+        search: trials of optuna that weigh the layers' errors for the budget, judged by the error
+            of the model's output on the first batch; 0: none. Each takes a run of the model.
         calibration: batches of training data: factors of the form ``"matrix"`` then keep the
             layer's outputs on them, ``‖(W − U V) X‖`` least, and not the weight. A layer that has a
             bias takes the mean of what is lost into it.
@@ -67,6 +70,7 @@ class Factorize(Stage):
     macs: float | None = None
     params: float | None = None
     sensitivity: bool = False
+    search: int = 0
     calibration: int = 0
     layers: str | tuple[str, ...] = "*"
     exclude: str | tuple[str, ...] = ()
@@ -85,14 +89,16 @@ class Factorize(Stage):
             if self.form == "auto":
                 raise ValueError("form='auto' chooses by error, and rank is given: name the form")
             object.__setattr__(self, "rank", LowRank(self.rank, self.form).rank)
-        if self.form == "cp" and (self.energy is not None or self.sensitivity):
+        checks.integer("search", self.search)
+        if self.form == "cp" and (self.energy is not None or self.sensitivity or self.search):
             raise ValueError("form='cp' has no singular values: give rank, ranks, macs or params")
         checks.flag("sensitivity", self.sensitivity)
         checks.integer("calibration", self.calibration)
-        if self.sensitivity and not self.calibration:
-            raise ValueError("sensitivity=True needs calibration batches, got calibration=0")
-        if self.sensitivity and self.macs is None and self.params is None:
-            raise ValueError("sensitivity=True weighs a budget: give macs or params")
+        for name, value in (("sensitivity", self.sensitivity), ("search", self.search)):
+            if value and not self.calibration:
+                raise ValueError(f"{name}={value} needs calibration batches, got calibration=0")
+            if value and self.macs is None and self.params is None:
+                raise ValueError(f"{name}={value} weighs a budget: give macs or params")
         object.__setattr__(self, "ranks", _checked_ranks(self.ranks))
         object.__setattr__(self, "layers", checks.globs("layers", self.layers))
         object.__setattr__(self, "exclude", checks.globs("exclude", self.exclude))
@@ -117,7 +123,7 @@ class Factorize(Stage):
             the stage with the ``ranks`` that were found, which `attach` repeats without data.
 
         Raises:
-            ImportError: ``"tucker"`` and ``"cp"`` need tensorly.
+            ImportError: ``"tucker"`` and ``"cp"`` need tensorly, ``search`` optuna.
             ValueError: a layer is named that cannot be factorized, nothing gets smaller, or the
                 budget is below what the lowest ranks take.
         """
@@ -134,7 +140,7 @@ class Factorize(Stage):
             _factorize(groups[name], layout, spectrum, seen.get(name))
         ranks = tuple((name, layout.form, layout.rank) for name, layout in chosen.items())
         none = dict.fromkeys(("rank", "energy", "macs", "params"))
-        return dataclasses.replace(self, **none, ranks=ranks, sensitivity=False)
+        return dataclasses.replace(self, **none, ranks=ranks, sensitivity=False, search=0)
 
     def _choose(
         self,
@@ -179,7 +185,11 @@ class Factorize(Stage):
             else:
                 if self.sensitivity:
                     options = _weighed(model, layers, options, spectra, batches[:1])
-                chosen = allocate(options, cost, part)
+                if self.search and batches:
+                    found = layers, options, seen, spectra, batches[0]
+                    chosen = search_ranks(model, *found, cost, part, self.search)
+                else:
+                    chosen = allocate(options, cost, part)
         return {name: point.layout for name, point in chosen.items() if point.layout is not None}
 
     def _form(self, module: nn.Module) -> str:
@@ -342,10 +352,10 @@ def _factorize(
     weight = group[0].weight.detach()
     factors = decompose(layout, weight, spectrum)
     if spectrum is not None:
-        mean, kept = seen.mean(), spectrum.basis[:, : layout.rank]
+        kept = spectrum.basis[:, : layout.rank]
         for module in group:
             if module.bias is not None:
-                module.bias += (mean - kept @ (kept.mT @ mean)).to(module.bias)
+                module.bias.copy_(seen.bias(module.bias, kept))
     computed = Factors(layout, factors, weight.shape)
     for module in group:
         register(module, computed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,12 @@ class Outputs:
         mean = self.total / max(1, self.rows)
         return self.module.weight.detach().double() @ mean if self.of_inputs else mean
 
+    def bias(self, bias: Tensor, kept: Tensor) -> Tensor:
+        """The bias that takes up what the mean of the outputs loses, where they are projected on
+        the columns of ``kept``."""
+        mean = self.mean()
+        return bias + (mean - kept @ (kept.mT @ mean)).to(bias)
+
     def spectrum(self) -> Spectrum | None:
         """Of the outputs; of what varies in them where a bias can take up the mean. ``None``: the
         layer was not called."""
@@ -125,18 +131,33 @@ def sensitivities(
         batch: see `watch`.
     """
     with evaluating(model):
-        reference = _first(call(model, batch)).double()
-        found = {}
-        for name, module in layers.items():
-            before = module.weight.data
-            try:
-                module.weight.data = weights[name].to(before.dtype)
-                changed = _first(call(model, batch)).double()
-            finally:
-                module.weight.data = before
-            scale = reference.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
-            found[name] = ((changed - reference).square().sum() / scale).item()
-    return found
+        reference = output_of(model, batch)
+        return {
+            name: output_error(model, [(module.weight, weights[name])], batch, reference)
+            for name, module in layers.items()
+        }
+
+
+def output_error(
+    model: nn.Module, changes: Sequence[tuple[Tensor, Tensor]], batch: Any, reference: Tensor
+) -> float:
+    """Relative squared error of the model's first output against ``reference``, where the first of
+    each two tensors has the values of the second."""
+    before = [tensor.data for tensor, _ in changes]
+    try:
+        for tensor, values in changes:
+            tensor.data = values.to(tensor.dtype)
+        changed = output_of(model, batch)
+    finally:
+        for (tensor, _), values in zip(changes, before, strict=True):
+            tensor.data = values
+    scale = reference.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+    return ((changed - reference).square().sum() / scale).item()
+
+
+def output_of(model: nn.Module, batch: Any) -> Tensor:
+    """The model's first output, float64."""
+    return _first(call(model, batch)).double()
 
 
 def _first(output: Any) -> Tensor:
