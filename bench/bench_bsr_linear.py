@@ -2,6 +2,8 @@
 
     python bench/bench_bsr_linear.py
     python bench/bench_bsr_linear.py --sizes 4096 --m 64 --blocks 16 --merge
+    python bench/gpu_verify.py --ops bsr_linear bsr_linear_grad_x bsr_linear_grad_values \\
+        bsr_int8_linear --max-seconds 600      # on a GPU: parity, checkers, figures (bsr_gpu.py)
 
 η is density × dense time / ours, with the faster of torch's dense products (`F.linear`, and on
 weights that MKL packed): what of the dense efficiency is left. "break-even" is the density at which

@@ -32,6 +32,7 @@ class Check(NamedTuple):
         bound: the largest difference; None for torch's default tolerances.
         relative: what it may be more, as a multiple of the value.
         rms: the largest root mean square of the differences; None for any.
+        refused_by: backends that have no kernel for such arguments.
     """
 
     op: str
@@ -39,6 +40,7 @@ class Check(NamedTuple):
     bound: float | None = None
     relative: float = 0.0
     rms: float | None = None
+    refused_by: tuple[str, ...] = ()
 
     def run(self, backend: str) -> torch.Tensor:
         with co.backend(backend):

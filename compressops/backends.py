@@ -37,6 +37,7 @@ class BackendError(RuntimeError):
 
 
 _eager: dict[str, Kernel] = {}
+_guards: dict[str, Callable[..., str | None]] = {}
 _override: ContextVar[str | None] = ContextVar("compressops_backend", default=None)
 _chosen: dict[tuple[str, str, str | None], tuple[str, Kernel]] = {}
 
@@ -125,7 +126,35 @@ def _find(op: str, name: str, device: str) -> tuple[Kernel | None, str | None]:
     reason = load_cpu_library() if name == "cpu" else _load_cuda_library()
     if reason is None and not _has_native_kernel(op, name.upper()):
         reason = "it has no kernel for this op"
-    return (None, reason) if reason else (schema.native_op(op), None)
+    if reason:
+        return None, reason
+    native = schema.native_op(op)
+    return (_guarded(op, native) if name == "cuda" else native), None
+
+
+def _guarded(op: str, kernel: Kernel) -> Kernel:
+    """A CUDA kernel behind the guard of its op, if it has one."""
+    guard = _guards.get(op)
+    if guard is None:
+        return kernel
+
+    @functools.wraps(guard)
+    def call(*args, **kwargs):
+        why = guard(*args, **kwargs)
+        return (kernel if why is None else _instead_of_cuda(op, why))(*args, **kwargs)
+
+    return call
+
+
+def _instead_of_cuda(op: str, why: str) -> Kernel:
+    """The kernel for arguments that the CUDA kernel refuses."""
+    if (_override.get() or _environment) == "cuda":
+        raise BackendError(f"{op}: backend 'cuda' cannot serve {why}")
+    key = (op, "cuda", why)
+    if key not in _chosen:
+        _warn_once(f"compressops: {op}: backend 'cuda' does not serve {why}")
+        _chosen[key] = _first(op, "cuda", ORDER["cuda"][1:])
+    return _chosen[key][1]
 
 
 def choose(op: str, device: str) -> Kernel:
@@ -164,7 +193,12 @@ def _choose(op: str, device: str, asked: str | None) -> tuple[str, Kernel]:
                 f"{op}: backend {asked!r} cannot serve {device} tensors: {reason}. Others: {others}"
             )
         return asked, kernel
-    for candidate in ORDER.get(device, ("eager",)):
+    return _first(op, device, ORDER.get(device, ("eager",)))
+
+
+def _first(op: str, device: str, candidates: tuple[str, ...]) -> tuple[str, Kernel]:
+    """Name and kernel of the first that can serve."""
+    for candidate in candidates:
         kernel, reason = _find(op, candidate, device)
         if kernel is not None:
             return candidate, kernel
@@ -195,6 +229,7 @@ def register(
     check: Callable[..., object],
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., object] | None = None,
+    guard: Callable[..., str | None] | None = None,
 ) -> Kernel:
     """Wire an op of ``schema.SCHEMAS`` to its kernels; returns the callable that runs it.
 
@@ -205,7 +240,12 @@ def register(
         check: raises ``ValueError`` for arguments that the op does not take. Compiled kernels make
             the same checks themselves.
         setup_context, backward: its autograd formula, where a gradient means anything.
+        guard: asked before each call of the CUDA kernel: raises ``ValueError`` for what that cannot
+            check without waiting for the GPU, and gives the reason where it has no kernel for such
+            arguments, so that the next backend serves; or ``None``.
     """
+    if guard is not None:
+        _guards[op] = guard
 
     def checked(kernel: Kernel) -> Kernel:
         @functools.wraps(kernel)

@@ -161,3 +161,28 @@ def test_calls_that_somebody_watches_take_the_dispatchers_way() -> None:
         assert _watched_call(x).grad_fn is None
     graph = make_fx(_watched_call)(x.detach())
     assert any(node.target is schema.public_op("int8_linear") for node in graph.graph.nodes)
+
+
+def test_arguments_that_the_cuda_kernel_refuses_go_to_the_next_backend(monkeypatch) -> None:
+    op = "bsr_linear"
+    served = []
+    monkeypatch.setattr(
+        backends, "_find", lambda op, name, device: (lambda *_: served.append(name), None)
+    )
+    monkeypatch.setattr(backends, "_chosen", {})
+    guarded = backends._guarded(op, lambda *_: served.append("cuda"))
+    crow, col = (torch.tensor(t, dtype=torch.int32) for t in ([0, 1, 2], [0, 1]))
+
+    def call(r: int, c: int) -> None:
+        guarded(torch.randn(2, 2 * c), torch.randn(2, r, c), crow, col, 2 * r)
+
+    call(16, 4)
+    with pytest.warns(RuntimeWarning, match="bsr_linear: backend 'cuda' does not serve blocks of"):
+        call(16, 5)
+    call(16, 5)  # said once
+    assert served == ["cuda", "triton", "triton"]
+    with co.backend("cuda"), pytest.raises(co.BackendError, match=r"blocks of 3 × 4: .* 16"):
+        call(3, 4)
+    col[1] = 2  # was found sound before it was written to
+    with pytest.raises(ValueError, match="bsr_linear: argument 'col_indices' must be from 0 to 1"):
+        call(16, 4)

@@ -22,6 +22,7 @@ from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 from .checks import ACTIVATIONS, require, version
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CELL = 16  # outputs that CUDA kernels multiply together
 STRIPS = (16, 8, 4, 2, 1)  # outputs of a packed block: the first that divides r
 
 
@@ -247,6 +248,19 @@ def check_indices_once(
     """As `check_index_values_once`, with the width of the weight."""
     columns = -(-in_features // block_size_of(values)[1])
     check_index_values_once(op, crow_indices, col_indices, columns)
+
+
+def refusal(block_size: Sequence[int], dtype: torch.dtype, transposed: bool) -> str | None:
+    """Why the CUDA kernel that multiplies by blocks, or transposed ones, in a dtype takes none of
+    this size; None: it does."""
+    out, depth = reversed(block_size) if transposed else block_size
+    if out % CELL == 0 and depth * dtype.itemsize % 16 == 0:
+        return None
+    sides = ("c", "r") if transposed else ("r", "c")
+    return (
+        f"blocks of {block_size[0]} × {block_size[1]}: its tiles want {sides[0]} to be a multiple "
+        f"of {CELL}, and {sides[1]} of {16 // dtype.itemsize} in {dtype}"
+    )
 
 
 def check_epilogue(

@@ -128,6 +128,14 @@ def check(
     require(fits, OP, "weight_sums", f"int32 [{N}] on {x.device}", weight_sums)
 
 
+def _guard(x, values, crow_indices, col_indices, *rest, **options) -> str | None:
+    check(x, values, crow_indices, col_indices, *rest, **options)
+    bsr.check_indices_once(OP, values, crow_indices, col_indices, x.shape[-1])
+    if values.dim() == 4:
+        return "values that were packed for a CPU"
+    return bsr.refusal(values.shape[1:], values.dtype, transposed=False)
+
+
 def _eager(
     x,
     values,
@@ -183,5 +191,11 @@ def _backward(ctx, grad):
 
 
 _call = register(
-    OP, eager=_eager, fake=_fake, check=check, setup_context=_setup_context, backward=_backward
+    OP,
+    eager=_eager,
+    fake=_fake,
+    check=check,
+    setup_context=_setup_context,
+    backward=_backward,
+    guard=_guard,
 )

@@ -38,8 +38,10 @@ def bsr_linear(
     Args:
         x: ``[..., K]`` float32, float16 or bfloat16, any strides.
         values: ``[nnz, r, c]`` of one of these dtypes, the stored blocks by rows, or all three as
-            :func:`bsr_linear_pack` made them. Any r and c; the kernels want r to be a multiple of
-            16.
+            :func:`bsr_linear_pack` made them. Any r and c. The CPU's
+            kernels want r to be a multiple of 16; CUDA's have none for others, nor for a c that is
+            no whole number of 16 bytes (r and c change places for the gradient of x, and that of
+            the values wants both to be multiples of 16): Triton serves those.
         crow_indices: int32 ``[ceil(N / r) + 1]``, where each row of blocks begins in ``values``.
         col_indices: int32 ``[nnz]``, columns of the grid of blocks, ascending in each row.
         out_features: N.
@@ -151,6 +153,22 @@ def _check_weight(op, like, values, crow_indices, col_indices, out_features, in_
     )
 
 
+def _guard(
+    x, values, crow_indices, col_indices, out_features, bias=None, activation="none"
+) -> str | None:
+    check(x, values, crow_indices, col_indices, out_features, bias, activation)
+    bsr.check_indices_once(OP, values, crow_indices, col_indices, x.shape[-1])
+    return _refusal(x, values, transposed=False)
+
+
+def _refusal(x: torch.Tensor, values: torch.Tensor, transposed: bool) -> str | None:
+    if values.dim() == 4:
+        return "values that were packed for a CPU"
+    # Operands of two dtypes are multiplied in float32.
+    common = x.dtype if x.dtype == values.dtype else torch.float32
+    return bsr.refusal(values.shape[1:], common, transposed)
+
+
 def _eager(
     x, values, crow_indices, col_indices, out_features, bias=None, activation="none"
 ) -> torch.Tensor:
@@ -226,6 +244,12 @@ def check_grad_x(grad, values, crow_indices, col_indices, in_features) -> None:
     _check_weight(GRAD_X, grad, values, crow_indices, col_indices, grad.shape[-1], in_features)
 
 
+def _guard_grad_x(grad, values, crow_indices, col_indices, in_features) -> str | None:
+    check_grad_x(grad, values, crow_indices, col_indices, in_features)
+    bsr.check_indices_once(GRAD_X, values, crow_indices, col_indices, in_features)
+    return _refusal(grad, values, transposed=True)
+
+
 def _eager_grad_x(grad, values, crow_indices, col_indices, in_features) -> torch.Tensor:
     bsr.check_indices(GRAD_X, values, crow_indices, col_indices, in_features)
     indices = (crow_indices, col_indices, grad.shape[-1], in_features)
@@ -263,6 +287,16 @@ def check_grad_values(grad, x, crow_indices, col_indices, block_size) -> None:
     bsr.check_index_tensors(op, crow_indices, col_indices, grad.shape[-1], r, grad.device)
 
 
+def _guard_grad_values(grad, x, crow_indices, col_indices, block_size) -> str | None:
+    check_grad_values(grad, x, crow_indices, col_indices, block_size)
+    columns = bsr.grid((grad.shape[-1], x.shape[-1]), block_size)[1]
+    bsr.check_index_values_once(GRAD_VALUES, crow_indices, col_indices, columns)
+    r, c = block_size
+    if r % bsr.CELL == 0 and c % bsr.CELL == 0:
+        return None
+    return f"blocks of {r} × {c}: its tiles want multiples of {bsr.CELL}"
+
+
 def _eager_grad_values(grad, x, crow_indices, col_indices, block_size) -> torch.Tensor:
     r, c = block_size
     N, K = grad.shape[-1], x.shape[-1]
@@ -294,7 +328,13 @@ def _backward_grad_values(ctx, outer):
 
 
 _call = register(
-    OP, eager=_eager, fake=_fake, check=check, setup_context=_setup_context, backward=_backward
+    OP,
+    eager=_eager,
+    fake=_fake,
+    check=check,
+    setup_context=_setup_context,
+    backward=_backward,
+    guard=_guard,
 )
 _call_grad_x = register(
     GRAD_X,
@@ -303,6 +343,7 @@ _call_grad_x = register(
     check=check_grad_x,
     setup_context=_setup_grad_x,
     backward=_backward_grad_x,
+    guard=_guard_grad_x,
 )
 _call_grad_values = register(
     GRAD_VALUES,
@@ -311,4 +352,5 @@ _call_grad_values = register(
     check=check_grad_values,
     setup_context=_setup_grad_values,
     backward=_backward_grad_values,
+    guard=_guard_grad_values,
 )

@@ -119,6 +119,13 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
   return __float2bfloat16_rn(value);
 }
 
+__device__ __forceinline__ void as_floats(int4 chunk, float (&values)[4]) {
+  values[0] = __uint_as_float(static_cast<unsigned>(chunk.x));
+  values[1] = __uint_as_float(static_cast<unsigned>(chunk.y));
+  values[2] = __uint_as_float(static_cast<unsigned>(chunk.z));
+  values[3] = __uint_as_float(static_cast<unsigned>(chunk.w));
+}
+
 // Elements side by side in a word of 4 bytes: two of 16 bits, or one float.
 template <class T>
 constexpr int kPerWord = 4 / static_cast<int>(sizeof(T));

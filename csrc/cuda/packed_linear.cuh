@@ -22,6 +22,7 @@
 
 #include "activation.cuh"
 #include "device.cuh"
+#include "float_type.cuh"
 #include "packed_linear_operands.cuh"
 #include "ptx.cuh"
 #include "tiles.cuh"
@@ -34,8 +35,6 @@ constexpr int64_t kGroupMultiple = 16;
 // The sums of |q| ≤ 127 times |code − zero| ≤ 15 must fit 31 bits; the ops ask for no more.
 constexpr int64_t kPackedLinearMaxK = 131072;
 static_assert(kPackedLinearMaxK * 127 * 15 <= 0x7fffffff);
-
-enum class FloatType : int { kFloat, kHalf, kBfloat16 };
 
 template <class Input>
 struct PackedLinearArgs {
@@ -81,17 +80,6 @@ struct PackedLinearTile {
   template <class Input, int kBits>
   static constexpr int kSharedBytes = kStages * (kStageX<Input> + kStageCodes<kBits>)*16;
 };
-
-__device__ __forceinline__ void store_float(const Global<uint8_t>& y, FloatType type, int64_t index,
-                                            float value) {
-  if (type == FloatType::kFloat) {
-    view_as<float>(y)[index] = value;
-  } else if (type == FloatType::kHalf) {
-    view_as<__half>(y)[index] = from_float<__half>(value);
-  } else {
-    view_as<__nv_bfloat16>(y)[index] = from_float<__nv_bfloat16>(value);
-  }
-}
 
 // kUnit: inputs between which the group does not change.
 template <class Input, int kBits, class Tile, int kUnit>

@@ -55,6 +55,14 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t (&fragment)[4], Shared<int4
                : "memory");
 }
 
+// The same of matrices of 8 x 8 elements of 16 bits, each transposed.
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&fragment)[4], Shared<int4> row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
 // c[16, 8] += a[16, 32] @ b[8, 32].T in int8 with exact int32 sums.
 __device__ __forceinline__ void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4],
                                                 const uint32_t (&b)[2]) {
@@ -143,6 +151,17 @@ inline void ldmatrix_x4(uint32_t (&fragment)[4], Shared<int4> row) {
   const int lane = cuda_on_cpu::lane();
   for (int i = 0; i < 4; ++i) {
     fragment[i] = view_as<uint32_t>(rows[8 * i + lane / 4])[lane % 4];
+  }
+}
+
+inline void ldmatrix_x4_trans(uint32_t (&fragment)[4], Shared<int4> row) {
+  const auto rows = cuda_on_cpu::exchange(kFullWarp, row, "ldmatrix");
+  const int lane = cuda_on_cpu::lane();
+  for (int i = 0; i < 4; ++i) {
+    const auto element = [&](int of_row) {
+      return uint32_t{view_as<uint16_t>(rows[8 * i + of_row])[lane / 4]};
+    };
+    fragment[i] = element(lane % 4 * 2) | element(lane % 4 * 2 + 1) << 16;
   }
 }
 

@@ -196,4 +196,16 @@ cudaError_t launch_quantize_rows(Global<const T> x, int64_t row_stride, int64_t 
                 given);
 }
 
+// The same, with a scaling that is known when it runs.
+template <class T>
+cudaError_t launch_quantize_rows(RowScaling scaling, Global<const T> x, int64_t row_stride,
+                                 int64_t M, int64_t K, Global<int8_t> q, Global<float> x_scales,
+                                 cudaStream_t stream, const RowZeros& given) {
+  const auto quantize =
+      scaling == RowScaling::kSymmetric    ? launch_quantize_rows<T, RowScaling::kSymmetric>
+      : scaling == RowScaling::kAsymmetric ? launch_quantize_rows<T, RowScaling::kAsymmetric>
+                                           : launch_quantize_rows<T, RowScaling::kStatic>;
+  return quantize(x, row_stride, M, K, q, x_scales, stream, 0x7fffffff, given);
+}
+
 }  // namespace compressops

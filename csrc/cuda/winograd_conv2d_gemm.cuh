@@ -179,13 +179,6 @@ __device__ __forceinline__ float dot(const float (&a)[4], const float (&b)[4], f
   return sum;
 }
 
-__device__ __forceinline__ void as_floats(int4 chunk, float (&values)[4]) {
-  values[0] = __uint_as_float(static_cast<unsigned>(chunk.x));
-  values[1] = __uint_as_float(static_cast<unsigned>(chunk.y));
-  values[2] = __uint_as_float(static_cast<unsigned>(chunk.z));
-  values[3] = __uint_as_float(static_cast<unsigned>(chunk.w));
-}
-
 // The same in float32: a lane has rows lane / 8 + 4 i and columns lane % 8 + 8 j, and of 32 × 64 it
 // reads 16 chunks for 256 multiply-adds.
 template <class Tiling>

@@ -1,14 +1,15 @@
 // Runs the CUDA kernels of int4_linear and ternary_linear on buffers of a Python test.
-#include <memory>
 #include <string>
 
 #include "packed_linear_launch.cuh"
 #include "quantize_rows.cuh"
 #include "runner.h"
+#include "scratch.h"
 
 namespace {
 
 using namespace compressops;
+using cuda_on_cpu::Scratch;
 
 constexpr int64_t kMultiprocessors = 2;
 
@@ -23,17 +24,6 @@ struct Buffers {
   int y_type, activation, kernel;
   int64_t splits;
   int capability;
-};
-
-// Vectors, so that the scratch is as aligned as torch's.
-template <class T>
-struct Scratch {
-  Scratch(int64_t count_, const char* name_)
-      : count(count_), name(name_), data(new int4[count * sizeof(T) / 16 + 1]) {}
-  Global<T> array() const { return Global<T>(reinterpret_cast<T*>(data.get()), count, name); }
-  int64_t count;
-  const char* name;
-  std::unique_ptr<int4[]> data;
 };
 
 template <int kBits, class Input>

@@ -1,0 +1,42 @@
+// Blocks that share a tile of results, each with the products of some inputs: how their sums come
+// together without a second launch.
+#pragma once
+
+#include "device.cuh"
+#include "ptx.cuh"
+
+namespace compressops {
+
+// Adds the sums of the `splits` blocks of a tile, in their order, whichever comes last: to it alone
+// this returns true, and the sums are the whole ones. `columns` threads hold sums, of which this is
+// number `column`, or holds none and says -1. partials: splits · kSums · columns for each tile;
+// tickets: a zero for each.
+template <int kSums, class Sum>
+__device__ __forceinline__ bool add_splits(Sum (&sums)[kSums], Global<Sum> partials,
+                                           Global<unsigned> tickets, int64_t tile, int64_t split,
+                                           int64_t splits, int column, int columns) {
+  const auto place = [&](int64_t of_split, int e) {
+    return ((tile * splits + of_split) * kSums + e) * columns + column;
+  };
+#pragma unroll
+  for (int e = 0; e < kSums; ++e) {
+    if (column >= 0) partials[place(split, e)] = sums[e];
+  }
+  COMPRESSOPS_SHARED_ARRAY(int, is_last, 1);
+  __threadfence();
+  __syncthreads();  // all sums of the block are there before it takes its ticket
+  if (threadIdx.x == 0) is_last[0] = atomicAdd(tickets + tile, 1u) + 1 == splits;
+  __syncthreads();
+  if (!is_last[0]) return false;
+  __threadfence();
+#pragma unroll
+  for (int e = 0; e < kSums; ++e) {
+    if (column < 0) continue;
+    Sum total = 0;
+    for (int64_t i = 0; i < splits; ++i) total += load_cg<Sum>(partials, place(i, e));
+    sums[e] = total;
+  }
+  return true;
+}
+
+}  // namespace compressops
