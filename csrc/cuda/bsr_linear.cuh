@@ -190,16 +190,24 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
   BsrCursor<kTransposed> cursor;
   cursor.start(args, (first_n + lane % kBsrGroups * kBsrCell) / outputs, split);
 
+  // Of the groups whose pieces the thread copies, where in its block each begins.
+  constexpr int kCopies = kBsrGroups * kCell / Tile::kThreads;
+  int64_t insides[kCopies];
+#pragma unroll
+  for (int i = 0; i < kCopies; ++i) {
+    insides[i] = (first_n + (i * Tile::kThreads + thread) / kCell * kBsrCell) % outputs;
+  }
+  // first_k is the first input of a chunk, `within` its block.
   const auto load_cell_piece = [&](Shared<int4> target, int64_t block, int64_t inside, int row,
-                                   int piece, int64_t first_k) {
+                                   int piece, int64_t first_k, int within) {
     if constexpr (kTransposed) {
       // The cell's rows are inputs.
-      const int64_t input = first_k % inputs + row;
+      const int64_t input = within + row;
       const bool valid = first_k >= 0 && input < inputs && first_k + row < args.K;
       const int64_t source = (block * args.r + input) * args.c + inside + piece * kPiece;
       cp_async_16(target, view_as<const int4>(args.values + (valid ? source : 0)), valid);
     } else {
-      const int64_t k = first_k + piece * kPiece, input = first_k % inputs + piece * kPiece;
+      const int64_t k = first_k + piece * kPiece, input = within + piece * kPiece;
       const bool valid = first_k >= 0 && input < inputs && k < args.K;
       const int64_t source = (block * args.r + inside + row) * args.c + input;
       // What the block holds beyond K would meet zeros of x, which keep a NaN.
@@ -239,13 +247,13 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
       const Shared<int4> cells =
           slice(to, kSlots * kSlotX + slot * kBsrGroups * kCell, kBsrGroups * kCell);
 #pragma unroll
-      for (int i = 0; i < kBsrGroups * kCell / Tile::kThreads; ++i) {
+      for (int i = 0; i < kCopies; ++i) {
         const int index = i * Tile::kThreads + thread;
         const int group = index / kCell, row = index % kCell / kPieces, piece = index % kPieces;
         const int64_t of_group = __shfl_sync(kFullWarp, cursor.here.block, group);
         if ((groups >> group & 1) == 0) continue;
         load_cell_piece(cells + (group * kCell + bsr_place<kPieces>(row, piece)), of_group,
-                        (first_n + group * kBsrCell) % outputs, row, piece, first_k);
+                        insides[i], row, piece, first_k, cursor.chunk * kInputs);
       }
       if (++cursor.chunk == chunks) {
         cursor.chunk = 0;
@@ -256,22 +264,22 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
   };
   static_assert(kCell % kWarpSize == 0 && kBsrGroups * kCell % Tile::kThreads == 0);
 
-  uint32_t ahead[kStages - 1];
+  uint32_t ahead[kStages - 1] = {};
+  const auto load_next = [&](int stage) {
 #pragma unroll
-  for (int stage = 0; stage < kStages - 1; ++stage) {
-    ahead[stage] = load_stage(stage);
+    for (int i = 0; i + 1 < kStages - 1; ++i) ahead[i] = ahead[i + 1];
+    ahead[kStages - 2] = load_stage(stage);
     cp_async_commit();  // also when empty: the waits below count groups
-  }
+  };
+#pragma unroll 1
+  for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
   Sum sums[kBsrGroups][kTilesM][2][4] = {};
   for (int step = 0;; ++step) {
     cp_async_wait<kStages - 2>();
     __syncthreads();  // everyone's copies of this step are there, and the stage before is free
     const uint32_t present = ahead[0];
     if (present == 0) break;
-#pragma unroll
-    for (int i = 0; i + 1 < kStages - 1; ++i) ahead[i] = ahead[i + 1];
-    ahead[kStages - 2] = load_stage((step + kStages - 1) % kStages);
-    cp_async_commit();
+    load_next((step + kStages - 1) % kStages);
 
     const Shared<int4> stage = slice(shared, step % kStages * kStage, kStage);
 #pragma unroll

@@ -29,12 +29,13 @@ __device__ __forceinline__ bool add_splits(Sum (&sums)[kSums], Global<Sum> parti
   __syncthreads();
   if (!is_last[0]) return false;
   __threadfence();
+  if (column < 0) return true;
 #pragma unroll
-  for (int e = 0; e < kSums; ++e) {
-    if (column < 0) continue;
-    Sum total = 0;
-    for (int64_t i = 0; i < splits; ++i) total += load_cg<Sum>(partials, place(i, e));
-    sums[e] = total;
+  for (int e = 0; e < kSums; ++e) sums[e] = 0;
+#pragma unroll 1
+  for (int64_t i = 0; i < splits; ++i) {
+#pragma unroll
+    for (int e = 0; e < kSums; ++e) sums[e] += load_cg<Sum>(partials, place(i, e));
   }
   return true;
 }
