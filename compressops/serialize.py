@@ -322,8 +322,8 @@ def load(
     Args:
         path: of the file.
         model: the float model that the saved one was made of, which stays as it is, or a
-            function that makes it. Its weights don't matter, and may be on the meta device, so that
-            no float model is made first; buffers that no file holds have to be there.
+            function that makes it. Its weights don't matter, and may be on the meta device;
+            buffers that no file holds have to be there.
         residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use, and
             none while loading: what the file says of their values is left to `verify`.
         inplace: change ``model`` itself.
