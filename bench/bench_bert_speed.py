@@ -1,15 +1,24 @@
-"""A BERT of MiniLM's shape in 2-2-8 and 8-8-8 against its float model: time and peak memory.
+"""A BERT of MiniLM's shape in 2-2-8, in 8-8-8 and in blocks: time and peak memory.
 
-    python bench/bench_bert_speed.py
+    python bench/bench_bert_speed.py [--blocks runs/bert/minilm_blocks.safetensors]
 
-Random weights, which neither time nor memory depends on; 64 tokens a sentence. "peak MiB" is the
-growth of a new process's resident memory, at its highest, from before the model's file is loaded to
-after one call. The float model is loaded by mapping its file into a model without weights; packed
-ones by `compressops.load`. Times and ratios are of all models in one process.
+Random weights, which neither time nor memory depends on; 64 tokens a sentence. × are times faster
+than the float model. "peak MiB" is the growth of a new process's resident memory, at its highest,
+from before the model's file is loaded to after one call. The float model is loaded by mapping its
+file into a model without weights; packed ones by `compressops.load`. Times and ratios are of all
+models in one process.
+
+"blocks" is the file that `bench/bert_sst2.py minilm_blocks` trains; without it, random weights with
+a fifth of the encoder's blocks of 16 outputs × 1 input. Each case times what `convert` makes of it
+there: "block-sparse" are the layers for which that was measured faster, "break-even" the least of
+their densities at which it would not be.
 """
 
 from __future__ import annotations
 
+import copy
+import math
+import re
 import statistics
 import subprocess
 import sys
@@ -18,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_blocks_convert import BLOCK, trained
 from common import interleaved, median_ratio, parser, report
 from torch import nn
 
 import compressops as co
+from compressops.compress import Prune
 
 SHAPE = {
     "hidden_size": 384,
@@ -58,6 +69,31 @@ def convert(model: nn.Module, name: str) -> nn.Module:
         "*": number,
     }
     return co.convert(model, config, prefer="size")
+
+
+def pruned(model: nn.Module) -> nn.Module:
+    """``model`` with a fifth of its encoder's blocks."""
+    model, layers = copy.deepcopy(model), "bert.encoder.*"
+    Prune(density=0.2, granularity="block", block=BLOCK, layers=layers).attach(model)
+    return model
+
+
+def in_blocks(model: nn.Module, inputs: dict) -> nn.Module:
+    config = {"bert.encoder.*": co.BlockSparse(BLOCK), "*": None}
+    return co.convert(model, config, example_inputs=inputs)
+
+
+def became(model: nn.Module) -> dict:
+    """How much of the encoder's weights is stored, and what runs it."""
+    layers = [layer for layer in co.report(model).layers if layer.name.startswith("bert.encoder.")]
+    sparse = [layer for layer in layers if layer.became == "BlockSparseLinear"]
+    stored = sum(layer.density * math.prod(layer.shape) for layer in layers)
+    evens = [float(re.search(r"break-even ([\d.]+)%", layer.why)[1]) for layer in sparse]
+    return {
+        "density %": 100 * stored / sum(math.prod(layer.shape) for layer in layers),
+        "block-sparse": f"{len(sparse)} of {len(layers)}",
+        "break-even %": min(evens, default=None),
+    }
 
 
 def batch(shape: dict, size: int) -> dict[str, torch.Tensor]:
@@ -109,6 +145,7 @@ def measured_peak(path: Path, name: str, shape: dict, size: int) -> float:
 def main() -> None:
     options = parser(__doc__, "bert_speed-cpu")
     options.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    options.add_argument("--blocks", type=Path, help="file of a trained model in blocks")
     arguments = options.parse_args()
     try:
         import accelerate  # noqa: F401
@@ -125,15 +162,22 @@ def main() -> None:
     models |= {name: convert(models["float"], name) for name in NUMBERS}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{name}.safetensors" for name in models}
+        paths = {name: Path(folder) / f"{name}.safetensors" for name in [*models, "blocks"]}
         for name, model in models.items():
             co.save(model, paths[name]) if name != "float" else _save(model, paths[name])
+        if arguments.blocks:
+            paths["blocks"] = arguments.blocks
+        else:
+            co.save(co.convert(pruned(models["float"]), prefer="size"), paths["blocks"])
+        plain = trained(paths["blocks"], models["float"])
         for size in [2] if arguments.smoke else arguments.batch:
             peaks = {n: measured_peak(path, n, shape, size) for n, path in paths.items()}
             inputs = batch(shape, size)
-            calls = {n: lambda m=m, i=inputs: m(**i) for n, m in models.items()}
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
+                models["blocks"] = in_blocks(plain, inputs)
+                notes = dict.fromkeys(became(models["blocks"]))
+                calls = {n: lambda m=m, i=inputs: m(**i) for n, m in models.items()}
                 seconds = interleaved(calls, 2 if arguments.smoke else max(15, arguments.rounds))
                 rows += [
                     {
@@ -143,8 +187,9 @@ def main() -> None:
                         "file bytes": paths[name].stat().st_size,
                         "peak MiB": peaks[name],
                         "peak, part of float": peaks[name] / peaks["float"],
+                        **(became(model) if name == "blocks" else notes),
                     }
-                    for name in models
+                    for name, model in models.items()
                 ]
     report("BERT of MiniLM's shape, 64 tokens (CPU)", rows, arguments)
 

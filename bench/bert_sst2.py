@@ -29,7 +29,7 @@ from compressops.train.memory import keep_freed_memory
 from compressops.zoo.sentiment import Sentences
 
 TEACHER = "minilm_sst2"
-ROWS = (TEACHER, "minilm_int8", "minilm_ternary")
+ROWS = (TEACHER, "minilm_int8", "minilm_ternary", "minilm_blocks")
 
 
 def logits(model: nn.Module, dev: Sentences, size: int = 32) -> Tensor:
