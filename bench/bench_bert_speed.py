@@ -51,6 +51,7 @@ NUMBERS = {
     "2-2-8": (co.Ternary("tensor"), co.Ternary("row")),
     "8-8-8": (co.Int(bits=8), co.Int(bits=8)),
 }
+PACKED = [*NUMBERS, "blocks"]
 TOKENS = 64
 
 
@@ -145,6 +146,7 @@ def measured_peak(path: Path, name: str, shape: dict, size: int) -> float:
 def main() -> None:
     options = parser(__doc__, "bert_speed-cpu")
     options.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    options.add_argument("--packed", nargs="+", choices=PACKED, default=PACKED)
     options.add_argument("--blocks", type=Path, help="file of a trained model in blocks")
     arguments = options.parse_args()
     try:
@@ -159,24 +161,25 @@ def main() -> None:
     torch.manual_seed(0)
     shape = SMOKE if arguments.smoke else SHAPE
     models: dict[str, Any] = {"float": build(shape)}
-    models |= {name: convert(models["float"], name) for name in NUMBERS}
+    models |= {name: convert(models["float"], name) for name in NUMBERS if name in arguments.packed}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / f"{name}.safetensors" for name in [*models, "blocks"]}
+        paths = {name: Path(folder) / f"{name}.safetensors" for name in models}
         for name, model in models.items():
             co.save(model, paths[name]) if name != "float" else _save(model, paths[name])
-        if arguments.blocks:
-            paths["blocks"] = arguments.blocks
-        else:
-            co.save(co.convert(pruned(models["float"]), prefer="size"), paths["blocks"])
-        plain = trained(paths["blocks"], models["float"])
+        if "blocks" in arguments.packed:
+            paths["blocks"] = arguments.blocks or Path(folder) / "blocks.safetensors"
+            if not arguments.blocks:
+                co.save(co.convert(pruned(models["float"]), prefer="size"), paths["blocks"])
+            plain = trained(paths["blocks"], models["float"])
         for size in [2] if arguments.smoke else arguments.batch:
             peaks = {n: measured_peak(path, n, shape, size) for n, path in paths.items()}
             inputs = batch(shape, size)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
-                models["blocks"] = in_blocks(plain, inputs)
-                notes = dict.fromkeys(became(models["blocks"]))
+                if "blocks" in arguments.packed:
+                    models["blocks"] = in_blocks(plain, inputs)
+                notes = {name: became(model) for name, model in models.items()}
                 calls = {n: lambda m=m, i=inputs: m(**i) for n, m in models.items()}
                 seconds = interleaved(calls, 2 if arguments.smoke else max(15, arguments.rounds))
                 rows += [
@@ -187,9 +190,9 @@ def main() -> None:
                         "file bytes": paths[name].stat().st_size,
                         "peak MiB": peaks[name],
                         "peak, part of float": peaks[name] / peaks["float"],
-                        **(became(model) if name == "blocks" else notes),
+                        **notes[name],
                     }
-                    for name, model in models.items()
+                    for name in models
                 ]
     report("BERT of MiniLM's shape, 64 tokens (CPU)", rows, arguments)
 
