@@ -181,19 +181,21 @@ class PackedTensor:
         if isinstance(self.layout, LowRank):
             factors = [factor.unpack(decoder) for factor in self.factors()]
             weight = self.layout.product(factors, self.shape, self.dtype)
-        elif out is not None and self._decodes_into(out):
-            codes = out.view(self.number.code_dtype).view(-1)
-            coder, bits = self.coding.of(self.number.is_float), self.number.bits
-            coder.decode(self.parts, "codes", codes.numel(), bits, decoder or Decoder(), codes)
-            return out
+        elif self._decodes_into(out):
+            how, like = decoder or Decoder(), next(iter(self.parts.values()))
+            count, bits, dtype = math.prod(self.shape), self.number.bits, self.number.code_dtype
+            codes = how.empty(count, like, dtype) if out is None else out.view(dtype).view(-1)
+            self.coding.of(True).decode(self.parts, "codes", count, bits, how, codes)
+            return codes.view(self.dtype).view(self.shape) if out is None else out
         else:
             weight = self.number.dequantize(self.dense_codes(decoder), self.params, self.dtype)
         return weight if out is None else out.copy_(weight)
 
-    def _decodes_into(self, out: Tensor) -> bool:
-        """Whether the codes are the floats that ``out`` holds, in its order."""
-        same = self.number.is_float and FLOAT_DTYPES[self.number.dtype] == self.dtype == out.dtype
-        return same and isinstance(self.layout, Dense) and out.is_contiguous()
+    def _decodes_into(self, out: Tensor | None) -> bool:
+        """Whether the codes are the floats that ``out`` holds, in its order; ``None`` is new."""
+        plain = self.number.is_float and FLOAT_DTYPES[self.number.dtype] == self.dtype
+        fits = out is None or (out.dtype == self.dtype and out.is_contiguous())
+        return plain and isinstance(self.layout, Dense) and fits
 
     def dense_codes(self, decoder: Decoder | None = None) -> Tensor:
         """The integer codes that ``number.dequantize`` takes: signed, of ``shape``; an entry that
