@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +16,13 @@ from compressops.formats.container import (
     DTYPE_NAMES,
     MANIFEST,
     CorruptFileError,
-    Entry,
     UnsupportedFormatError,
     build_header,
     digest,
-    read_header,
     write_atomically,
 )
 from compressops.formats.inspection import FileInfo, TensorInfo, inspect
-from compressops.formats.manifest import build, check_work, naming, opened, read_manifest
+from compressops.formats.manifest import build
 from compressops.formats.packed import PackedTensor
 from compressops.measure import normal_tensors
 from compressops.model_state import (
@@ -38,6 +35,7 @@ from compressops.model_state import (
     plain_state,
     weights_of,
 )
+from compressops.reading import Contents, Path, VerifyReport, bytes_of, read, verify
 
 __all__ = [
     "Contents",
@@ -53,46 +51,6 @@ __all__ = [
     "verify",
     "write",
 ]
-
-Path = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a file holds.
-
-    Attributes:
-        tensors: those stored as they are, by name.
-        packed: those stored packed, by name.
-        aliases: further names of tensors in either, as tied weights have.
-        modules: configs of the packed modules, by module name.
-        format_version: of the file.
-        file_bytes: its size.
-    """
-
-    tensors: dict[str, Tensor]
-    packed: dict[str, PackedTensor]
-    aliases: dict[str, str]
-    modules: dict[str, dict[str, Any]]
-    format_version: int
-    file_bytes: int
-
-
-@dataclass(frozen=True)
-class VerifyReport:
-    """A file in which every byte is as it was saved."""
-
-    path: str
-    format_version: int
-    tensors: int
-    packed: int
-    file_bytes: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.tensors} tensors, {self.packed} of them packed, all "
-            f"{self.file_bytes:,} bytes as saved (format {self.format_version})"
-        )
 
 
 def write(
@@ -168,7 +126,7 @@ def _write(
         if not isinstance(config.get("type"), str):
             raise ValueError(f"module {name!r} has no type: {config}")
     layout = [(name, stored[name].dtype, tuple(stored[name].shape)) for name in names]
-    hashes = {name: digest(_bytes(stored[name])) for name in names}
+    hashes = {name: digest(bytes_of(stored[name])) for name in names}
     data = sum(tensor.nbytes for tensor in stored.values())
     try:
         manifest, metadata = build(
@@ -184,95 +142,15 @@ def _write(
     except TypeError as error:
         raise ValueError(f"modules must be JSON values: {error}") from None
     header = build_header([*layout, (MANIFEST, torch.uint8, (len(manifest),))], metadata)
-    write_atomically(path, [header, *(_bytes(stored[name]) for name in names), manifest])
+    write_atomically(path, [header, *(bytes_of(stored[name]) for name in names), manifest])
     return len(header) + data + len(manifest)
 
 
 def _decoded_hash(name: str, packed: PackedTensor) -> str:
     try:
-        return digest(_bytes(packed.unpack(ops.DECODER)))
+        return digest(bytes_of(packed.unpack(ops.DECODER)))
     except ValueError as error:
         raise ValueError(f"packed tensor {name!r} is corrupt: {error}") from error
-
-
-def read(
-    path: Path, max_entries: Mapping[str, int] | None = None, *, decode: bool = True
-) -> Contents:
-    """Read a file written by :func:`write` and check everything, what it decodes to included.
-
-    Args:
-        path: of the file.
-        max_entries: entries that the packed tensor of a name may have in any case; see
-            :meth:`PackedTensor.from_spec`.
-        decode: ``False`` leaves out what packed tensors decode to, but for pools: every stored
-            byte is checked all the same.
-
-    Raises:
-        CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
-        UnsupportedFormatError: of a newer format, or of another program.
-    """
-    limits = max_entries or {}
-    tensors: dict[str, Tensor] = {}
-    packed: dict[str, PackedTensor] = {}
-    problems: list[CorruptFileError] = []
-    with opened(path) as (file, size):
-        header = read_header(file, size)
-        manifest = read_manifest(file, header)
-        check_work(header, manifest, limits)
-        for entry in manifest.entries:
-            name, pool = entry.name, manifest.pools.get(entry.name)
-            # Read one by one: the file is never held twice.
-            data = bytearray(entry.end - entry.begin)
-            if file.readinto(data) != len(data):
-                raise CorruptFileError(f"ends inside tensor {name!r}", [name])
-            try:
-                with naming(name):
-                    if name in manifest.plain:
-                        _check_hash("stored", data, manifest.plain[name])
-                        dense = _tensor(data, entry)
-                    else:
-                        _check_hash("stored", data, manifest.encoded[name])
-                        found = PackedTensor.from_blob(
-                            manifest.packed[name], _tensor(data, entry), limits.get(name)
-                        )
-                        if decode or pool is not None:
-                            dense = found.unpack(ops.DECODER)
-                            _check_hash("decoded", _bytes(dense), manifest.decoded[name])
-            except CorruptFileError as error:
-                problems.append(CorruptFileError(str(error), pool or [name]))
-                continue
-            if pool is not None:
-                tensors |= pools.split(dense, pool)
-            elif name in manifest.plain:
-                tensors[name] = dense
-            else:
-                packed[name] = found
-        if problems:
-            names = [name for problem in problems for name in problem.tensors]
-            raise CorruptFileError("; ".join(map(str, problems)), names)
-    return Contents(
-        tensors, packed, manifest.aliases, manifest.modules, manifest.format_version, size
-    )
-
-
-def verify(path: Path, max_entries: Mapping[str, int] | None = None) -> VerifyReport:
-    """Check every byte of a file: the digest of its header, the hash of each tensor's stored
-    bytes, and the hash of what they decode to.
-
-    Args:
-        path: of the file.
-        max_entries: entries that the packed tensor of a name may have in any case; see
-            :meth:`PackedTensor.from_spec`.
-
-    Raises:
-        CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
-        UnsupportedFormatError: of a newer format, or of another program.
-    """
-    contents = read(path, max_entries)
-    count = len(contents.tensors) + len(contents.packed)
-    return VerifyReport(
-        os.fspath(path), contents.format_version, count, len(contents.packed), contents.file_bytes
-    )
 
 
 def save(model: nn.Module, path: Path) -> int:
@@ -324,8 +202,10 @@ def load(
         model: the float model that the saved one was made of, which stays as it is, or a
             function that makes it. Its weights don't matter, and may be on the meta device;
             buffers that no file holds have to be there.
-        residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use, and
-            none while loading: what the file says of their values is left to `verify`.
+        residency: of packed weights: ``"decoded"`` decodes them once, ``"packed"`` on each use. Of
+            those that are not decoded to floats while loading, because of ``"packed"`` or because
+            their module computes with the codes, every stored byte is checked; what the file says
+            of their values is left to `verify`.
         inplace: change ``model`` itself.
 
     Raises:
@@ -341,7 +221,7 @@ def load(
     float_model = model if isinstance(model, nn.Module) else model()
     weights = weights_of(float_model)
     limits = {name: weight.numel() for name, weight in weights.items()}
-    contents = read(path, limits, decode=residency != "packed")
+    contents = read(path, limits, decode=residency != "packed" and _needs_floats)
     packed = contents.packed | {
         alias: contents.packed[name]
         for alias, name in contents.aliases.items()
@@ -370,6 +250,16 @@ def load(
     return loaded
 
 
+def _needs_floats(config: dict[str, Any]) -> bool:
+    """Whether a module of this config keeps its weight as floats, and not as codes."""
+    # The modules of all formats take most of the package along.
+    from compressops.nn.kernel_weight import KernelWeight
+    from compressops.registry import targets
+
+    kind = getattr(targets().get(config["type"]), "weight_type", None)
+    return kind is None or not issubclass(kind, KernelWeight)
+
+
 def _identity(tensor: Tensor | PackedTensor) -> Any:
     """Equal for two names of one tensor; None for what has no memory to be told by."""
     if isinstance(tensor, PackedTensor):
@@ -380,22 +270,3 @@ def _identity(tensor: Tensor | PackedTensor) -> Any:
     # A conjugate or negative view is at the address of its base, with other values.
     lazy = tensor.is_conj(), tensor.is_neg()
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), lazy
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, little-endian."""
-    flat = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous().flatten()
-    return memoryview(flat.view(torch.uint8).numpy())
-
-
-def _tensor(data: bytearray, entry: Entry) -> Tensor:
-    if not data:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    if entry.dtype == torch.bool and max(data) > 1:
-        raise ValueError(f"a bool has the value {max(data)}")
-    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
-
-
-def _check_hash(what: str, data: bytearray | memoryview, expected: object) -> None:
-    if (actual := digest(data)) != expected:
-        raise ValueError(f"its {what} bytes have hash {actual}, the file says {expected!r}")

@@ -9,10 +9,11 @@ import types
 import pytest
 import torch
 
+from compressops import serialize
 from compressops.compress.parametrizations import FakeQuantize, register
 from compressops.convert import convert as convert_model
-from compressops.formats import Huffman, Int, PackedTensor
-from compressops.serialize import CorruptFileError, inspect, load, save, write
+from compressops.formats import FixedPoint, Huffman, Int, PackedTensor, Ternary
+from compressops.serialize import CorruptFileError, inspect, load, save, verify, write
 
 
 class PackedLayer(torch.nn.Module):
@@ -171,3 +172,49 @@ def test_a_parametrization_of_the_architecture_is_saved_and_loaded(tmp_path):
     save(packed, tmp_path / "net.safetensors")
     x = torch.randn(2, 4)
     assert torch.equal(load(tmp_path / "net.safetensors", make)(x), packed(x))
+
+
+def tied_model() -> torch.nn.Module:
+    embedding, linear = torch.nn.Embedding(8, 16), torch.nn.Linear(16, 8)
+    linear.weight = embedding.weight
+    return torch.nn.Sequential(embedding, linear)
+
+
+@pytest.mark.parametrize("coding", [None, Huffman()])
+@pytest.mark.parametrize(
+    ("make", "number", "keeps_codes"),
+    [
+        (float_model, Ternary("row"), True),
+        (float_model, Int(4), True),
+        (float_model, Int(8), True),
+        (tied_model, Ternary("row"), True),
+        (tied_model, Int(8), False),
+        (float_model, FixedPoint(8), False),
+    ],
+)
+def test_only_floats_are_checked_as_floats(
+    tmp_path, monkeypatch, make, number, keeps_codes, coding
+):
+    """What a module keeps as codes is loaded without decoding it, and damaged it is not loaded."""
+    model, path = make(), tmp_path / "net.safetensors"
+    choice = number if coding is None else (number, coding)
+    packed = convert_model(model, {"*": choice}, prefer="size")
+    right = serialize._decoded_hash
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            serialize,
+            "_decoded_hash",
+            lambda name, tensor: "0" * 16 if name.endswith(".weight") else right(name, tensor),
+        )
+        save(packed, path)
+    for loading in (lambda: load(path, make, "packed"), *[lambda: load(path, make)] * keeps_codes):
+        for name, value in packed.state_dict().items():
+            assert torch.equal(loading().state_dict()[name], value), name
+    for checking in (lambda: verify(path), *[lambda: load(path, make)] * (not keeps_codes)):
+        with pytest.raises(CorruptFileError, match="decoded bytes have hash"):
+            checking()
+    data = path.read_bytes()
+    for place in range(8 + int.from_bytes(data[:8], "little"), len(data), 7):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(CorruptFileError):
+            load(path, make)

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compressops.formats.bits import pack_bits, packed_nbytes, sign_extend, unpack_bits
 from compressops.formats.huffman import (
     HEADER_BYTES,
     MAX_CHUNK_SIZE,
@@ -73,77 +74,6 @@ _TILE = 1 << 18
 WORTH = 0.95
 
 
-def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Lowest ``bits`` bits of each code, lowest bit first, without gaps.
-
-    Args:
-        codes: integers ``[N]``.
-        bits: 1 to 16, or 32.
-
-    Returns:
-        uint8 ``[ceil(N · bits / 8)]``; unused bits of the last byte are 0.
-    """
-    if bits in (8, 16, 32):
-        # A copy: what is packed must not change with what it was packed from.
-        return codes.to(code_dtype(bits), copy=True).view(torch.uint8)
-    if bits > 8:
-        low, high = split_planes(codes, bits)
-        position = torch.arange(bits, device=codes.device)
-        spread = torch.stack([low, high], 1).to(torch.int32)
-        flags = (spread[:, position // 8] >> (position % 8)) & 1
-        return pack_bits(flags.flatten(), 1)
-    count = codes.numel()
-    # Eight codes fill `bits` bytes exactly and fit one int64.
-    grouped = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8)
-    words = torch.zeros(len(grouped), dtype=torch.int64, device=codes.device)
-    for i in range(8):
-        words |= (grouped[:, i].to(torch.int64) & (2**bits - 1)) << (i * bits)
-    shifts = torch.arange(bits, device=codes.device) * 8
-    data = ((words[:, None] >> shifts) & 255).to(torch.uint8)
-    return data.flatten()[: (count * bits + 7) // 8]
-
-
-def unpack_bits(data: Tensor, count: int, bits: int) -> Tensor:
-    """``count`` unsigned codes of ``bits`` bits: the inverse of :func:`pack_bits`.
-
-    Returns:
-        uint8 ``[count]`` for 1 to 8 bits, else int16 or int32 holding the bits.
-
-    Raises:
-        ValueError: ``data`` has another length, or unused bits that are not 0.
-    """
-    size = _raw_nbytes(count, bits)
-    if data.numel() != size:
-        raise ValueError(f"{count} codes of {bits} bits take {size} bytes, got {data.numel()}")
-    if bits in (8, 16, 32):
-        # A copy: the parts must not change with what is unpacked from them.
-        return data.clone().view(torch.uint8 if bits == 8 else code_dtype(bits))
-    if (used := count * bits % 8) and int(data[-1]) >> used:
-        raise ValueError(f"the bits behind {count} codes of {bits} bits are not zero")
-    if bits > 8:
-        flags = unpack_bits(data, count * bits, 1).view(count, bits)
-        codes = torch.zeros(count, dtype=torch.int32, device=data.device)
-        for i in range(bits):
-            codes |= flags[:, i].to(torch.int32) << i
-        return codes.to(torch.int16)
-    grouped = torch.nn.functional.pad(data, (0, -size % bits)).view(-1, bits)
-    words = torch.zeros(len(grouped), dtype=torch.int64, device=data.device)
-    for i in range(bits):
-        words |= grouped[:, i].to(torch.int64) << (8 * i)
-    codes = torch.empty((len(words), 8), dtype=torch.uint8, device=data.device)
-    for i in range(8):
-        codes[:, i] = (words >> (i * bits)) & (2**bits - 1)
-    return codes.flatten()[:count]
-
-
-def sign_extend(codes: Tensor, bits: int) -> Tensor:
-    """Codes of ``bits`` bits as the signed integers that they are in two's complement."""
-    dtype = code_dtype(bits)
-    shift = dtype.itemsize * 8 - bits
-    codes = codes.view(dtype)
-    return (codes << shift) >> shift if shift else codes
-
-
 class Coding(Axis, abc.ABC):
     """How a stream of codes becomes bytes."""
 
@@ -190,7 +120,7 @@ class Coding(Axis, abc.ABC):
 
 
 def _check_raw(data: Tensor, name: str, count: int, bits: int) -> None:
-    if data.numel() != (size := _raw_nbytes(count, bits)):
+    if data.numel() != (size := packed_nbytes(count, bits)):
         raise ValueError(
             f"part {name!r}: {count} codes of {bits} bits take {size} bytes, got {data.numel()}"
         )
@@ -269,7 +199,7 @@ class Huffman(Coding):
         parts: dict[str, Tensor] = {}
         for (plane, width), symbols in zip(names, planes, strict=True):
             parts |= self._encode_plane(symbols, width, plane, WORTH, encoder)
-        if _nbytes(parts) < WORTH * sum(_raw_nbytes(codes.numel(), width) for _, width in names):
+        if _nbytes(parts) < WORTH * sum(packed_nbytes(codes.numel(), width) for _, width in names):
             return parts
         return {n: pack_bits(p, width) for (n, width), p in zip(names, planes, strict=True)}
 
@@ -281,7 +211,7 @@ class Huffman(Coding):
         lengths = huffman_lengths(counts, self.max_length)
         table = pack_bits(lengths, 4)
         chunks = -(-count // self.chunk_size)
-        limit = worth * _raw_nbytes(count, bits)
+        limit = worth * packed_nbytes(count, bits)
         coded = int((counts * lengths).sum()) // 8 + table.numel() + _CHUNK_BYTES * chunks
         if count and coded < limit:
             stream, offsets = encoder(symbols, lengths, self.chunk_size)
@@ -389,10 +319,6 @@ def is_coded(parts: Iterable[str]) -> bool:
     """Whether any stream of a packed tensor, by the names of its parts, is Huffman-coded: one that
     would gain too little is stored raw."""
     return any(name.endswith("_lengths") for name in parts)
-
-
-def _raw_nbytes(count: int, bits: int) -> int:
-    return (count * bits + 7) // 8
 
 
 def _nbytes(parts: dict[str, Tensor]) -> int:

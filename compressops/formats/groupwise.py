@@ -13,6 +13,8 @@ from compressops.formats.number import Number, check_weight, matrix_shape
 from compressops.formats.registry import check_int
 
 MAX_GROUP_SIZE = 2**31 - 1
+# Entries that are dequantized together: no fewer, because each time kernels are launched.
+_AT_ONCE = 1 << 20
 
 
 def groups(shape: tuple[int, ...], group_size: int | None) -> tuple[int, int, int]:
@@ -114,7 +116,20 @@ class Int(Number):
         if not self.symmetric:
             q = q - spread(params["zeros"], shape, self.group_size)
         x = q * spread(params["scales"], shape, self.group_size)
-        return x.reshape(shape).to(dtype) + 0.0
+        return x.reshape(shape).to(dtype).add_(0.0)
+
+    def dequantize_into(
+        self, out: Tensor | None, codes: Tensor, params: dict[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        if out is None or codes.dim() < 2:
+            return super().dequantize_into(out, codes, params, dtype)
+        # Some rows at a time: as floats, a table of embeddings takes more than the rest of a model.
+        step = max(1, _AT_ONCE // max(1, codes[:1].numel()))
+        for first in range(0, len(codes), step):
+            rows = slice(first, first + step)
+            some = {name: param[rows] for name, param in params.items()}
+            out[rows] = self.dequantize(codes[rows], some, dtype)
+        return out
 
     def zero_codes(
         self, shape: tuple[int, ...], params: dict[str, Tensor], device: torch.device

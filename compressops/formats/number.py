@@ -114,6 +114,13 @@ class Number(Axis, abc.ABC):
     ) -> Tensor:
         """The values of ``codes`` (integer or float, any shape), of ``dtype``; never −0.0."""
 
+    def dequantize_into(
+        self, out: Tensor | None, codes: Tensor, params: dict[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """What `dequantize` returns, in ``out`` unless that is ``None``."""
+        values = self.dequantize(codes, params, dtype)
+        return values if out is None else out.copy_(values)
+
     def fake_quantize(self, weight: Tensor, params: dict[str, Tensor]) -> Tensor:
         """``dequantize(quantize(weight))`` in the dtype of ``weight``, without gradients of its
         own; NaN stays NaN."""

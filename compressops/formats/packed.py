@@ -15,13 +15,7 @@ from compressops.formats.coding import Coding, Decoder, Encoder, Raw, huffman_en
 from compressops.formats.decompose import decompose
 from compressops.formats.layout import Dense, Layout
 from compressops.formats.lowrank import LowRank
-from compressops.formats.number import (
-    FLOAT_DTYPES,
-    Float,
-    Number,
-    check_dtype,
-    check_weight,
-)
+from compressops.formats.number import FLOAT_DTYPES, Float, Number, check_dtype, check_weight
 from compressops.formats.registry import check_int
 
 _PART_DTYPES = {"bytes": torch.uint8, "sizes": torch.uint16}
@@ -172,8 +166,8 @@ class PackedTensor:
 
         Args:
             decoder: kernels instead of the references.
-            out: where the weight goes: of its shape, device and any float dtype and strides; the
-                values are rounded once to its dtype. ``None``: into a tensor of its own.
+            out: where the weight goes: of its shape and device, any float dtype (to which values
+                are rounded once) and strides. ``None``: into a tensor of its own.
 
         Raises:
             ValueError: the parts are corrupt.
@@ -181,15 +175,15 @@ class PackedTensor:
         if isinstance(self.layout, LowRank):
             factors = [factor.unpack(decoder) for factor in self.factors()]
             weight = self.layout.product(factors, self.shape, self.dtype)
-        elif self._decodes_into(out):
+            return weight if out is None else out.copy_(weight)
+        if self._decodes_into(out):
             how, like = decoder or Decoder(), next(iter(self.parts.values()))
             count, bits, dtype = math.prod(self.shape), self.number.bits, self.number.code_dtype
             codes = how.empty(count, like, dtype) if out is None else out.view(dtype).view(-1)
             self.coding.of(True).decode(self.parts, "codes", count, bits, how, codes)
             return codes.view(self.dtype).view(self.shape) if out is None else out
-        else:
-            weight = self.number.dequantize(self.dense_codes(decoder), self.params, self.dtype)
-        return weight if out is None else out.copy_(weight)
+        codes = self.dense_codes(decoder)
+        return self.number.dequantize_into(out, codes, self.params, self.dtype)
 
     def _decodes_into(self, out: Tensor | None) -> bool:
         """Whether the codes are the floats that ``out`` holds, in its order; ``None`` is new."""

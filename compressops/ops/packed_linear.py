@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from .checks import ACTIVATIONS, activate, require
-from .huge_pages import on_huge_pages
+from .huge_pages import empty_on_huge_pages
 from .int8_linear import MAX_IN_FEATURES, quantize_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUP_MULTIPLE = 16  # inputs whose codes share a word of the CPU's packing of 2 bits
 _PANEL, _DEPTH = 32, 4
+_PACKED_AT_ONCE = 1 << 18  # codes: what is made of them stays in a core's own cache
 _TILE_K = 64  # inputs of a tile of a GPU's packing
 
 
@@ -54,10 +55,18 @@ class Codes:
         """As the CPU's kernels read them: flat, panels of 32 outputs (16 in the last where that is
         enough), in a panel ``[word][output]``, N and K zero padded. Byte i of a word holds the
         inputs i, 4 + i, 8 + i, … of its block, the first in the lowest bits."""
-        K = codes.shape[1]
-        padded = F.pad(codes, (0, -K % self.inputs, 0, -codes.shape[0] % 16))
-        shape = (padded.shape[0], -(-K // self.inputs), 8 // self.bits, _DEPTH)
-        return on_huge_pages(to_panels(_joined(padded.view(shape).transpose(2, 3), self.bits)))
+        N, K = codes.shape
+        out = empty_on_huge_pages(*self.packed_shape(N, K, codes.device), codes, torch.uint8)
+        # Some panels at a time: what is made on the way is larger than the result.
+        step, end = _PANEL * max(1, _PACKED_AT_ONCE // (_PANEL * max(1, K))), 0
+        for first in range(0, N, step):
+            some = codes[first : first + step]
+            padded = F.pad(some, (0, -K % self.inputs, 0, -len(some) % 16))
+            shape = (len(padded), -(-K // self.inputs), 8 // self.bits, _DEPTH)
+            panels = to_panels(_joined(padded.view(shape).transpose(2, 3), self.bits))
+            begin, end = end, end + len(panels)
+            out[begin:end] = panels
+        return out
 
     def pack_fragments(self, codes: torch.Tensor) -> torch.Tensor:
         """As a GPU's kernels read them: ``[ceil(N / rows), ceil(K / 64), 512]``, N and K zero

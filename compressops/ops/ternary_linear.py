@@ -66,7 +66,7 @@ def ternary_linear_pack(
     groups = (codes.shape[0], CODES.groups(codes.shape[1], group_size))
     fits = scales.dtype == torch.float32 and tuple(scales.shape) in ((), groups)
     require(fits, op, "scales", f"float32 {list(groups)} or []", scales)
-    weight = CODES.pack((codes + 1).to(torch.uint8))
+    weight = CODES.pack((codes + 1).view(torch.uint8))
     return weight, packed_linear.pack_group_values(scales.expand(groups))
 
 
