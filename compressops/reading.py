@@ -167,7 +167,9 @@ def _read_bytes(file: BinaryIO, entry: Entry) -> memoryview:
     size = entry.end - entry.begin
     # Memory of the system's own, which has it back at once: what the allocator is given back in
     # such pieces it keeps, and a model of packed weights would take twice its size.
-    data = memoryview(bytearray(size) if size < _MAPPED else mmap.mmap(-1, size))
+    # (Private: a fork has copies of the tensors that stay in it.)
+    memory = bytearray(size) if size < _MAPPED else mmap.mmap(-1, size, access=mmap.ACCESS_COPY)
+    data = memoryview(memory)
     if file.readinto(data) != size:
         raise CorruptFileError(f"ends inside tensor {entry.name!r}", [entry.name])
     return data
