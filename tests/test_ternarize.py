@@ -197,7 +197,7 @@ def test_converts_to_the_layer_that_it_was_trained_for(number, inputs, name, tmp
     x = torch.randn(9, 48)
     trained, run = model(x), packed(x)
     # The second layer's input may land on another code where the first one's rounding differs.
-    torch.testing.assert_close(packed[0](x), model[0](x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[:2](x), model[:2](x), rtol=1e-5, atol=1e-5)
     assert (trained - run).abs().max() < 0.02 * trained.abs().max()
     co.save(packed, tmp_path / "model.safetensors")
     again = co.load(
