@@ -7,8 +7,8 @@
 
 Importing this module registers the quantizer ``compressops`` with transformers. The folder holds
 ``config.json``, with the name of the quantizer, and ``model.safetensors``, which is the file that
-`compressops.save` writes. No float model is made first; while loading, each packed weight is
-decoded once, to check it.
+`compressops.save` writes. No float model is made first; only weights that a module keeps as floats
+are decoded.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ import torch
 
 from ..backends import register
 from ..formats.huffman import MAX_CHUNK_SIZE, huffman_encode_reference
+from .checks import require
+
+OP = "huffman_encode"
 
 
 def huffman_encode(
@@ -33,20 +36,15 @@ def huffman_encode(
 
 
 def _check(symbols, lengths, chunk_size) -> None:
-    if symbols.dtype != torch.uint8 or symbols.dim() != 1:
-        _fail("symbols", "a torch.uint8 vector", f"{symbols.dtype} {list(symbols.shape)}")
+    fits = symbols.dtype == torch.uint8 and symbols.dim() == 1
+    require(fits, OP, "symbols", "a torch.uint8 vector", symbols)
     fits = lengths.dtype == torch.uint8 and lengths.dim() == 1 and lengths.is_contiguous()
-    if not fits or lengths.numel() > 256:
-        form = "a contiguous torch.uint8 vector of at most 256"
-        _fail("lengths", form, f"{lengths.dtype} {list(lengths.shape)}")
-    if lengths.device != symbols.device:
-        _fail("lengths", f"on {symbols.device}, as symbols are", lengths.device)
-    if not 1 <= chunk_size <= MAX_CHUNK_SIZE:
-        _fail("chunk_size", f"from 1 to {MAX_CHUNK_SIZE}", chunk_size)
-
-
-def _fail(argument: str, requirement: str, value: object) -> None:
-    raise ValueError(f"huffman_encode: argument '{argument}' must be {requirement}, got {value}")
+    form = "a contiguous torch.uint8 vector of at most 256"
+    require(fits and lengths.numel() <= 256, OP, "lengths", form, lengths)
+    same = lengths.device == symbols.device
+    require(same, OP, "lengths", f"on {symbols.device}, as symbols are", lengths)
+    fits = 1 <= chunk_size <= MAX_CHUNK_SIZE
+    require(fits, OP, "chunk_size", f"from 1 to {MAX_CHUNK_SIZE}", chunk_size)
 
 
 def _fake(symbols, lengths, chunk_size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,7 +58,7 @@ def _eager(symbols, lengths, chunk_size) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         return huffman_encode_reference(symbols, lengths, chunk_size)
     except ValueError as error:
-        raise ValueError(f"huffman_encode: {error}") from None
+        raise ValueError(f"{OP}: {error}") from None
 
 
-_call = register("huffman_encode", eager=_eager, fake=_fake, check=_check)
+_call = register(OP, eager=_eager, fake=_fake, check=_check)
