@@ -11,18 +11,8 @@ Tensor bsr_int8_linear(const Tensor& x, const Tensor& values, const Tensor& crow
                        const Tensor& weight_sums, const OptionalTensor& bias,
                        const std::string& activation_name, const OptionalTensor& x_scale,
                        const OptionalTensor& x_zero, bool symmetric) {
-  COMPRESSOPS_CHECK(x.is_cuda() && x.dim() >= 1 && is_float_dtype(x), kOp, "x",
-                    "a CUDA float32, float16 or bfloat16 tensor [..., K]", x);
-  const int64_t K = x.size(x.dim() - 1);
-  const Int8Quantization how = checked_quantization(kOp, x, x_scale, x_zero, symmetric);
-  const int64_t most = how.max_terms();
-  COMPRESSOPS_CHECK(K <= most, kOp, "x", "at most " + std::to_string(most) + " wide (int32 sums)",
-                    x);
-  COMPRESSOPS_CHECK(weight_scales.dim() == 1, kOp, "weight_scales", "of one dimension",
-                    weight_scales);
-  const int64_t N = weight_scales.size(0);
-  check_operand(kOp, weight_scales, "weight_scales", "float32", ScalarType::Float, {N}, x);
-  check_operand(kOp, weight_sums, "weight_sums", "int32", ScalarType::Int, {N}, x);
+  const auto [how, K, N] =
+      checked_rows(kOp, x, weight_scales, weight_sums, x_scale, x_zero, symmetric);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const BsrBlocks blocks =
       checked_blocks(kOp, values, crow_indices, col_indices, N, K, x, ScalarType::Char, false);

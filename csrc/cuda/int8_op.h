@@ -46,4 +46,28 @@ inline Int8Quantization checked_quantization(const char* op, const Tensor& x,
           x_scale, x_zero};
 }
 
+// x [..., K] whose rows are quantized, and a weight of N outputs.
+struct Int8Rows {
+  Int8Quantization how;
+  int64_t K, N;
+};
+
+inline Int8Rows checked_rows(const char* op, const Tensor& x, const Tensor& weight_scales,
+                             const Tensor& weight_sums, const OptionalTensor& x_scale,
+                             const OptionalTensor& x_zero, bool symmetric) {
+  COMPRESSOPS_CHECK(x.is_cuda() && x.dim() >= 1 && is_float_dtype(x), op, "x",
+                    "a CUDA float32, float16 or bfloat16 tensor [..., K]", x);
+  const int64_t K = x.size(x.dim() - 1);
+  const Int8Quantization how = checked_quantization(op, x, x_scale, x_zero, symmetric);
+  const int64_t most = how.max_terms();
+  COMPRESSOPS_CHECK(K <= most, op, "x", "at most " + std::to_string(most) + " wide (int32 sums)",
+                    x);
+  COMPRESSOPS_CHECK(weight_scales.dim() == 1, op, "weight_scales", "of one dimension",
+                    weight_scales);
+  const int64_t N = weight_scales.size(0);
+  check_operand(op, weight_scales, "weight_scales", "float32", ScalarType::Float, {N}, x);
+  check_operand(op, weight_sums, "weight_sums", "int32", ScalarType::Int, {N}, x);
+  return {how, K, N};
+}
+
 }  // namespace compressops
