@@ -7,9 +7,9 @@
 
 η is density × dense time / ours, with the faster of torch's dense products (`F.linear`, and on
 weights that MKL packed): what of the dense efficiency is left. "break-even" is the density at which
-ours would take as long. Peers: torch's BSR, SciPy's, where it is installed (one thread), and
-deepsparse where `deepsparse_peer.py` finds one. At one
-row the GB/s of the stored blocks stand beside the machine's read bandwidth.
+ours would take as long. Peers: torch's BSR, SciPy's at one row, where it is installed (one thread),
+and deepsparse where `deepsparse_peer.py` finds one. "GB/s of blocks" are stored bytes a second, and
+"of read GB/s" their part of what this machine reads of as many bytes, which only one row can reach.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from __future__ import annotations
 import statistics
 
 import torch
-from common import interleaved, measured_read_bandwidth, median_ratio, merged, parser, report
+from common import interleaved, median_ratio, merged, parser, report
 from deepsparse_peer import DeepSparse
 from linear_peers import FLOAT, Case
-from peers import MissingError, fma_peak, imported
+from peers import MissingError, fma_peak, imported, read_bandwidth
 
 import compressops as co
 
@@ -55,9 +55,9 @@ def contestants(
         theirs = torch.sparse_bsr_tensor(crow.long(), col.long(), values, (size, size))
         calls["torch BSR"] = lambda: theirs @ x.t()
     try:
-        scipy = imported("scipy.sparse")
-        values, crow, col = (tensor.numpy() for tensor in plain)
-        if size % block == 0:
+        if M == 1 and size % block == 0:
+            scipy = imported("scipy.sparse")
+            values, crow, col = (tensor.numpy() for tensor in plain)
             bsr, rows = scipy.bsr_matrix((values, col, crow), (size, size)), x.t().numpy()
             calls["SciPy BSR"] = lambda: bsr @ rows
     except MissingError as why:
@@ -90,7 +90,6 @@ def main() -> None:
     torch.manual_seed(0)
     for threads in arguments.threads:
         torch.set_num_threads(threads)
-        bandwidth = 0.0 if smoke else measured_read_bandwidth()
         peak = 0.0 if smoke else fma_peak(threads)
         for size in [64] if smoke else arguments.sizes:
             for block in [16] if smoke else arguments.blocks:
@@ -104,6 +103,7 @@ def main() -> None:
                         )
                         for peer in remote.values():
                             peer.close()
+                        bandwidth = read_bandwidth(threads, 4 * stored) if M == 1 else None
                         rows.append(
                             row(times, M, size, block, threads, density, stored, bandwidth, peak)
                         )
@@ -119,7 +119,7 @@ def row(
     threads: int,
     asked: float,
     stored: int,
-    bandwidth: float,
+    bandwidth: float | None,
     peak: float,
 ) -> dict:
     """The columns of one shape."""
@@ -137,8 +137,9 @@ def row(
     for name in ("torch BSR", "SciPy BSR", "deepsparse"):
         found[f"× {name}"] = median_ratio(times[name], times["ours"]) if name in times else None
     found["int8 × fp32 blocks"] = median_ratio(times["ours"], times["ours int8"])
-    found["GB/s of blocks"] = 4 * stored / medians["ours"] / 1e9
-    return found | {"read GB/s": bandwidth, "FMA peak GFLOP/s": peak}
+    found["GB/s of blocks"] = speed = 4 * stored / medians["ours"] / 1e9
+    found["of read GB/s"] = speed / bandwidth if bandwidth else None
+    return found | {"FMA peak GFLOP/s": peak}
 
 
 if __name__ == "__main__":

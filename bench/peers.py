@@ -75,3 +75,10 @@ def vnni_peak(threads: int) -> float:
     library = compiled("vnni_peak.cpp")
     library.vnni_peak.restype = ctypes.c_double
     return library.vnni_peak(threads)
+
+
+def read_bandwidth(threads: int, size: int) -> float:
+    """GB/s at which ``size`` bytes are read that were read just before; raises as `fma_peak`."""
+    library = compiled("read_bandwidth.cpp")
+    library.read_bandwidth.restype = ctypes.c_double
+    return library.read_bandwidth(threads, ctypes.c_long(size))

@@ -41,6 +41,11 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor crow_indices, Tensor col_indices, int[] block_size) "
         "-> Tensor"
     ),
+    "bsr_conv2d": (
+        "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_channels, "
+        "int[] kernel_size, Tensor? bias=None, int[] stride=[1, 1], int[] padding=[0, 0], "
+        "int[] dilation=[1, 1], str activation='none') -> Tensor"
+    ),
     "bsr_int8_linear": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
         "Tensor weight_scales, Tensor weight_sums, Tensor? bias=None, str activation='none', "

@@ -57,7 +57,11 @@ INTERPRETED = [
     *(Case(3, 40, 50, activation=name) for name in ("relu", "gelu")),
     Case(5, 40, 50, dtype=torch.bfloat16, activation="gelu"),
 ]
-LARGE = [Case(130, 1031, 519, (32, 32), 0.2), Case(1, 3000, 2000, (64, 16)), Case(300, 40, 33)]
+LARGE = [
+    *(Case(m, 1031, 519, (32, 32), 0.2) for m in (60, 130)),  # threads share panels, or have some
+    Case(1, 3000, 2000, (64, 16)),
+    Case(300, 40, 33),
+]
 
 
 def grid(op: str, cases: list[Case]) -> pytest.MarkDecorator:

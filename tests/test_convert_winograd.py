@@ -5,7 +5,6 @@ No test here depends on how fast anything is: the times are made up.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from compressops import kernels
 from compressops.compress import Prune, Quantize
 from compressops.convert import convert
 from compressops.formats import DynamicFixedPoint, Huffman, Int
-from compressops.measure import times_in_place
 from compressops.nn import PackedConv2d, WinogradConv1d, WinogradConv2d
 from compressops.report import report
 from compressops.serialize import inspect, load, save, verify
@@ -389,37 +387,6 @@ def test_the_report(both: nn.Module) -> None:
     )
 
 
-# Safety.
-
-
-def test_overflow_is_bounded_by_the_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_computes_in_half", lambda input: True)
-    layer = nn.Conv2d(8, 8, 3, padding=1)
-    x = torch.rand(1, 8, 9, 9)
-    for tile, r in ((2, 3), (4, 3)):
-        bt = kernels.kernel_transform(tile, r).bt
-        growth = float(max(sum(map(abs, row)) for row in bt)) ** 2
-        largest = 65504 / growth / kernels.HEADROOM
-        x[0, 0, 0, 0] = 0.99 * largest
-        assert kernels.unsafe(layer, x, tile) is None
-        x[0, 0, 0, 0] = 1.01 * largest
-        assert "transformed inputs may reach 1.7e+04" in kernels.unsafe(layer, x, tile)
-    with torch.no_grad():
-        layer.weight[0, 0, 0, 0] = 4e4
-    assert "transformed weights may reach" in kernels.unsafe(layer, torch.rand(1, 8, 9, 9), 4)
-
-
-def test_float16_on_a_cpu_is_computed_in_float32() -> None:
-    layer = nn.Conv2d(8, 8, 3, padding=1).half()
-    assert kernels.unsafe(layer, 1000 * torch.rand(1, 8, 9, 9).half(), 4) is None
-
-
-def test_an_example_of_zeros_does_not_make_a_tile_safe() -> None:
-    layer = nn.Conv2d(64, 8, 7, padding=3)
-    for example in (torch.zeros(1, 64, 30, 30), torch.randn(1, 64, 30, 30)):
-        assert "times the direct convolution" in (kernels.unsafe(layer, example, 2) or "")
-
-
 def test_what_is_nowhere_safe_stays_direct(
     speeds: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,64 +397,6 @@ def test_what_is_nowhere_safe_stays_direct(
     assert why(converted, "0").startswith("Winograd not used: Winograd F(2, 3) is not safe: its er")
     assert "F(6, 3) is not safe" in why(converted, "0")
     assert seen == []
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_inputs_that_are_not_finite_say_nothing(value: float) -> None:
-    x = X.clone()
-    x[0, 0, 3, 3] = value
-    assert "nan times" in kernels.unsafe(nn.Conv2d(3, 8, 3), x, 2)
-    assert "empty" in kernels.unsafe(nn.Conv2d(3, 8, 3), X[:0], 2)
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 8), (1, 3, 4, 40)])
-def test_weights_of_few_bits_are_not_held_to_exactness(shape: tuple) -> None:
-    layer = nn.Conv2d(3, 8, 3)
-    with torch.no_grad():
-        layer.weight.copy_(layer.weight.sign())
-    assert kernels.unsafe(layer, torch.randint(0, 8, shape).float(), 4) is None
-
-
-# The measurement.
-
-
-def test_times_in_place() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(), nn.Linear(4, 4)).train()
-    again = nn.Sequential(model, model[0])
-    calls: list[str] = []
-
-    def variant(label: str, layer: nn.Module) -> Callable:
-        return lambda x: (calls.append(label), layer(x))[1]
-
-    plain = copy.deepcopy(model)
-    variants = {
-        name: [variant(f"{name}a", plain[int(name)]), variant(f"{name}b", plain[int(name)])]
-        for name in ("0", "2")
-    }
-    layers = {"0": model[0], "2": model[2]}
-    times = times_in_place(again, layers, variants, torch.randn(2, 4), rounds=3)
-    # All layers run their first variant, then all their second; the first round does not count.
-    assert calls == ["0a", "2a", "0a", "0b", "2b", "0b"] * 6
-    assert {name: [len(t) for t in found] for name, found in times.items()} == {
-        "0": [5, 5],
-        "2": [5, 5],
-    }
-    assert all(t > 0 for found in times.values() for seconds in found for t in seconds)
-    assert model.training
-    assert "forward" not in vars(model[0])
-
-
-def test_times_in_place_leaves_the_model_as_it_was_after_an_error() -> None:
-    model = nn.Sequential(nn.Linear(4, 4)).train()
-    mine = model[0].forward = lambda x: x + 1
-
-    def fails(x: Tensor) -> Tensor:
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"):
-        times_in_place(model, {"0": model[0]}, {"0": [fails]}, torch.randn(2, 4))
-    assert model[0].forward is mine
-    assert model.training
 
 
 def test_real_measurement_runs() -> None:

@@ -1,17 +1,22 @@
-"""References of the Winograd tests: direct convolution in float64, and what errors to expect."""
+"""The Winograd tests' cases, their references in float64, and what errors to expect."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 import torch.nn.functional as F
+from conftest import kernel_params
 
 import compressops as co
+from compressops import backends
 from compressops.ops import winograd_domain as domain
+from compressops.ops.winograd_transform import SUPPORTED
 
 # Largest errors of the GPU kernels for outputs of about 1, by alpha: about twice what was seen. The
 # rounding of V to 16 bits counts for most of it, and one wrong product of many channels for more.
@@ -98,3 +103,80 @@ def measured_growth(
     theirs = errors(F.conv2d(x, weight, None, 1, padding))
     size = expected.square().mean().sqrt().item() * torch.finfo(dtype).eps / 2
     return Growth(ours[0] / theirs[0], ours[1] / theirs[1], ours[1] / size)
+
+
+OP = "winograd_conv2d"
+# The op has one kernel for all of AVX-512.
+PARAMS = [p for p in kernel_params(OP) if p.values[0][2] not in ("avx512_vnni", "avx512_vbmi2")]
+ALL_KERNELS = pytest.mark.parametrize("kernel", PARAMS, indirect=True)
+ALL_TILES = pytest.mark.parametrize(("tile", "r"), SUPPORTED)
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def interpreted() -> bool:
+    """Whether the kernel runs in Triton's interpreter, which takes a second for what others do in
+    a millisecond: a few cases have to do.
+    """
+    return backends.name(OP, "cpu") == "triton"
+
+
+@dataclass(frozen=True)
+class Case:
+    n: int = 1
+    c: int = 3
+    k: int = 5
+    h: int = 8
+    w: int = 9
+    r: int = 3
+    flat: bool = False
+    tile: int = 4
+    padding: tuple[int, int] = (1, 1)
+    groups: int = 1
+    dtype: torch.dtype = torch.float32
+    bias: bool = True
+    activation: str = "none"
+    channels_last: bool = False
+
+
+def make(case: Case, device: torch.device | str = "cpu"):
+    """x, weight, bias; outputs are of the order of 1, so that gelu is tested where it bends."""
+    rh = 1 if case.flat else case.r
+    x = torch.randn(case.n, case.c, case.h, case.w, device=device).to(case.dtype)
+    if case.channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    channels = case.c // case.groups
+    weight = torch.randn(case.k, channels, rh, case.r, device=device)
+    weight = (weight / max(1, channels * rh * case.r) ** 0.5).to(case.dtype)
+    bias = torch.randn(case.k, device=device).to(case.dtype) if case.bias else None
+    return x, weight, bias
+
+
+def call(x, weight, bias, case: Case) -> torch.Tensor:
+    return co.ops.winograd_conv2d(
+        x, weight, bias, case.padding, case.groups, case.activation, case.tile
+    )
+
+
+def assert_matches(actual: torch.Tensor, x, weight, bias, case: Case) -> None:
+    """Each rounding errs by at most one unit roundoff of a partial sum of absolute values.
+
+    A wrong coefficient would be off by the size of a term, a million times the bound.
+    """
+    expected = direct(x, weight, bias, case.padding, case.groups, case.activation)
+    assert actual.dtype == x.dtype
+    assert actual.shape == expected.shape
+    if actual.numel() == 0:
+        return
+    # Elsewhere the transformed weights are rounded to the dtype of x, and the input may be.
+    device = x.device.type
+    narrow = device != "cpu" or backends.name(OP, device) not in ("cpu", "eager")
+    unit = torch.finfo(x.dtype if narrow else torch.float32).eps / 2
+    size = absolute_terms(x, weight, bias, case.padding, case.groups, case.tile)
+    allowed = (8 + weight.shape[1] ** 0.5) * unit * size
+    # erf's error counts where gelu's tail cancels; the last rounding, where it is narrower.
+    allowed = allowed + torch.finfo(torch.float32).eps
+    allowed = allowed + torch.finfo(x.dtype).eps / 2 * expected.abs()
+    if x.dtype == torch.float16:
+        allowed = allowed + 2.0**-24  # below the least normal number
+    excess = ((actual.cpu().double() - expected).abs() / allowed).max().item()
+    assert excess <= 1, excess

@@ -2,6 +2,7 @@
 
 from ..formats.coding import Decoder
 from .bsr import bsr_from_dense, bsr_to_dense
+from .bsr_conv2d import bsr_conv2d
 from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
 from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
 from .huffman_decode import huffman_decode, huffman_decode_out
@@ -28,6 +29,7 @@ DECODER = Decoder(huffman_decode, merge_planes, empty_on_huge_pages)
 
 __all__ = [
     "DECODER",
+    "bsr_conv2d",
     "bsr_from_dense",
     "bsr_int8_linear",
     "bsr_int8_linear_pack",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -143,10 +144,10 @@ def bsr_linear_grad_values(
 
 def check(x, values, crow_indices, col_indices, out_features, bias=None, activation="none") -> None:
     bsr.check_epilogue(OP, x, bias, out_features, activation)
-    _check_weight(OP, x, values, crow_indices, col_indices, out_features, x.shape[-1])
+    check_weight(OP, x, values, crow_indices, col_indices, out_features, x.shape[-1])
 
 
-def _check_weight(op, like, values, crow_indices, col_indices, out_features, in_features) -> None:
+def check_weight(op, like, values, crow_indices, col_indices, out_features, in_features) -> None:
     require(values.device == like.device, op, "values", f"on {like.device}", values)
     bsr.check_structure(
         op, values, crow_indices, col_indices, out_features, in_features, bsr.DTYPES, (1,)
@@ -223,17 +224,28 @@ def _backward(ctx, grad):
     if needs_x:
         grad_x = bsr_linear_grad_x(grad, values, crow_indices, col_indices, x.shape[-1])
     if needs_values:
-        grad_values = _values_gradient(OP, grad, x, values, crow_indices, col_indices)
+        grad_values = values_gradient(OP, [(grad, x)], values, crow_indices, col_indices)
     if bias is not None and needs_bias:
         grad_bias = bsr.rows_of(grad).sum(0).to(bias.dtype)
     return grad_x, grad_values, None, None, None, grad_bias, None
 
 
-def _values_gradient(op, grad, x, values, crow_indices, col_indices) -> torch.Tensor:
+def values_gradient(
+    op: str,
+    parts: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+) -> torch.Tensor:
+    """That of an op which makes products of ``values``: the sum over pairs of ``grad`` and ``x``,
+    one or more. Packed values have none."""
     if values.dim() == 4:
         raise NotImplementedError(f"{op}: argument 'values' has no gradient where it is packed")
-    gradient = bsr_linear_grad_values(grad, x, crow_indices, col_indices, values.shape[1:])
-    return gradient.to(values.dtype)
+    block_size = values.shape[1:]
+    gradients = (
+        bsr_linear_grad_values(grad, x, crow_indices, col_indices, block_size) for grad, x in parts
+    )
+    return functools.reduce(torch.add, gradients).to(values.dtype)
 
 
 def check_grad_x(grad, values, crow_indices, col_indices, in_features) -> None:
@@ -241,7 +253,7 @@ def check_grad_x(grad, values, crow_indices, col_indices, in_features) -> None:
         grad.dim() >= 1 and grad.dtype in bsr.DTYPES,
         *(GRAD_X, "grad", "float32, float16 or bfloat16 [..., N]", grad),
     )
-    _check_weight(GRAD_X, grad, values, crow_indices, col_indices, grad.shape[-1], in_features)
+    check_weight(GRAD_X, grad, values, crow_indices, col_indices, grad.shape[-1], in_features)
 
 
 def _guard_grad_x(grad, values, crow_indices, col_indices, in_features) -> str | None:
@@ -271,7 +283,7 @@ def _backward_grad_x(ctx, outer):
     if ctx.needs_input_grad[0]:
         first = bsr_linear(outer, values, crow_indices, col_indices, grad.shape[-1])
     if ctx.needs_input_grad[1]:
-        second = _values_gradient(GRAD_X, grad, outer, values, crow_indices, col_indices)
+        second = values_gradient(GRAD_X, [(grad, outer)], values, crow_indices, col_indices)
     return first, second, None, None, None
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from ..backends import register
 from .checks import ACTIVATIONS, activate, message, require
+from .conv import check_reach, check_steps, output_size, pair
 from .int8_linear import check_quantization, max_terms, quantize_x
 from .winograd_domain import memory_format
 
@@ -19,8 +20,6 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _PANEL, _DEPTH, _CHUNK = 16, 4, 16
 # Input times output channels of a group from which on it makes enough of a matrix for those.
 _MATRIX = 256
-# So that a kernel's reach cannot overflow.
-_MOST = 2**31 - 1
 
 
 def int8_conv2d(
@@ -71,7 +70,7 @@ def int8_conv2d(
     """
     return _call(
         *(x, weight, weight_scales, weight_sums, bias),
-        *(_pair(stride), _pair(padding), _pair(dilation)),
+        *(pair(stride), pair(padding), pair(dilation)),
         *(groups, activation, x_scale, x_zero, symmetric),
     )
 
@@ -153,28 +152,8 @@ def kernel_size(weight: torch.Tensor) -> tuple[int, int]:
     return weight.shape[first], weight.shape[first + 1]
 
 
-def _pair(value: int | Sequence[int]) -> list[int]:
-    return [value, value] if isinstance(value, int | torch.SymInt) else list(value)
-
-
-def output_size(x, weight, stride, padding, dilation) -> list[int]:
-    size = []
-    for i, taps in enumerate(kernel_size(weight)):
-        room = x.shape[2 + i] + 2 * padding[i] - dilation[i] * (taps - 1) - 1
-        size.append(room // stride[i] + 1)
-    return size
-
-
 def _check_geometry(x, weight, K: int, stride, padding, dilation, groups: int) -> None:
-    for name, values, least in (
-        ("stride", stride, 1),
-        ("padding", padding, 0),
-        ("dilation", dilation, 1),
-    ):
-        fits = len(values) == 2 and all(
-            isinstance(v, int | torch.SymInt) and least <= v <= _MOST for v in values
-        )
-        require(fits, OP, name, f"one or two integers from {least} to 2^31 - 1", list(values))
+    check_steps(OP, stride, padding, dilation)
     C = x.shape[1]
     divides = groups >= 1 and C % groups == 0 and K % groups == 0
     require(divides, OP, "groups", f"a divisor of {C} input and {K} output channels", groups)
@@ -186,8 +165,7 @@ def _check_geometry(x, weight, K: int, stride, padding, dilation, groups: int) -
         fits = R >= 1 and S >= 1 and tuple(weight.shape) == form
     form = f"int8 [{K}, {C}, R, S] or that as int8_conv2d_pack makes it"
     require(fits, OP, "weight", form, weight)
-    enough = all(size >= 1 for size in output_size(x, weight, stride, padding, dilation))
-    require(enough, OP, "x", f"at least as large as {R} × {S} taps, padding included", x)
+    check_reach(OP, x, (R, S), stride, padding, dilation)
 
 
 def check(
@@ -275,7 +253,7 @@ def _fake(
     *_args,
     **_options,
 ) -> torch.Tensor:
-    out = output_size(x, weight, stride, padding, dilation)
+    out = output_size(x, kernel_size(weight), stride, padding, dilation)
     size = (x.shape[0], weight_scales.shape[0], *out)
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 

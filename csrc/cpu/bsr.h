@@ -17,6 +17,9 @@
 
 namespace compressops::cpu {
 
+// Panels of rows that a thread has at least, if it packs them alone.
+constexpr int64_t kPanelsOfThread = 3;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The stored blocks of a weight in block-sparse rows, as a caller gave them.
@@ -148,10 +151,11 @@ inline BsrWeight packed_weight(const BsrBlocks& blocks, Element element, int64_t
 struct BsrPanels {
   int64_t M, width, count;
 
-  BsrPanels(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t M)
+  // Their count is a multiple of `multiple`, as nearly as M allows.
+  BsrPanels(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t M, int64_t multiple = 1)
       : M(M), width(kStrip), count(ceil_div(M, kStrip)) {
     if (weight.r < kStrip) return;  // rows are across the vectors there
-    const int64_t least = ceil_div(M, isa.most_rows);
+    const int64_t least = ceil_div(ceil_div(M, isa.most_rows), multiple) * multiple;
     width = wide_enough(ceil_div(M, least));
     count = ceil_div(M, width);
   }
@@ -187,51 +191,60 @@ inline void multiply_group(const BsrLinearKernels& isa, const BsrWeight& weight,
 // Multiplies M rows of x by a weight. pack(m, rows, begin, end, panel, width) makes the items
 // [begin, end) of a panel of the rows from m on; `x`, if not null, is the one panel already.
 // finish(m, rows, n, columns, sums) takes the sums of `columns` outputs from n on.
+//
+// A thread packs the panels that it multiplies, so that they come from its L2. Where there are few
+// panels, all threads pack them, and share the groups of strips.
 template <typename Pack, typename Finish>
 void bsr_multiply(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t M, const float* x,
                   Pack&& pack, Finish&& finish) {
-  constexpr int64_t kPanelBytes = 8 << 20;  // at a time, in L3
-  constexpr int64_t kPiece = 512;           // items that are packed as one task
-  const BsrPanels panels(isa, weight, M);
+  constexpr int64_t kPiece = 512;  // items that are packed as one task
   const int64_t threads = torch::stable::get_num_threads(), groups = weight.groups();
-  const int64_t panel_items = weight.inputs * panels.width;
-  const int64_t most = std::max(2 * threads, kPanelBytes / std::max<int64_t>(1, panel_items * 4));
-  const int64_t batches = ceil_div(panels.count, most);
-  const int64_t batch = ceil_div(panels.count, batches);
   // A thread is worth starting for some 10 µs.
   const int64_t vectors = weight.first_block(groups) * weight.depth * weight.r / kStrip * M;
   const bool alone = threads == 1 || vectors < 50000;
-  const auto share = [&](int64_t count, auto&& task) {
-    if (!alone) return for_each(count, task);
-    for (int64_t i = 0; i < count; ++i) task(i);
+  const BsrPanels few(isa, weight, M);
+  const bool own = alone || few.count >= kPanelsOfThread * threads;
+  const BsrPanels panels = own && !alone ? BsrPanels(isa, weight, M, threads) : few;
+  const int64_t panel_items = weight.inputs * panels.width;
+  const int64_t pieces = ceil_div(weight.inputs, kPiece);
+  const auto pack_piece = [&](int64_t panel, int64_t piece, float* to) {
+    const int64_t begin = piece * kPiece, width = panels.width_of(panel, weight);
+    pack(panel * panels.width, panels.rows(panel), begin, std::min(begin + kPiece, weight.inputs),
+         to + begin * width, width);
   };
-  const int64_t parts =
-      alone ? 1 : std::clamp<int64_t>(8 * threads / std::max<int64_t>(1, batch), 1, groups);
-  static thread_local Scratch shared;
-  float* memory = x == nullptr ? shared.get(batch * panel_items + kStrip) : nullptr;
-  for (int64_t first = 0; first < panels.count; first += batch) {
-    const int64_t count = std::min(batch, panels.count - first);
-    const int64_t pieces = ceil_div(weight.inputs, kPiece);
-    if (x == nullptr)
-      share(count * pieces, [&](int64_t i) {
-        const int64_t panel = first + i / pieces, begin = i % pieces * kPiece;
-        const int64_t width = panels.width_of(panel, weight);
-        pack(panel * panels.width, panels.rows(panel), begin,
-             std::min(begin + kPiece, weight.inputs),
-             memory + (panel - first) * panel_items + begin * width, width);
-      });
-    share(count * parts, [&](int64_t i) {
-      alignas(64) float sums[2 * kStrip * kStrip];
-      const int64_t panel = first + i / parts, part = i % parts;
-      const int64_t width = panels.width_of(panel, weight), end = weight.part(part + 1, parts);
-      const float* items = x == nullptr ? memory + (panel - first) * panel_items : x;
-      for (int64_t group = weight.part(part, parts); group < end; ++group) {
-        multiply_group(isa, weight, group, items, width, sums);
-        finish(panel * panels.width, panels.rows(panel), group * kStrip,
-               std::min<int64_t>(kStrip, weight.outputs - group * kStrip), sums);
-      }
-    });
+  const auto multiply = [&](int64_t panel, const float* items, int64_t group, int64_t end) {
+    alignas(64) float sums[2 * kStrip * kStrip];
+    const int64_t width = panels.width_of(panel, weight);
+    for (; group < end; ++group) {
+      multiply_group(isa, weight, group, items, width, sums);
+      finish(panel * panels.width, panels.rows(panel), group * kStrip,
+             std::min<int64_t>(kStrip, weight.outputs - group * kStrip), sums);
+    }
+  };
+  static thread_local Scratch scratch;
+  if (own) {
+    const auto task = [&](int64_t panel) {
+      float* memory = x == nullptr ? scratch.get(panel_items + kStrip) : nullptr;
+      for (int64_t piece = 0; x == nullptr && piece < pieces; ++piece)
+        pack_piece(panel, piece, memory);
+      multiply(panel, x == nullptr ? memory : x, 0, groups);
+    };
+    if (!alone) return for_each(panels.count, task);
+    for (int64_t panel = 0; panel < panels.count; ++panel) task(panel);
+    return;
   }
+  float* memory = x == nullptr ? scratch.get(panels.count * panel_items + kStrip) : nullptr;
+  if (x == nullptr)
+    for_each(panels.count * pieces, [&](int64_t i) {
+      pack_piece(i / pieces, i % pieces, memory + i / pieces * panel_items);
+    });
+  const int64_t parts =
+      std::clamp<int64_t>(8 * threads / std::max<int64_t>(1, panels.count), 1, groups);
+  for_each(panels.count * parts, [&](int64_t i) {
+    const int64_t panel = i / parts, part = i % parts;
+    multiply(panel, x == nullptr ? memory + panel * panel_items : x, weight.part(part, parts),
+             weight.part(part + 1, parts));
+  });
 }
 
 }  // namespace compressops::cpu

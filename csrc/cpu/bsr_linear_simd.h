@@ -196,6 +196,8 @@ void finish_elements(const float* sums, const BsrFinish& how) {
         E::put(y, value);
       else
         E::put_first(y, count, value);
+      // The next strip's outputs come into the cache while they are summed.
+      __builtin_prefetch(y + kStrip, 1);
     }
   }
 }
