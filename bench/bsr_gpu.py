@@ -71,9 +71,44 @@ def cases(op: str, small: bool) -> Iterator[Check]:
         yield Check(op, arguments, bound, relative, refused_by=refused)
 
 
+def conv_arguments(
+    shape: tuple[int, int, int, int],
+    k: int,
+    kernel: tuple[int, int],
+    block: tuple[int, int],
+    density: float,
+    dtype: torch.dtype,
+) -> tuple:
+    """Of `bsr_conv2d`, up to the kernel's size; channels last."""
+    x = torch.randn(shape, device=DEVICE).to(dtype).contiguous(memory_format=torch.channels_last)
+    return x, *blocks(k, shape[1] * kernel[0] * kernel[1], block, density, dtype), k, list(kernel)
+
+
+def conv_cases(small: bool) -> Iterator[Check]:
+    """Blocks and channels of whole pieces, and others, which Triton serves."""
+    shapes = [
+        ((2, 16, 7, 9), 50, (3, 3), (16, 16), ([1, 1], [1, 1], [1, 1])),
+        ((1, 40, 9, 5), 70, (2, 4), (32, 32), ([2, 3], [0, 2], [3, 1])),
+        ((3, 8, 1, 1), 20, (1, 1), (16, 8), ([1, 1], [0, 0], [1, 1])),
+        ((2, 7, 8, 6), 34, (3, 3), (16, 16), ([1, 2], [1, 0], [1, 1])),
+        ((2, 16, 8, 6), 34, (3, 3), (16, 1), ([1, 1], [1, 1], [1, 1])),
+    ]
+    if not small:
+        shapes += [((8, 64, 56, 56), 64, (3, 3), (16, 64), ([1, 1], [1, 1], [1, 1]))]
+        shapes += [((0, 64, 8, 8), 64, (3, 3), (16, 16), ([1, 1], [1, 1], [1, 1]))]
+    for (shape, k, kernel, block, steps), dtype in itertools.product(shapes, FLOATS):
+        bound, bias = PACKED_BOUNDS[dtype], torch.randn(k, device=DEVICE)
+        arguments = conv_arguments(shape, k, kernel, block, 0.5, dtype)
+        whole = block[1] % 8 == shape[1] % 8 == 0
+        arguments = (*arguments, bias, *steps, ("none", "relu", "gelu")[k % 3])
+        refused = () if whole else ("cuda",)
+        yield Check("bsr_conv2d", arguments, bound, bound, refused_by=refused)
+
+
+LINEAR = ("bsr_linear", "bsr_linear_grad_x", "bsr_linear_grad_values", "bsr_int8_linear")
 CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
-    op: functools.partial(cases, op)
-    for op in ("bsr_linear", "bsr_linear_grad_x", "bsr_linear_grad_values", "bsr_int8_linear")
+    **{op: functools.partial(cases, op) for op in LINEAR},
+    "bsr_conv2d": conv_cases,
 }
 
 
@@ -107,6 +142,44 @@ def _torch_bsr(x: torch.Tensor, values, crow, col) -> Iterator[tuple[str, Callab
     _triton_ops_meta.tune_bsr_dense_addmm(out, weight, x.t(), beta=0, alpha=1, store=True)
     tuned = functools.partial(_triton_ops.bsr_dense_addmm, out, weight, x.t(), beta=0, alpha=1)
     yield "torch BSR, tuned", tuned
+
+
+# Images, output channels and blocks of 3 × 3 convolutions, of ResNet's.
+CONV_FIGURES = [
+    ((32, 64, 56, 56), 64, (16, 16)),
+    ((32, 256, 14, 14), 256, (32, 32)),
+    ((32, 512, 7, 7), 512, (64, 64)),
+    ((32, 256, 14, 14), 256, (16, 1)),
+]
+
+
+def conv_rows(seconds: Callable[[list[Callable], int], float]) -> Callable:
+    """As `rows`, of `bsr_conv2d`, beside the dense convolution; η as there."""
+
+    def measure(backend: str, rounds: int) -> Iterator[dict]:
+        for (shape, k, block), density in itertools.product(CONV_FIGURES, (0.1, 0.2)):
+            if backend == "cuda" and block[1] % 8:
+                continue
+            arguments = conv_arguments(shape, k, (3, 3), block, density, torch.bfloat16)
+            steps = (None, [1, 1], [1, 1], [1, 1])
+            call = functools.partial(torch.ops.compressops.bsr_conv2d, *arguments, *steps)
+            x, stored = arguments[0], arguments[1].numel()
+            dense = torch.randn(k, shape[1], 3, 3, device=DEVICE).to(x)
+            dense = dense.contiguous(memory_format=torch.channels_last)
+            with co.backend(backend):
+                ours = seconds([call], rounds)
+            peer = seconds([functools.partial(F.conv2d, x, dense, None, 1, 1)], rounds)
+            pixels = shape[0] * shape[2] * shape[3]
+            traffic = 2 * (stored + x.numel() + pixels * k)
+            yield {
+                **{"op": "bsr_conv2d", "backend": backend},
+                "case": f"{list(shape)} to {k}, 3×3, bf16, {block[0]}×{block[1]}, {density:.0%}",
+                **{"µs": ours * 1e6, "TOP/s": 2 * pixels * stored / ours / 1e12},
+                **{"GB/s": traffic / ours / 1e9, "× peer": peer / ours},
+                "peer": f"torch bf16 dense, η {stored / dense.numel() * peer / ours:.2f}",
+            }
+
+    return measure
 
 
 def rows(op: str, seconds: Callable[[list[Callable], int], float]) -> Callable:

@@ -272,7 +272,8 @@ FIGURES: dict[str, Callable[[str, int], Iterator[dict]]] = {
     "ternary_linear": functools.partial(packed_rows, "ternary_linear", True),
     "huffman_decode": huffman_rows,
     "winograd_conv2d": winograd_rows,
-    **{op: bsr_gpu.rows(op, graph_seconds) for op in bsr_gpu.CASES},
+    **{op: bsr_gpu.rows(op, graph_seconds) for op in bsr_gpu.LINEAR},
+    "bsr_conv2d": bsr_gpu.conv_rows(graph_seconds),
 }
 
 

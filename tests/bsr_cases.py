@@ -64,17 +64,18 @@ LARGE = [
 ]
 
 
-def grid(op: str, cases: list[Case]) -> pytest.MarkDecorator:
+def grid(op: str, cases: list, interpreted: list | None = None) -> pytest.MarkDecorator:
     """Parameters kernel and case: every kernel of the op on all cases, one that Triton's
-    interpreter runs on those of its own that are of the same kind."""
+    interpreter runs on those of its own, by default such of bsr_linear as the op can take."""
     quads = op == "bsr_int8_linear"
-    mine = [case for case in INTERPRETED if not quads or case.block[1] % 4 == 0]
+    if interpreted is None:
+        interpreted = [case for case in INTERPRETED if not quads or case.block[1] % 4 == 0]
     return pytest.mark.parametrize(
         ("kernel", "case"),
         [
             pytest.param(*kernel.values, case, id=f"{case}-{kernel.id}")
             for kernel in kernel_params(op)
-            for case in (mine if kernel.values[0][:2] == ("cpu", "triton") else cases)
+            for case in (interpreted if kernel.values[0][:2] == ("cpu", "triton") else cases)
         ],
         indirect=["kernel"],
     )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from bsr_cases import Case as Weight
+from bsr_cases import grid
 from bsr_cases import make as make_weight
 from conftest import kernel_params
 from hypothesis import given, settings
@@ -101,6 +102,17 @@ CASES = [
     Case(bias=False, activation="relu"),
     Case(dtype=torch.float16, activation="gelu"),
 ]
+SMALL = Case(n=1, h=4, w=5)
+INTERPRETED = [
+    Case(n=0),
+    replace(SMALL, n=2, c=1, h=1, w=1, k=1, **POINT),
+    *(replace(SMALL, c=7, block=block) for block in ((16, 16), (24, 5), (8, 1))),
+    replace(SMALL, c=16, k=70, block=(32, 32), density=1.0),
+    replace(SMALL, h=7, w=9, kernel=(2, 4), stride=(2, 3), padding=(0, 2), dilation=(3, 1)),
+    replace(SMALL, h=2, w=3, padding=(9, 5), dilation=(3, 1), stride=(4, 3), bias=False),
+    *(replace(SMALL, dtype=dtype, activation="gelu") for dtype in (torch.float16, torch.bfloat16)),
+    replace(SMALL, values_dtype=torch.bfloat16, activation="relu"),
+]
 
 
 def make(case: Case, device: torch.device, pack: bool = False, last: bool = False) -> tuple:
@@ -137,8 +149,7 @@ def assert_matches(actual: torch.Tensor, args: tuple) -> None:
     assert_close(actual, expected, size, x.dtype, 1)
 
 
-@ALL_KERNELS
-@pytest.mark.parametrize("case", CASES, ids=str)
+@grid(OP, CASES, INTERPRETED)
 def test_matches_float64(kernel: torch.device, case: Case) -> None:
     for pack, last in ((False, True), (True, False), (True, True)):
         args = make(case, kernel, pack, last)
@@ -283,10 +294,10 @@ def test_packed_values_have_no_gradient() -> None:
 
 
 @ALL_KERNELS
-@pytest.mark.parametrize("last", [False, True])
-def test_opcheck(kernel: torch.device, last: bool) -> None:
+def test_opcheck(kernel: torch.device) -> None:
+    case = replace(SMALL, c=2, k=17, block=(16, 9), activation="gelu", stride=(2, 1))
     for pack in (False, True):
-        x, values, *rest = make(Case(activation="gelu", stride=(2, 1)), kernel, pack, last)
+        x, values, *rest = make(case, kernel, pack, last=not pack)
         args = (x.requires_grad_(), values.requires_grad_(not pack), *rest)
         torch.library.opcheck(torch.ops.compressops.bsr_conv2d.default, args)
 

@@ -292,20 +292,23 @@ for capability in (80, 90):
             capability, packed_linear.packed_linear_kernel, types, constants, multiples, **options)
     vectors = {"starts": "*i32", "inputs": "*i32", "order": "*i64", "x_scales": "*fp32",
                "x_zeros": "*i32", "scales": "*fp32", "weight_sums": "*i32", "bias": "*fp32"}
-    for M, x, w, y, (r, c), transposed in (
+    images = bsr.Windows("i32", *(("i32",) * count for count in (2, 4, 2, 2, 2, 2, 2)))
+    for M, x, w, y, (r, c), kind in (
         (16, "bf16", "bf16", "bf16", (64, 64), 0), (4096, "bf16", "bf16", "bf16", (128, 128), 0),
         (4096, "fp16", "fp16", "fp16", (16, 16), 1), (256, "fp32", "bf16", "fp32", (32, 32), 0),
         (4096, "bf16", "bf16", "bf16", (16, 1), 0), (256, "fp16", "fp16", "fp16", (1, 16), 1),
-        (16, "i8", "i8", "bf16", (32, 32), 0), (4096, "i8", "i8", "fp16", (16, 16), 0)
+        (16, "i8", "i8", "bf16", (32, 32), 0), (4096, "i8", "i8", "fp16", (16, 16), 0),
+        (4096, "bf16", "bf16", "bf16", (64, 64), 2), (4096, "fp16", "fp16", "fp16", (16, 1), 2)
     ):
         dtype = {"i8": torch.int8, "fp32": torch.float32}.get(x, torch.float16)
-        constants = bsr.block_sizes(M, 4096, dtype, *((c, r) if transposed else (r, c)))
+        constants = bsr.block_sizes(M, 4096, dtype, *((c, r) if kind == 1 else (r, c)))
         options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
-        constants |= {"R": r, "C": c, "TRANSPOSED": bool(transposed), "UPCAST": x != w,
+        constants |= {"R": r, "C": c, "TRANSPOSED": kind == 1, "UPCAST": x != w,
                       "HAS_ZEROS": M == 16, "HAS_BIAS": True, "ACTIVATION": 2, "GROUP_M": 8}
         types = {"x": f"*{x}", "values": f"*{w}", **vectors, "y": f"*{y}"}
         types |= dict.fromkeys(("M", "N", "K", "x_stride", "rows", "nnz"), "i32")
-        results[f"bsr {x} {w} {M} {r} {c} {transposed} {capability}"] = build(
+        (types if kind == 2 else constants)["windows"] = images if kind == 2 else None
+        results[f"bsr {x} {w} {M} {r} {c} {kind} {capability}"] = build(
             capability, bsr.bsr_multiply_kernel, types, constants,
             ("x", "values", "y", "N", "K", "x_stride"), **options)
     types = {"block_rows": "*i32", "col_indices": "*i32", "result": "*fp32"}
@@ -385,14 +388,11 @@ def test_compiles_ahead_of_time():
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert results.pop("touched CUDA") is False
-    assert len(results) == 2 * (3 + 4 + 6 + 5 + 9 + 12 + 4 + 4 * 2 + 3)
+    assert len(results) == 2 * (3 + 4 + 6 + 5 + 9 + 12 + 4 + 4 * 2 + 3 + 2)
     for name, built in results.items():
         assert built["cubin"] > 0
         assert built["shared"] <= 163 * 1024  # what a block may take on sm_80
         halves = [f"{kind} {dtype}" for kind in ("packed", "winograd multiply") for dtype in HALVES]
-        halves += [
-            "bsr i8",
-            *(f"bsr {kind}{dtype}" for kind in ("", "values ") for dtype in HALVES),
-        ]
-        if name.startswith(("matmul", "packed i8", "conv 3", "conv 5", *halves)):
+        halves += [f"bsr {kind}{dtype}" for kind in ("", "values ") for dtype in HALVES]
+        if name.startswith(("matmul", "packed i8", "bsr i8", "conv 3", "conv 5", *halves)):
             assert built["matrix"], f"{name}: no tensor-core instruction"

@@ -10,13 +10,16 @@ tile empty.
 
 from __future__ import annotations
 
+import math
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from compressops.ops import bsr
 
-from .tiles import ACTIVATIONS, GROUP_M, store_tile, tile_of_program
+from .tiles import ACTIVATIONS, GROUP_M, store_tile, tile_of_program, window_of
 
 # BLOCK_M, BLOCK_N, BLOCK_K at most, warps and stages for few rows, for small and for large results.
 # int32 sums and 16-bit operands leave room for large tiles; float32 has no tensor cores here.
@@ -28,6 +31,20 @@ TILES = {
 TILES[torch.bfloat16] = TILES[torch.float16]
 # The shortest step that `tl.dot` takes.
 LEAST_K = {torch.int8: 32, torch.float16: 16, torch.bfloat16: 16, torch.float32: 16}
+
+
+class Windows(NamedTuple):
+    """Rows of x that are windows of R × S pixels of images [N, C, H, W] of any strides: those that
+    the output pixels [N, OH, OW] see, in the order kernel row, kernel column, channel."""
+
+    channels: int
+    size: tuple[int, int]  # H and W
+    strides: tuple[int, int, int, int]  # of x
+    out: tuple[int, int]
+    taps: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
 
 @triton.jit
@@ -49,6 +66,7 @@ def bsr_multiply_kernel(
     x_stride,
     rows,
     nnz,
+    windows,
     R: tl.constexpr,
     C: tl.constexpr,
     TRANSPOSED: tl.constexpr,
@@ -63,7 +81,8 @@ def bsr_multiply_kernel(
 ):
     """A program computes BLOCK_M rows of y [M, N] = x [M, K] @ W.T and up to BLOCK_N outputs of one
     of `rows` rows of blocks. TRANSPOSED: W is the stored matrix transposed, whose row of blocks i
-    has the blocks order[starts[i]:starts[i + 1]]; inputs are their columns."""
+    has the blocks order[starts[i]:starts[i + 1]]; inputs are their columns. Rows of x are the
+    `windows` of images, if it is not None."""
     OUT: tl.constexpr = C if TRANSPOSED else R
     IN: tl.constexpr = R if TRANSPOSED else C
     PARTS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -73,6 +92,11 @@ def bsr_multiply_kernel(
     n = row * OUT + out
     in_m, in_n = m < M, out < OUT
     depth = tl.arange(0, BLOCK_K)
+    if windows is not None:
+        # Of rows that are not there: any pixel, nobody stores their sums.
+        pixel = tl.where(in_m, m, 0)
+        size, steps, around = windows.out, windows.stride, windows.padding
+        image, h, w = window_of(pixel, size[0], size[1], steps[0], steps[1], around[0], around[1])
     # Indices that are none must not lead out of the arrays.
     begin = tl.maximum(tl.load(starts + row), 0)
     count = tl.minimum(tl.load(starts + row + 1), nnz) - begin
@@ -100,9 +124,21 @@ def bsr_multiply_kernel(
                 block = at.to(tl.int64)
             k = column * IN + inside
             in_k = there & (k >= 0) & (k < K)
-        left = tl.load(
-            x + m[:, None] * x_stride + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0
-        )
+        if windows is None:
+            source = m[:, None] * x_stride + k[None, :]
+            in_x = in_m[:, None] & in_k[None, :]
+        else:
+            H, W = windows.size[0], windows.size[1]
+            stride_n, stride_c, stride_h, stride_w = windows.strides
+            tap = k // windows.channels
+            at_h = h[:, None] + (tap // windows.taps[1] * windows.dilation[0])[None, :]
+            at_w = w[:, None] + (tap % windows.taps[1] * windows.dilation[1])[None, :]
+            source = (image * stride_n)[:, None] + ((k - tap * windows.channels) * stride_c)[
+                None, :
+            ]
+            source += at_h * stride_h + at_w * stride_w
+            in_x = (at_h >= 0) & (at_h < H) & (at_w >= 0) & (at_w < W) & in_k[None, :]
+        left = tl.load(x + source, mask=in_x, other=0)
         # What lies beyond the last input meets zeros of x, which would keep a NaN.
         if TRANSPOSED:
             entry = (block * R + inside)[:, None] * C + out[None, :]
@@ -157,6 +193,7 @@ def multiply(
     bias: torch.Tensor | None = None,
     activation: str = "none",
     quantization: tuple | None = None,
+    windows: Windows | None = None,
 ) -> None:
     """y ``[..., N]``, not empty, = activation(x ``[M, K]`` @ W.T + bias), W of ``values``
     ``[nnz, r, c]``, or packed.
@@ -165,8 +202,11 @@ def multiply(
         starts, inputs: where each row of blocks begins, and their columns.
         order: None, or the blocks' numbers: W is the stored matrix transposed.
         quantization: of x in int8: x_scales, x_zeros or None, weight_scales and weight_sums.
+        windows: x are images, whose windows are the rows.
     """
-    (M, K), N = x.shape, y.shape[-1]
+    N = y.shape[-1]
+    M = y.numel() // N
+    K = x.shape[1] if windows is None else math.prod(windows.taps) * windows.channels
     values = bsr.unpacked(values)
     nnz, r, c = values.shape
     out, depth = (r, c) if order is None else (c, r)
@@ -181,7 +221,7 @@ def multiply(
         *(starts if tensor is None else tensor.contiguous() for tensor in (order, x_scales)),
         *(starts if tensor is None else tensor.contiguous() for tensor in (x_zeros, scales, sums)),
         starts if bias is None else bias.contiguous(),
-        *(y, M, N, K, x.stride(0), rows, nnz),
+        *(y, M, N, K, x.stride(0), rows, nnz, windows),
         R=r,
         C=c,
         TRANSPOSED=order is not None,

@@ -17,16 +17,7 @@ from compressops.ops.winograd_domain import memory_format
 
 from .quantize_images import quantize_images
 from .rounding import cast
-from .tiles import ACTIVATIONS, GROUP_M, activate, tile_at
-
-
-@triton.jit
-def window_of(m, OH, OW, stride_h, stride_w, padding_h, padding_w):
-    """Image, and row and column where the windows of output pixels ``m`` begin."""
-    line = m // OW
-    image = line // OH
-    row = (line - image * OH) * stride_h - padding_h
-    return image, row, (m - line * OW) * stride_w - padding_w
+from .tiles import ACTIVATIONS, GROUP_M, activate, tile_at, window_of
 
 
 @triton.jit

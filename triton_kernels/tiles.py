@@ -1,4 +1,5 @@
-"""What the matrix products share: the order of their tiles, and what follows the sums."""
+"""What the matrix products share: the order of their tiles, the windows that their rows may be, and
+what follows the sums."""
 
 from __future__ import annotations
 
@@ -32,6 +33,15 @@ def tile_at(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
     tile_m = group * GROUP_M + in_group % rows_in_group
     tile_n = in_group // rows_in_group
     return tile_m.to(tl.int64) * BLOCK_M, tile_n.to(tl.int64) * BLOCK_N
+
+
+@triton.jit
+def window_of(m, OH, OW, stride_h, stride_w, padding_h, padding_w):
+    """Image, and row and column where the windows of output pixels ``m`` begin."""
+    line = m // OW
+    image = line // OH
+    row = (line - image * OH) * stride_h - padding_h
+    return image, row, (m - line * OW) * stride_w - padding_w
 
 
 @triton.jit

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from ..backends import register
 from . import bsr
-from .bsr_linear import bsr_linear, bsr_linear_grad_x, check_weight, values_gradient
+from .bsr_linear import bsr_linear, bsr_linear_grad_x, check_weight, refusal, values_gradient
 from .checks import require
-from .conv import check_pair, check_reach, check_steps, output_size, pair
+from .conv import MOST, check_pair, check_reach, check_steps, output_size, pair
 from .winograd_domain import memory_format
 
 OP = "bsr_conv2d"
@@ -41,9 +41,8 @@ def bsr_conv2d(
     is one whose blocks leave out the other groups' channels.
 
     Products are summed in float32, of stored blocks alone, as by :func:`bsr_linear`, whose kernel
-    it is. On a CPU windows are read in place from the padded image; gradients, and the eager
-    kernel, which serves on a GPU, gather windows some megabytes at a time for :func:`bsr_linear`
-    and its gradients.
+    it is. Windows are read in place, on a CPU from the padded image; gradients, and the eager
+    kernel, gather windows some megabytes at a time for :func:`bsr_linear` and its gradients.
 
     Differentiable with respect to ``x``, ``values`` and ``bias``, any number of times, by the
     stored blocks alone. Packed values have no gradient.
@@ -52,7 +51,8 @@ def bsr_conv2d(
         x: ``[N, C, H, W]`` float32, float16 or bfloat16, any strides, empty in N alone.
         values: ``[nnz, r, c]`` of one of these dtypes, the stored blocks by rows, or all three as
             :func:`bsr_linear_pack` made them of a weight ``[K, R · S · C]``. The CPU's kernels want
-            r to be a multiple of 16.
+            r to be a multiple of 16; CUDA's have none for others, nor for a c or C of other than
+            whole pieces of 16 bytes: Triton serves those.
         crow_indices: int32 ``[ceil(K / r) + 1]``, where each row of blocks begins in ``values``.
         col_indices: int32 ``[nnz]``, columns of the grid of blocks, ascending in each row.
         out_channels: K.
@@ -101,6 +101,31 @@ def check(
     bsr.check_epilogue(OP, x, bias, out_channels, activation)
     width = _inputs(x, kernel_size)
     check_weight(OP, x, values, crow_indices, col_indices, out_channels, width)
+
+
+def _guard(
+    x,
+    values,
+    crow_indices,
+    col_indices,
+    out_channels,
+    kernel_size,
+    bias=None,
+    stride=(1, 1),
+    padding=(0, 0),
+    dilation=(1, 1),
+    activation="none",
+) -> str | None:
+    weight, steps = (values, crow_indices, col_indices), (stride, padding, dilation)
+    check(x, *weight, out_channels, kernel_size, bias, *steps, activation)
+    width = _inputs(x, kernel_size)
+    bsr.check_indices_once(OP, *weight, width)
+    if width > MOST or any(x.shape[2 + i] + 2 * padding[i] > MOST for i in (0, 1)):
+        return "its coordinates are numbers of 32 bits"
+    piece = 16 // (x.dtype if x.dtype == values.dtype else torch.float32).itemsize
+    if x.shape[1] % piece:
+        return f"images of {x.shape[1]} channels: it reads {piece} at once"
+    return refusal(x, values, transposed=False)
 
 
 def _inputs(x: torch.Tensor, kernel_size: Sequence[int]) -> int:
@@ -232,4 +257,5 @@ _call = register(
     check=check,
     setup_context=_setup_context,
     backward=_backward,
+    guard=_guard,
 )

@@ -159,10 +159,10 @@ def _guard(
 ) -> str | None:
     check(x, values, crow_indices, col_indices, out_features, bias, activation)
     bsr.check_indices_once(OP, values, crow_indices, col_indices, x.shape[-1])
-    return _refusal(x, values, transposed=False)
+    return refusal(x, values, transposed=False)
 
 
-def _refusal(x: torch.Tensor, values: torch.Tensor, transposed: bool) -> str | None:
+def refusal(x: torch.Tensor, values: torch.Tensor, transposed: bool) -> str | None:
     if values.dim() == 4:
         return "values that were packed for a CPU"
     # Operands of two dtypes are multiplied in float32.
@@ -259,7 +259,7 @@ def check_grad_x(grad, values, crow_indices, col_indices, in_features) -> None:
 def _guard_grad_x(grad, values, crow_indices, col_indices, in_features) -> str | None:
     check_grad_x(grad, values, crow_indices, col_indices, in_features)
     bsr.check_indices_once(GRAD_X, values, crow_indices, col_indices, in_features)
-    return _refusal(grad, values, transposed=True)
+    return refusal(grad, values, transposed=True)
 
 
 def _eager_grad_x(grad, values, crow_indices, col_indices, in_features) -> torch.Tensor:

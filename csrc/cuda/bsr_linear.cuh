@@ -1,6 +1,7 @@
-// bsr_linear, its gradient of x and bsr_int8_linear: y[M, N] = activation(x[M, K] @ W.T + bias)
-// with W in block-sparse rows, or the stored matrix transposed. One kernel, on mma.sync in 16 bits
-// and in int8 (sm_80 and newer), and on fused multiply-adds in float32.
+// bsr_linear, its gradient of x, bsr_int8_linear and bsr_conv2d: y[M, N] = activation(x[M, K] @ W.T
+// + bias) with W in block-sparse rows, or the stored matrix transposed; rows of x may be windows of
+// images. One kernel, on mma.sync in 16 bits and in int8 (sm_80 and newer), and on fused
+// multiply-adds in float32.
 //
 // A block computes kBlockM rows of 128 outputs: eight groups of 16, each of one row of blocks. It
 // walks over the columns that any of them stores: rows of x for a column are fetched once for all
@@ -20,6 +21,7 @@
 
 #include "activation.cuh"
 #include "bsr_operands.cuh"
+#include "bsr_windows.cuh"
 #include "device.cuh"
 #include "float_type.cuh"
 #include "ptx.cuh"
@@ -37,6 +39,7 @@ struct BsrArgs {
   int64_t M, N, K;
   Global<const Input> x;            // [M, K], rows on 16 bytes, x_row_stride elements apart
   int64_t x_row_stride, x_columns;  // whole pieces that can be read of a row
+  BsrWindows windows;               // if rows are windows; x are images then
   Global<const Input> values;       // [nnz, r, c] on 16 bytes
   int64_t nnz, r, c;
   int64_t rows;                 // of blocks; of columns of blocks, if transposed
@@ -75,6 +78,7 @@ struct BsrTile {
   static constexpr int kStage = kSlots * (kSlotX<Input> + kBsrGroups * kCell<Input>);
   template <class Input>
   static constexpr int kSharedBytes = kStages * kStage<Input> * 16;
+  static constexpr int kWindowBytes = kBlockM * 16;  // more, for windows
 };
 
 using BsrNarrow = BsrTile<1, 1, 4, 4, 4>;
@@ -163,7 +167,7 @@ __device__ __forceinline__ float bsr_value(const BsrArgs<Input>& args, int64_t m
   }
 }
 
-template <class Input, bool kTransposed, class Tile>
+template <class Input, bool kTransposed, bool kWindows, class Tile>
 __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> args) {
   using Operands = BsrOperands<Input>;
   using Sum = typename Operands::Sum;
@@ -173,7 +177,7 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
   constexpr int kSlotX = Tile::template kSlotX<Input>, kCell = Tile::template kCell<Input>;
   constexpr int kStage = Tile::template kStage<Input>;
   constexpr int kBytes = Tile::template kSharedBytes<Input>;
-  COMPRESSOPS_DYNAMIC_SHARED(int4, shared, kBytes);
+  COMPRESSOPS_DYNAMIC_SHARED(int4, shared, kBytes + (kWindows ? Tile::kWindowBytes : 0));
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
   const int warp_m = thread / kWarpSize % Tile::kWarpsM;
   const int warp_k = thread / kWarpSize / Tile::kWarpsM;
@@ -189,6 +193,14 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
 
   BsrCursor<kTransposed> cursor;
   cursor.start(args, (first_n + lane % kBsrGroups * kBsrCell) / outputs, split);
+
+  const Shared<int4> windows = slice(shared, kStages * kStage, kWindows ? Tile::kBlockM : 0);
+  if constexpr (kWindows) {
+    for (int row = thread; row < Tile::kBlockM; row += Tile::kThreads) {
+      windows[row] = bsr_window(args.windows, first_m + row, args.M);
+    }
+    __syncthreads();  // the windows are there
+  }
 
   // Of the groups whose pieces the thread copies, where in its block each begins.
   constexpr int kCopies = kBsrGroups * kCell / Tile::kThreads;
@@ -232,16 +244,28 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
       present |= groups << kBsrGroups * slot;
       const int64_t first_k = least * inputs + cursor.chunk * kInputs;
       const Shared<int4> x = slice(to, slot * kSlotX, kSlotX);
+      // A thread copies one piece of several rows.
+      static_assert(Tile::kThreads % kPieces == 0);
+      const int piece = thread % kPieces;
+      const int64_t k = first_k + piece * kPiece;
+      const bool there =
+          k >= 0 && k < args.x_columns && cursor.chunk * kInputs + piece * kPiece < inputs;
+      BsrTap tap;
+      if constexpr (kWindows) tap = bsr_tap(args.windows, there ? static_cast<int>(k) : 0);
 #pragma unroll
       for (int i = 0; i < ceil_div(kSlotX, Tile::kThreads); ++i) {
         const int index = i * Tile::kThreads + thread;
         if (kSlotX % Tile::kThreads != 0 && index >= kSlotX) continue;
-        const int row = index / kPieces, piece = index % kPieces;
-        const int64_t m = first_m + row, k = first_k + piece * kPiece;
-        const bool valid = m < args.M && k >= 0 && k < args.x_columns &&
-                           cursor.chunk * kInputs + piece * kPiece < inputs;
+        const int row = index / kPieces;
+        int64_t source;
+        if constexpr (kWindows) {
+          source = bsr_element(args.windows, windows[row], tap);
+        } else {
+          source = first_m + row < args.M ? (first_m + row) * args.x_row_stride + k : -1;
+        }
+        const bool valid = there && source >= 0;
         cp_async_16(x + bsr_place<kPieces>(row, piece),
-                    view_as<const int4>(args.x + (valid ? m * args.x_row_stride + k : 0)), valid);
+                    view_as<const int4>(args.x + (valid ? source : 0)), valid);
       }
       // A warp copies pieces of one cell at a time.
       const Shared<int4> cells =

@@ -52,24 +52,25 @@ inline bool bsr_fits(int64_t r, int64_t c, int64_t element_bytes, bool transpose
   return outputs % kBsrCell == 0 && inputs * element_bytes % 16 == 0;
 }
 
-template <class Tile, bool kTransposed, class Input>
+template <class Tile, bool kTransposed, bool kWindows, class Input>
 cudaError_t launch_bsr_tile(const BsrArgs<Input>& args, int64_t tiles, cudaStream_t stream) {
   if (tiles * args.splits > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch(bsr_multiply<Input, kTransposed, Tile>,
+  return launch(bsr_multiply<Input, kTransposed, kWindows, Tile>,
                 dim3(static_cast<unsigned>(tiles * args.splits)), dim3(Tile::kThreads),
-                Tile::template kSharedBytes<Input>, stream, args);
+                Tile::template kSharedBytes<Input> + (kWindows ? Tile::kWindowBytes : 0), stream,
+                args);
 }
 
-template <bool kTransposed, class Input>
+template <bool kTransposed, bool kWindows, class Input>
 cudaError_t launch_bsr(const BsrArgs<Input>& args, const BsrPlan& plan, cudaStream_t stream) {
   if (args.M == 0 || args.N == 0) return cudaSuccess;
   switch (plan.kernel) {
     case BsrKernel::kNarrow:
-      return launch_bsr_tile<BsrNarrow, kTransposed>(args, plan.tiles, stream);
+      return launch_bsr_tile<BsrNarrow, kTransposed, kWindows>(args, plan.tiles, stream);
     case BsrKernel::kMiddle:
-      return launch_bsr_tile<BsrMiddle, kTransposed>(args, plan.tiles, stream);
+      return launch_bsr_tile<BsrMiddle, kTransposed, kWindows>(args, plan.tiles, stream);
     case BsrKernel::kWide:
-      return launch_bsr_tile<BsrWide, kTransposed>(args, plan.tiles, stream);
+      return launch_bsr_tile<BsrWide, kTransposed, kWindows>(args, plan.tiles, stream);
     default:
       return cudaErrorInvalidValue;
   }

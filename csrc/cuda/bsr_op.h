@@ -103,7 +103,7 @@ inline Tensor new_result(const Tensor& x, int64_t N) {
 }
 
 // Fills in what all of them have and launches; `args` has x and what follows the sums.
-template <bool kTransposed, class Input>
+template <bool kTransposed, bool kWindows = false, class Input>
 void multiply_blocks(const char* op, const BsrBlocks& blocks, BsrArgs<Input> args,
                      const Tensor& starts, const Tensor& columns, const Tensor& y) {
   const int64_t cell = int64_t{kBsrCell} * BsrOperands<Input>::kInputs;
@@ -125,7 +125,7 @@ void multiply_blocks(const char* op, const BsrBlocks& blocks, BsrArgs<Input> arg
   args.splits = plan.splits;
   args.y_type = float_type(y);
   args.y = data_of<uint8_t>(y);
-  check_cuda(launch_bsr<kTransposed>(args, plan, current_stream(y, op)), op);
+  check_cuda(launch_bsr<kTransposed, kWindows>(args, plan, current_stream(y, op)), op);
 }
 
 // call(x, T{}) with x in the type that both operands are multiplied in.

@@ -9,11 +9,6 @@ namespace {
 
 constexpr const char* kOp = "int8_conv2d";
 
-int64_t out_size(int64_t size, int64_t taps, int64_t stride, int64_t padding, int64_t dilation) {
-  const int64_t room = size + 2 * padding - dilation * (taps - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
 // Which form a weight of so many channels, C and K of a group, is packed in.
 Int8Conv2dForm form_of(const Tensor& weight, int64_t groups, int64_t C, int64_t K) {
   if (groups > 1 && C == 1 && K == 1) return Int8Conv2dForm::kChannels;

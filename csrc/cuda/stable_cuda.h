@@ -137,6 +137,13 @@ inline Tensor new_images(const Tensor& x, const std::vector<int64_t>& size, bool
   return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
 }
 
+// Rows or columns of a convolution's result.
+inline int64_t out_size(int64_t size, int64_t taps, int64_t stride, int64_t padding,
+                        int64_t dilation) {
+  const int64_t room = size + 2 * padding - dilation * (taps - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
 // call(T{}) with the element type of a tensor that is_float_dtype.
 template <class Call>
 void with_element_type(const Tensor& tensor, const Call& call) {
