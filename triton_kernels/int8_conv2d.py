@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from compressops.ops.int8_conv2d import block_of, check, kernel_size, output_size, pack_as, unpack
+from compressops.ops.conv import output_size
+from compressops.ops.int8_conv2d import block_of, check, kernel_size, pack_as, unpack
 from compressops.ops.winograd_domain import memory_format
 
 from .quantize_images import quantize_images
@@ -266,7 +267,8 @@ def int8_conv2d(
         *(activation, x_scale, x_zero, symmetric),
     )
     (N, C, H, W), all_K = x.shape, weight_scales.shape[0]
-    (R, S), (OH, OW) = kernel_size(weight), output_size(x, weight, stride, padding, dilation)
+    R, S = kernel_size(weight)
+    OH, OW = output_size(x, (R, S), stride, padding, dilation)
     C, K = C // groups, all_K // groups
     form = memory_format(x)
     y = torch.empty((N, all_K, OH, OW), dtype=x.dtype, device=x.device, memory_format=form)
