@@ -172,7 +172,7 @@ CONV8_PLANTS = {
 PACKED, OPERANDS = "packed_linear.cuh", "packed_linear_operands.cuh"
 PACKED_PLANTS = {
     "off by one": (
-        Plant(PACKED, "m < args.M && k < args.x_columns", "m <= args.M && k < args.x_columns"),
+        Plant(PACKED, "later_m < rows", "later_m <= rows"),
         'global array "q".* out of bounds',
     ),
     "missing __syncthreads": (
@@ -192,9 +192,7 @@ PACKED_PLANTS = {
         "wrong result",
     ),
     "the last of a step's groups": (
-        Plant(
-            PACKED, "unit * kUnit, K - 1) / group_size", "unit * kUnit, K - 1) / (2 * group_size)"
-        ),
+        Plant(PACKED, "0.5f) * groups_a_unit)", "0.5f) * groups_a_unit / 2)"),
         'global array "scales".* out of bounds|wrong result',
     ),
     "a borrow between codes": (

@@ -118,6 +118,8 @@ CASES = [
     *(case for name in ("relu", "gelu") for case in kinds(3, 18, 80, activation=name)),
     *(case for dtype in harness.DTYPES for case in kinds(5, 18, 200, 64, dtype=dtype)),
     *(case for case in kinds(4, 24, 96, 32, bias=False)),
+    # All of a tile's outputs, and a round of steps whose last is not full.
+    *(case for dtype in harness.DTYPES for case in kinds(3, 66, 200, 64, dtype=dtype)),
 ]
 
 

@@ -9,8 +9,8 @@
 //       unpack them takes 1 instruction of a thread a code in 16 bits (a shift for two words, and
 //       a logical and a subtraction for two codes), of 128 a clock, and the 16 padded rows 40 · 16
 //       of 1024 multiply-adds a clock. 20 bytes a clock over 1000 clocks of latency are 20 KB under
-//       way; three stages of 8 KB of each of two blocks are 48 KB. In all a step takes 900
-//       instructions of a warp, twice what the bandwidth leaves time for (docs/GPU_STATUS.md).
+//       way; three stages of 8 KB of each of two blocks are 48 KB. In all a step takes 434
+//       instructions of a warp; the bandwidth leaves time for 410 (docs/GPU_STATUS.md).
 //   wide: 64 × 128 outputs a block, and each code is unpacked once in it. Per 64 inputs come in
 //       8 KB of 16-bit x (4 KB of int8) and 4 KB of 4-bit codes (2 KB) for 524,288 multiply-adds.
 //   wgmma: 16-bit x and many rows on Hopper, see packed_linear_wgmma.cuh.
@@ -111,32 +111,55 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
   const int begin = static_cast<int>(steps * split / args.splits);
   const int end = static_cast<int>(steps * (split + 1) / args.splits);
   const int rounds = ceil_div(end - begin, kWarpsK);
-  const int group_size = static_cast<int>(args.group_size), K = static_cast<int>(args.K);
 
-  const auto load_round = [&](int round) {
-    const int stage = round % kStages;
+  // What does not change from round to round is computed here: instructions are the limit.
+  const bool one_part = args.parts == 1;
+  // With more rows there are no registers for paths of their own.
+  const bool all_outputs = kTilesM == 1 && first_n + Tile::kWarpN <= args.N;
+  // A thread copies chunk `chunk` of the rows copy_row, + kCopyRows, … of all the warps' steps.
+  constexpr int kCopyRows = Tile::kThreads / kChunks, kChunkInputs = 16 / sizeof(Input);
+  static_assert(kCopyRows % 8 == 0);  // the period of Operands::place
+  const int copy_row = thread / kChunks, chunk = thread % kChunks;
+  const int copy_step = copy_row / Tile::kBlockM, copy_place = Operands::place(copy_row, chunk);
+  const int64_t copy_m = first_m + copy_row % Tile::kBlockM;
+  const Global<const Input> x = args.x + (copy_m * args.x_row_stride + chunk * kChunkInputs);
+  const int rows = static_cast<int>(min(args.M - copy_m, int64_t{Tile::kBlockM}));
+  const int columns = static_cast<int>(args.x_columns) - chunk * kChunkInputs;
+  const int64_t codes_row = int64_t{steps_k} * kWarpSize;  // of a piece of the outputs
+  const Global<const int4> codes = args.weight + (first_n / (8 * kOutputs) * codes_row + lane);
+  // kWhole: all the inputs and outputs are there, of one part.
+  const auto copy_round = [&]<bool kWhole>(int round, std::bool_constant<kWhole>) {
+    const int stage = round % kStages, first = begin + round * kWarpsK;
     const Shared<int4> stage_x = slice(shared_x, stage * kStageX, kStageX);
     const Shared<int4> stage_codes = slice(shared_codes, stage * kStageCodes, kStageCodes);
+    const Global<const Input> x_of_round = x + (first + copy_step) * kStepK;
 #pragma unroll
     for (int i = 0; i < kStageX / Tile::kThreads; ++i) {
-      const int index = i * Tile::kThreads + thread;
-      const int row = index / kChunks, chunk = index % kChunks;  // rows of all the warps' steps
-      const int step = begin + round * kWarpsK + row / Tile::kBlockM;
-      const int64_t m = first_m + row % Tile::kBlockM;
-      const int64_t k = step % steps_k * kStepK + chunk * (16 / static_cast<int>(sizeof(Input)));
-      const bool valid = step < end && m < args.M && k < args.x_columns;
-      const int64_t source = (step / steps_k * args.M + m) * args.x_row_stride + k;
-      cp_async_16(stage_x + Operands::place(row, chunk),
-                  view_as<const int4>(args.x + (valid ? source : 0)), valid);
+      const int later = i * kCopyRows / Tile::kBlockM, later_m = i * kCopyRows % Tile::kBlockM;
+      Global<const Input> source = x_of_round + (later_m * args.x_row_stride + later * kStepK);
+      bool valid = later_m < rows;
+      if constexpr (!kWhole) {
+        const int step = first + copy_step + later, part = step / steps_k;
+        valid = valid && step < end && (step - part * steps_k) * kStepK < columns;
+        source = source + part * (args.M * args.x_row_stride - steps_k * kStepK);
+      }
+      cp_async_16(stage_x + (copy_place + i * kCopyRows * kChunks), view_as<const int4>(source),
+                  valid);
     }
-    const int step = begin + round * kWarpsK + warp_k;
+    const int step = first + warp_k;
+    const Global<const int4> of_step = codes + (kWhole ? step : step % steps_k) * kWarpSize;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      const int64_t n = first_n + 8 * kOutputs * piece;
-      const bool valid = step < end && n < args.N;
-      const int64_t source = (n / (8 * kOutputs) * steps_k + step % steps_k) * kWarpSize + lane;
-      cp_async_16(stage_codes + (piece * Tile::kThreads + thread),
-                  args.weight + (valid ? source : 0), valid);
+      cp_async_16(stage_codes + (piece * Tile::kThreads + thread), of_step + piece * codes_row,
+                  kWhole || (step < end && first_n + 8 * kOutputs * piece < args.N));
+    }
+  };
+  const int whole_end = one_part ? min(end, static_cast<int>(args.x_columns / kStepK)) : 0;
+  const auto load_round = [&](int round) {
+    if (all_outputs && begin + (round + 1) * kWarpsK <= whole_end) {
+      copy_round(round, std::true_type());
+    } else {
+      copy_round(round, std::false_type());
     }
   };
 
@@ -147,26 +170,45 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
     uint32_t zeros[kTilesN / 4] = {};  // four in a word: this much is in registers twice
   } current, ahead;
   uint32_t zeros[kTilesN];
-  const auto fetch = [&](Group& group, int index) {
+#pragma unroll
+  for (int j = 0; j < kTilesN; ++j) zeros[j] = Operands::zero_word(kMiddleCode<kBits>);
+  const auto fetch_columns = [&](Group& group, int index, const auto& valid) {
     group.index = index;
-    const int64_t row = int64_t{index} * args.N;
+    const int64_t row = index * args.N + first_n;
+    const Global<const float> scales = args.scales + (row + 2 * (lane % 4));
 #pragma unroll
     for (int j = 0; j < kTilesN; ++j) {
-      const int64_t n = first_n + 8 * j;
 #pragma unroll
       for (int odd = 0; odd < 2; ++odd) {
-        const int64_t column = n + 2 * (lane % 4) + odd;
-        group.scales[j][odd] = column < args.N ? load_nc<float>(args.scales, row + column) : 0.0f;
+        group.scales[j][odd] =
+            valid(8 * j + 2 * (lane % 4) + odd) ? load_nc<float>(scales, 8 * j + odd) : 0.0f;
       }
-      const int64_t column = n + lane / 4;
-      const bool given = args.zeros != nullptr && column < args.N;
-      const uint32_t zero = given ? load_nc<uint8_t>(args.zeros, row + column) : kMiddleCode<kBits>;
+    }
+    if (args.zeros == nullptr) return;
+    const Global<const uint8_t> zero_points = args.zeros + (row + lane / 4);
+#pragma unroll
+    for (int j = 0; j < kTilesN; ++j) {
+      const uint32_t zero =
+          valid(8 * j + lane / 4) ? load_nc<uint8_t>(zero_points, 8 * j) : kMiddleCode<kBits>;
       group.zeros[j / 4] = (j % 4 ? group.zeros[j / 4] : 0) | zero << 8 * (j % 4);
     }
   };
-  // Where a unit of a step begins; past the last input all counts 0 times, whatever its group.
+  const auto fetch = [&](Group& group, int index) {
+    if (all_outputs) {  // without a predicate for each
+      fetch_columns(group, index, [](int) { return true; });
+    } else {
+      fetch_columns(group, index, [&](int column) { return first_n + column < args.N; });
+    }
+  };
+  // The group of a unit of a step. A product in float32 rounds to the quotient: of numbers below
+  // 2^14, half a unit from the next group. Past the last input all counts 0 times, whatever its.
+  const bool one_group = args.group_size >= args.K;
+  const int last_group = one_group ? 0 : static_cast<int>(ceil_div(args.K, args.group_size)) - 1;
+  const float groups_a_unit =
+      one_group ? 0.0f : static_cast<float>(kUnit) / static_cast<float>(args.group_size);
   const auto group_of = [&](int step, int unit) {
-    return min(step % steps_k * kStepK + unit * kUnit, K - 1) / group_size;
+    const int units = (one_part ? step : step % steps_k) * (kStepK / kUnit) + unit;
+    return min(static_cast<int>((static_cast<float>(units) + 0.5f) * groups_a_unit), last_group);
   };
 
   Sum sums[kTilesM][kTilesN][4] = {};
@@ -185,7 +227,7 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
     }
   };
 
-#pragma unroll
+#pragma unroll 1
   for (int round = 0; round < kStages - 1; ++round) {
     if (round < rounds) load_round(round);
     cp_async_commit();  // also when empty: the waits below count groups
@@ -218,6 +260,7 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
         current = ahead;
 #pragma unroll
         for (int j = 0; j < kTilesN; ++j) {
+          if (args.zeros == nullptr) continue;
           zeros[j] = Operands::zero_word(current.zeros[j / 4] >> 8 * (j % 4) & 0xffu);
         }
       }

@@ -45,8 +45,8 @@ struct PackedLinearOperands {
   static __device__ __forceinline__ void unpack(uint32_t word, int shift, uint32_t zero,
                                                 uint32_t* first, uint32_t* second) {
     constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x00010001u;
-    *first = subtract_pair<Input>((word >> shift & kMask) | kMagic, zero);
-    *second = subtract_pair<Input>((word >> (shift + 8) & kMask) | kMagic, zero);
+    *first = subtract_pair<Input>(and_or<kMask, kMagic>(word >> shift), zero);
+    *second = subtract_pair<Input>(and_or<kMask, kMagic>(word >> (shift + 8)), zero);
   }
   template <int kBits, int kBlocks>
   static __device__ __forceinline__ void multiply(Sum (&sums)[4], const uint32_t (&left)[4],

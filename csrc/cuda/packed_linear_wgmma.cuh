@@ -4,7 +4,7 @@
 //
 // A step of 64 inputs takes 512 clocks on an H200 (2048 multiply-adds a clock), in which 16 KB of x
 // and 4 KB of codes come from L2, 40 bytes a clock; a wgmma reads 4 KB of shared memory in 64
-// clocks. Each of two warps on each of four schedulers needs some 180 instructions a step, and 64
+// clocks. Each of two warps on each of four schedulers needs some 150 instructions a step, and 64
 // more to scale a group's sums, for which it waits for its own products: the other warpgroup's run
 // meanwhile.
 #pragma once

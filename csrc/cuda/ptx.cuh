@@ -83,6 +83,14 @@ __device__ __forceinline__ void mma_m16n8k16_s8(int (&c)[4], uint32_t a_low, uin
       : "r"(a_low), "r"(a_high), "r"(b));
 }
 
+// (word & kAnd) | kOr in one instruction; of two constants the compiler makes two.
+template <uint32_t kAnd, uint32_t kOr>
+__device__ __forceinline__ uint32_t and_or(uint32_t word) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;\n" : "=r"(result) : "r"(word), "n"(kAnd), "n"(kOr));
+  return result;
+}
+
 // Both numbers of a word less those of another.
 template <class T>
 __device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b);
@@ -190,6 +198,11 @@ inline void mma_m16n8k32_s8(int (&c)[4], const uint32_t (&a)[4], const uint32_t 
 inline void mma_m16n8k16_s8(int (&c)[4], uint32_t a_low, uint32_t a_high, uint32_t b) {
   // The second halves of the fragments of 32 inputs are zero.
   mma_m16n8k32_s8(c, {a_low, a_high, 0, 0}, {b, 0});
+}
+
+template <uint32_t kAnd, uint32_t kOr>
+uint32_t and_or(uint32_t word) {
+  return (word & kAnd) | kOr;
 }
 
 template <class T>
