@@ -99,7 +99,7 @@ def planted():
     """All of them, built two at a time."""
     with ThreadPoolExecutor(2) as pool:
         futures = {
-            (op, name): pool.submit(harness.build, op, plant, ("CUDA_ON_CPU_HALF_ONLY",))
+            (op, name): pool.submit(harness.build, op, plant, ("CUDA_ON_CPU_WGMMA_ONLY",))
             for op, plants in (("int8_linear", WGMMA_PLANTS), ("packed_linear", PACKED_PLANTS))
             for name, (plant, _) in plants.items()
         }

@@ -52,8 +52,18 @@ cudaError_t run(const Buffers& b, int activation, int scaling, int kernel, int64
   args.q = Global<int8_t>(reinterpret_cast<int8_t*>(q.get()), q_count, "q");
   args.x_scales = Global<float>(x_scales.get(), b.M, "x_scales");
   args.y = Global<T>(static_cast<T*>(b.y), b.M * b.N, "y");
+#ifdef CUDA_ON_CPU_WGMMA_ONLY  // compiles in a fraction of the time
+  static_cast<void>(capability);
+  if (static_cast<Int8LinearKernel>(kernel) != Int8LinearKernel::kWgmma128) {
+    throw cuda_on_cpu::Error("no such kernel in this library");
+  }
+  launch_quantize_rows<T>(args.x, args.x_row_stride, args.M, args.K, args.q, args.x_scales, nullptr,
+                          max_blocks);
+  return launch_int8_linear_wgmma<Int8Wgmma128>(args, kMultiprocessors, nullptr);
+#else
   return launch_int8_linear(args, kMultiprocessors, capability, nullptr,
                             static_cast<Int8LinearKernel>(kernel), max_blocks);
+#endif
 }
 
 }  // namespace
@@ -68,7 +78,7 @@ CUDA_ON_CPU_EXPORT int run_int8_linear(int dtype, int64_t M, int64_t N, int64_t 
   return cuda_on_cpu::guarded(order, seed, message, [&] {
     const Buffers buffers = {M,           N,    K,       x_row_stride, x, weight, weight_scales,
                              weight_sums, bias, x_scale, x_zero,       y};
-#ifndef CUDA_ON_CPU_HALF_ONLY  // one type compiles in half the time
+#ifndef CUDA_ON_CPU_WGMMA_ONLY  // one type compiles in half the time
     if (dtype == 0) return run<float>(buffers, activation, scaling, kernel, max_blocks, capability);
 #endif
 #ifndef CUDA_ON_CPU_FLOAT_ONLY
@@ -76,7 +86,7 @@ CUDA_ON_CPU_EXPORT int run_int8_linear(int dtype, int64_t M, int64_t N, int64_t 
       return run<__half>(buffers, activation, scaling, kernel, max_blocks, capability);
     }
 #endif
-#if !defined(CUDA_ON_CPU_FLOAT_ONLY) && !defined(CUDA_ON_CPU_HALF_ONLY)
+#if !defined(CUDA_ON_CPU_FLOAT_ONLY) && !defined(CUDA_ON_CPU_WGMMA_ONLY)
     if (dtype == 2) {
       return run<__nv_bfloat16>(buffers, activation, scaling, kernel, max_blocks, capability);
     }

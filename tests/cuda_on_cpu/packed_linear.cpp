@@ -62,7 +62,11 @@ cudaError_t run(const Buffers& b, Global<const Input> x, int64_t x_row_stride, i
   args.y_type = static_cast<FloatType>(b.y_type);
   const int64_t bytes = b.M * b.N * (b.y_type == 0 ? 4 : 2);
   args.y = Global<uint8_t>(static_cast<uint8_t*>(b.y), bytes, "y");
+#ifdef CUDA_ON_CPU_WGMMA_ONLY  // compiles in a fraction of the time
+  return launch_packed_linear_wgmma(args, plan.tiles, kMultiprocessors, nullptr);
+#else
   return launch_packed_linear<kBits>(args, plan, kMultiprocessors, nullptr);
+#endif
 }
 
 template <class T>
@@ -107,7 +111,7 @@ CUDA_ON_CPU_EXPORT int run_packed_linear(int bits, int quantize_x, int dtype, co
     const Buffers b = {sizes[0],   sizes[1], sizes[2], sizes[3],  sizes[4], x,
                        weight,     scales,   zeros,    bias,      y,        dtype,
                        activation, kernel,   splits,   capability};
-#ifdef CUDA_ON_CPU_HALF_ONLY  // compiles in a fraction of the time
+#ifdef CUDA_ON_CPU_WGMMA_ONLY
     if (!quantize_x && bits == 4 && dtype == 1) return run_float<__half, __half>(b);
     throw cuda_on_cpu::Error("no such kernel in this library");
 #else
