@@ -142,7 +142,12 @@ def report(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
         table.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
     Console(width=200).print(table)
     if not arguments.smoke:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        result = {**context(arguments), "title": title, "rows": rows}
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"written: {arguments.out}")
+        write(title, rows, arguments)
+
+
+def write(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
+    """Write the rows to ``--out``."""
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {**context(arguments), "title": title, "rows": rows}
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {arguments.out}")

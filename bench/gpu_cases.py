@@ -245,11 +245,14 @@ def winograd_grad_cases(small: bool) -> Iterator[Check]:
         yield Check("winograd_conv2d_grad", (x, grad, [3, 3], [1, 1], 1, tile), 1e-2, 1e-2)
 
 
-CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
-    "int8_linear": int8_cases,
-    "int8_conv2d": conv_cases,
+Cases = dict[str, Callable[[bool], Iterator[Check]]]
+INTEGER_CASES: Cases = {
     "int4_linear": functools.partial(packed_cases, "int4_linear"),
     "ternary_linear": functools.partial(packed_cases, "ternary_linear"),
+    "int8_linear": int8_cases,
+    "int8_conv2d": conv_cases,
+}
+OTHER_CASES: Cases = {
     "huffman_decode": huffman_cases,
     "winograd_conv2d": winograd_cases,
     "winograd_conv2d_grad": winograd_grad_cases,

@@ -2,15 +2,17 @@
 
     python bench/gpu_verify.py              # all; writes bench/results/gpu.json
     python bench/gpu_verify.py --smoke      # parity alone, on what this machine has
-    python bench/gpu_verify.py --ops winograd_conv2d --steps time --max-seconds 300
+    python bench/gpu_verify.py --ops int4_linear --steps parity time --total-seconds 120
 
 Parity compares every backend with `eager` through the public ops. The same small cases then run
 under each tool of compute-sanitizer, where that is installed. Figures are medians of replayed CUDA
 graphs over buffers that together exceed the L2 cache, beside the measured copy bandwidth and bf16
-matrix rate of the same GPU. docs/GPU_STATUS.md is filled in from what is printed.
+matrix rate of the same GPU; where a row has a target, it says whether it is met. docs/GPU_STATUS.md
+is filled in from what is printed.
 
-Each step of each op ends by itself, or is cut short after `--max-seconds`: what was left out is
-named. Rows of an earlier run of the same file are kept with `--merge`.
+All ends within `--total-seconds`, the CUDA kernels first, in the order of `CASES`: no step and no
+op's figures take longer than `--max-seconds`, and what was left out is named. The file is written
+after each op. Rows of an earlier run of the same file are kept with `--merge`.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import bsr_gpu
 import gpu_cases
 import torch
 import torch.nn.functional as F
-from common import merged, parser, report
+from common import merged, parser, report, write
 from gpu_cases import (
     DEVICE,
     GPU,
@@ -47,8 +49,20 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHAPES = [
     (m, k, n) for k, n in ((768, 3072), (4096, 4096), (8192, 8192)) for m in (1, 16, 256, 4096)
 ]
-CASES = gpu_cases.CASES | bsr_gpu.CASES
+CASES = gpu_cases.INTEGER_CASES | bsr_gpu.CASES | gpu_cases.OTHER_CASES
 STEPS = ("parity", "sanitize", "time")
+BACKENDS = ("cuda", "triton")
+# By op and case, what has to be reached: percent of the bandwidth of a copy, and times the peer.
+TARGETS: dict[tuple[str, str], dict[str, float]] = {
+    ("int4_linear", "1×16384×16384 bf16, A16"): {"% of copy": 88, "× peer": 3.5},
+    ("int4_linear", "1×8192×8192 bf16, A16"): {"% of copy": 70, "× peer": 3.0},
+    ("int4_linear", "1×4096×4096 bf16, A16"): {"% of copy": 45, "× peer": 2.0},
+    ("int4_linear", "16×8192×8192 bf16, A16"): {"× peer": 2.7},
+    **{("int4_linear", f"4096×{n}×{n} bf16, A16"): {"× peer": 0.95} for n in (4096, 8192, 16384)},
+    ("ternary_linear", "1×16384×16384 bf16, A8"): {"× peer": 6.0},
+    ("int8_linear", "4096×8192×8192 bf16"): {"× peer": 1.7},
+    ("int8_linear", "4096×8192×8192 bf16, _int_mm"): {"× peer": 1.0},
+}
 
 
 # ---- parity and the checkers ---------------------------------------------------------------------
@@ -63,13 +77,16 @@ def kernels(op: str) -> list[str]:
     ]
 
 
-def parity(ops: list[str], small: bool) -> list[dict]:
+def parity(ops: list[str], chosen: list[str], small: bool, max_seconds: float) -> list[dict]:
     """Largest difference from eager for each op and backend; raises where it is too large."""
-    rows = []
+    rows, deadline = [], time.monotonic() + max_seconds
     for op in ops:
-        names = kernels(op)
+        names = [name for name in kernels(op) if name in chosen]
         worst = dict.fromkeys(names, 0.0)
         for case in CASES[op](small):
+            if time.monotonic() > deadline:
+                print(f"parity of {op}: cut short by --max-seconds")
+                break
             expected = case.run("eager")
             for name in set(names).difference(case.refused_by):
                 worst[name] = max(worst[name], case.compare(name, case.run(name), expected))
@@ -81,7 +98,8 @@ def parity(ops: list[str], small: bool) -> list[dict]:
 
 
 def sanitize(ops: list[str], max_seconds: float) -> None:
-    """Every tool of compute-sanitizer over the small cases; raises on the first complaint."""
+    """Every tool of compute-sanitizer over the small cases of the CUDA kernels; raises on the first
+    complaint."""
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not installed: not run")
         return
@@ -92,7 +110,7 @@ def sanitize(ops: list[str], max_seconds: float) -> None:
         environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
             subprocess.run(
-                [*command, __file__, "--smoke", "--ops", *ops],
+                [*command, __file__, "--smoke", "--backends", "cuda", "--ops", *ops],
                 check=True,
                 env=environment,
                 timeout=max(left, 1),
@@ -286,21 +304,43 @@ def until(rows: Iterable[dict], deadline: float, name: str) -> Iterator[dict]:
             return
 
 
-def figures(ops: list[str], rounds: int, max_seconds: float) -> list[dict]:
-    rows: list[dict] = []
-    for op, backend in itertools.product(ops, ("cuda", "triton")):
-        served = (op, DEVICE.type, backend, None) in backends.table()
-        if op in FIGURES and served:
-            deadline = time.monotonic() + max_seconds
-            rows += until(FIGURES[op](backend, rounds), deadline, f"{op} on {backend}")
-    return rows
+def judged(row: dict, copy: float) -> dict:
+    """A row with its share of the bandwidth of a copy, and whether it reaches its target."""
+    row = {**row, "% of copy": 100 * row["GB/s"] / copy}
+    target = TARGETS.get((row["op"], row["case"]), {})
+    met = all(row[column] >= least for column, least in target.items())
+    text = ", ".join(f"{column} ≥ {least:g}" for column, least in target.items())
+    return {**row, "target": text, "met": ("yes" if met else "NO") if target else ""}
+
+
+def figures(arguments, rounds: int, limit: dict, deadline: float) -> None:
+    """All ops' figures, the CUDA kernels' first; the file has them after each op."""
+    title, rows = f"{torch.cuda.get_device_name()}, {limit}", []
+    served = [
+        (op, backend)
+        for backend, op in itertools.product(arguments.backends, arguments.ops)
+        if op in FIGURES and (op, DEVICE.type, backend, None) in backends.table()
+    ]
+    for done, (op, backend) in enumerate(served):
+        # What others leave may be used: most take less than their part.
+        left = max(0.0, deadline - time.monotonic())
+        part = min(arguments.max_seconds, 3 * left / (len(served) - done))
+        name = f"{op} on {backend}"
+        for row in until(FIGURES[op](backend, rounds), time.monotonic() + part, name):
+            rows.append(judged(row, limit["copy GB/s"]))
+        write(title, merged(rows, arguments, ("op", "backend", "case")), arguments)
+    if not rows:
+        sys.exit(f"gpu_verify.py: no kernel of {', '.join(arguments.ops)} serves on this GPU")
+    report(title, rows, _quiet(arguments))
 
 
 def options() -> argparse.ArgumentParser:
     out = parser(__doc__, "gpu")
     out.add_argument("--ops", nargs="+", default=list(CASES), choices=list(CASES))
+    out.add_argument("--backends", nargs="+", default=list(BACKENDS), choices=BACKENDS)
     out.add_argument("--steps", nargs="+", default=list(STEPS), choices=STEPS)
-    out.add_argument("--max-seconds", type=float, default=240, help="of a step; of an op's figures")
+    out.add_argument("--max-seconds", type=float, default=120, help="of a step; of an op's figures")
+    out.add_argument("--total-seconds", type=float, default=560, help="of all together")
     out.add_argument("--merge", action="store_true", help="keep the other rows of --out")
     return out
 
@@ -308,6 +348,7 @@ def options() -> argparse.ArgumentParser:
 @torch.no_grad()
 def main() -> None:
     arguments = options().parse_args()
+    deadline = time.monotonic() + arguments.total_seconds
     torch.manual_seed(0)
     for op in arguments.ops:
         if not kernels(op):
@@ -315,8 +356,11 @@ def main() -> None:
     arguments.ops = [op for op in arguments.ops if kernels(op)]
     if not arguments.ops:
         return
+    chosen = arguments.backends if GPU else ["cpu", *arguments.backends]
     if "parity" in arguments.steps or arguments.smoke:
-        report("Parity with eager", parity(arguments.ops, arguments.smoke), _quiet(arguments))
+        seconds = float("inf") if arguments.smoke else arguments.max_seconds
+        rows = parity(arguments.ops, chosen, arguments.smoke, seconds)
+        report("Parity with eager", rows, _quiet(arguments))
     if arguments.smoke:
         return
     if not GPU:
@@ -325,12 +369,9 @@ def main() -> None:
         sanitize(arguments.ops, arguments.max_seconds)
     if "time" in arguments.steps:
         rounds = max(15, arguments.rounds)
-        print(torch.cuda.get_device_name(), limits(rounds))
-        rows = figures(arguments.ops, rounds, arguments.max_seconds)
-        rows = merged(rows, arguments, ("op", "backend", "case"))
-        if not rows:
-            sys.exit(f"gpu_verify.py: no kernel of {', '.join(arguments.ops)} serves on this GPU")
-        report(f"{torch.cuda.get_device_name()}, {limits(rounds)}", rows, arguments)
+        limit = limits(rounds)
+        print(torch.cuda.get_device_name(), limit)
+        figures(arguments, rounds, limit, deadline)
 
 
 def _quiet(arguments):

@@ -172,15 +172,15 @@ CONV8_PLANTS = {
 PACKED, OPERANDS = "packed_linear.cuh", "packed_linear_operands.cuh"
 PACKED_PLANTS = {
     "off by one": (
-        Plant(PACKED, "later_m < rows", "later_m <= rows"),
+        Plant(PACKED, "i * kCopyRows < rows", "i * kCopyRows <= rows"),
         'global array "q".* out of bounds',
     ),
-    "missing __syncthreads": (
-        Plant(PACKED, "__syncthreads();  // everyone's x", "// everyone's x"),
+    "missing barrier": (
+        Plant(PACKED, "sync_team();  // everyone's x", "// everyone's x"),
         'race on shared array "shared"|never written|before its cp.async',
     ),
-    "missing __syncthreads before the stages are used again": (
-        Plant(PACKED, "__syncthreads();  // the stages are free", "// the stages are free"),
+    "missing barrier before the stages are used again": (
+        Plant(PACKED, "sync_team();  // the stages are free", "// the stages are free"),
         'race on shared array "shared"',
     ),
     "wait that ends too early": (
@@ -196,11 +196,27 @@ PACKED_PLANTS = {
         'global array "scales".* out of bounds|wrong result',
     ),
     "a borrow between codes": (
-        Plant(OPERANDS, "((word >> shift & kMask) | 0x80808080u)", "((word >> shift & kMask))"),
+        Plant(OPERANDS, "and_or<kMask, 0x80808080u>(shifted)", "and_or<kMask, 0u>(shifted)"),
         "wrong result",
     ),
     "a block that comes first adds": (
         Plant(PACKED, "1u) + 1 == args.splits", "1u) == 0"),
+        "wrong result",
+    ),
+    "a ticket that is not given back": (
+        Plant(PACKED, "if (is_last[0]) args.tickets[tile] = 0;", "if (is_last[0] > 1) return;"),
+        "a ticket is left",
+    ),
+    "zero points of other rows": (
+        Plant(PACKED, "* x_sums[i][r];", "* x_sums[i][r ^ 1];"),
+        "wrong result",
+    ),
+    "a team's step twice": (
+        Plant(PACKED, "kRunSteps * (teams - 1) + 1", "kRunSteps * (teams - 1)"),
+        "wrong result",
+    ),
+    "a team left out": (
+        Plant(PACKED, "other < teams; ++other", "other < teams - 1; ++other"),
         "wrong result",
     ),
 }
@@ -337,13 +353,17 @@ def test_mistakes_planted_in_packed_linear_are_found(planted, name, order):
     expected = (q.double() @ dense.t()) * x_scales.double()
 
     def check() -> bool:
-        y = harness.packed_linear(
-            *(planted["packed_linear", name], kind, x, kind.pack_fragments(codes)),
-            *(scales, None, 32),
-            splits=3,
-            order=order,
-        )
-        return bool(((y.double() - expected).abs() < 1e-3).all())
+        for kernel in ("rows8", "wide"):
+            y = harness.packed_linear(
+                *(planted["packed_linear", name], kind, x, kind.pack_fragments(codes)),
+                *(scales, None, 32),
+                kernel=kernel,
+                splits=3,
+                order=order,
+            )
+            if ((y.double() - expected).abs() >= 1e-3).any():
+                return False
+        return True
 
     with pytest.raises(AssertionError, match=PACKED_PLANTS[name][1]):
         raise AssertionError(verdict(check))

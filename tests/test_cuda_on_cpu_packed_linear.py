@@ -115,6 +115,9 @@ CASES = [
     *(case for splits in (1, 2, 3, 7) for case in kinds(5, 70, 1100, 128, splits=splits)),
     *(case for splits in (1, 3) for case in kinds(66, 40, 456, 64, splits=splits)),
     *(case for splits in (2, 5) for case in kinds(3, 20, 130, 16, kernel="wide", splits=splits)),
+    # 32 outputs a block, with the units and the rows of which one is left over.
+    *(case for group in (16, 64) for case in kinds(8, 65, 296, group, kernel="rows8short")),
+    *(case for splits in (1, 3) for case in kinds(8, 65, 1032, 128, kernel="rows8", splits=splits)),
     *(case for name in ("relu", "gelu") for case in kinds(3, 18, 80, activation=name)),
     *(case for dtype in harness.DTYPES for case in kinds(5, 18, 200, 64, dtype=dtype)),
     *(case for case in kinds(4, 24, 96, 32, bias=False)),
@@ -147,7 +150,7 @@ def test_packed_linear(library, case):
     layer.check(layer.run(library, x, order), x)
 
 
-@pytest.mark.parametrize("kernel", ["narrow", "wide"])
+@pytest.mark.parametrize("kernel", ["rows8", "rows8short", "rows16", "wide"])
 def test_bits_do_not_depend_on_the_order(library, kernel):
     """The blocks that share an output arrive in any order, and are added in one."""
     for case in kinds(6, 40, 1024, 64, kernel=kernel, splits=4):
@@ -178,19 +181,32 @@ def test_special_values(library, dtype):
 
 
 def test_choice_of_kernel(library):
-    def plan(M, N, K, capability=90, hopper=False):
-        out, options = (harness.c_int64 * 3)(), map(harness.ctypes.c_int, (capability, hopper))
-        library.plan_packed_linear_of(*map(harness.c_int64, (M, N, K, 132)), *options, out)
-        return tuple(out)
+    """Kernel, splits and teams on an H200 and others."""
 
-    assert plan(1, 4096, 4096) == (0, 4, 64 * 4 * 1024)
-    assert plan(16, 16384, 16384) == (0, 1, 0)
-    assert plan(17, 4096, 4096)[0] == 1
-    assert plan(4096, 4096, 4096) == (1, 1, 0)
-    assert plan(1, 64, 64)[1] == 1  # one step cannot be split
-    assert plan(1, 4096, 4096, 75)[0] == -1
-    assert plan(4096, 4096, 4096, hopper=True) == (2, 1, 0)
-    assert [plan(M, 4096, 4096, hopper=True)[0] for M in (16, 512, 640)] == [0, 1, 2]
+    def plan(M, N, K, capability=90, hopper=False, multiprocessors=132, kib=227):
+        out, options = (harness.c_int64 * 4)(), map(harness.ctypes.c_int, (capability, hopper))
+        sizes = (M, N, K, multiprocessors, kib * 1024)
+        library.plan_packed_linear_of(*map(harness.c_int64, sizes), *options, out)
+        name = {value: name for name, value in harness.PACKED_LINEAR_KERNELS.items()}[out[0]]
+        assert (out[3] > 0) == (out[1] > 1)
+        return name, out[1], out[2]
+
+    # All multiprocessors have 16 warps, and nobody waits for sums of other blocks.
+    assert plan(1, 16384, 16384) == ("rows8", 1, 8)
+    assert plan(8, 8192, 8192) == ("rows8", 1, 16)
+    assert plan(1, 4096, 4096) == ("rows8short", 1, 16)
+    assert plan(16, 8192, 8192) == ("rows16", 1, 8)
+    # Tiles that fill the multiprocessors badly are split.
+    assert plan(1, 11008, 4096) == ("rows8", 3, 4)
+    assert plan(1, 1024, 16384)[:2] == ("rows8short", 4)
+    assert plan(1, 64, 64) == ("rows8short", 1, 4)  # one step cannot be split
+    assert plan(1, 8192, 8192, 86, multiprocessors=84, kib=99) == ("rows8", 1, 4)
+    assert plan(17, 4096, 4096)[0] == "wide"
+    assert plan(4096, 4096, 4096)[:2] == ("wide", 1)
+    assert plan(1, 4096, 4096, 75)[0] == "auto"
+    assert plan(4096, 4096, 4096, hopper=True)[0] == "wgmma"
+    names = [plan(M, 4096, 4096, hopper=True)[0] for M in (16, 512, 640)]
+    assert names == ["rows16", "wide", "wgmma"]
 
 
 def test_hopper_serves_whole_steps_of_16_bits(library):
@@ -210,6 +226,6 @@ def test_codes_do_not_depend_on_the_kernel(library):
     layer.bias.zero_()
     x = torch.randint(-8, 9, (case.M, case.K)).bfloat16()
     expected = (x.double() @ layer.dense().t()).bfloat16()
-    for kernel in ("narrow", "wide", "wgmma"):
+    for kernel in ("rows8", "rows8short", "rows16", "wide", "wgmma"):
         forced = replace(layer, case=replace(case, kernel=kernel))
         assert torch.equal(forced.run(library, x), expected)

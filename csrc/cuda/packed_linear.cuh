@@ -1,23 +1,22 @@
 // int4_linear, ternary_linear: y[M, N] = activation(x_scale[m] · Σ_groups scale[group, n] ·
 // Σ_k x[m, k] · (code[n, k] − zero[group, n]) + bias[n]), x in int8 (W4A8, W2A8), or in float16 or
-// bfloat16 with x_scale 1 (W4A16). A kernel on mma.sync (sm_80 and newer), narrow or wide, or
-// wgmma:
+// bfloat16 with x_scale 1 (W4A16). Kernels on mma.sync (sm_80 and newer), or wgmma:
 //
-//   narrow, M ≤ 16: the N·K·bits/8 bytes of codes are all the traffic that counts. Four warps of a
-//       block take different inputs of the same 64 outputs, and blocks split the inputs further.
-//       A multiprocessor of an H200 receives 36 GB/s ≈ 20 bytes a clock, 40 codes of 4 bits; to
-//       unpack them takes 1 instruction of a thread a code in 16 bits (a shift for two words, and
-//       a logical and a subtraction for two codes), of 128 a clock, and the 16 padded rows 40 · 16
-//       of 1024 multiply-adds a clock. 20 bytes a clock over 1000 clocks of latency are 20 KB under
-//       way; three stages of 8 KB of each of two blocks are 48 KB. In all a step takes 434
-//       instructions of a warp; the bandwidth leaves time for 410 (docs/GPU_STATUS.md).
+//   few rows, M ≤ 8 or 16: the N·K·bits/8 bytes of codes are all the traffic that counts. 4 to 16
+//       warps of a block take different inputs of the same 64 or 32 outputs, each with copies of
+//       its own, so that none waits for another before the end. A multiprocessor of an H200
+//       receives 36 GB/s ≈ 20 bytes a clock, and wants 25 KB under way for 700 ns of latency; 16
+//       warps have 64 KB. What is left is to issue few instructions, and of those that go at half
+//       rate (shifts and logic) fewer yet: docs/GPU_STATUS.md counts them.
 //   wide: 64 × 128 outputs a block, and each code is unpacked once in it. Per 64 inputs come in
 //       8 KB of 16-bit x (4 KB of int8) and 4 KB of 4-bit codes (2 KB) for 524,288 multiply-adds.
 //   wgmma: 16-bit x and many rows on Hopper, see packed_linear_wgmma.cuh.
 //
-// Codes lie in the order of the fragments (Codes.pack_fragments in ops/packed_linear.py): a lane
-// fetches the 16 bytes that it multiplies, so that they need no barrier and no shuffle. A group's
-// sum is scaled in float32, never the weight: integers −15 … 15 are exact in every format.
+// The weight is the left operand of a product, 16 outputs, and 8 rows of x are the right one: with
+// rows on the left, half of the product would be padding at M ≤ 8. Codes lie in the order of the
+// fragments (Codes.pack_fragments in ops/packed_linear.py): a lane fetches the 16 bytes that it
+// multiplies, so that they need no barrier and no shuffle. A group's sum is scaled in float32,
+// never the weight: integers −15 … 15 are exact in every format.
 #pragma once
 
 #include "activation.cuh"
@@ -52,7 +51,7 @@ struct PackedLinearArgs {
   Activation activation;
   int64_t splits;
   Global<float> partials;    // scratch, see packed_linear_partials; null for one split
-  Global<unsigned> tickets;  // zeros, one a tile; null for one split
+  Global<unsigned> tickets;  // zeros, one a tile, and left as zeros; null for one split
   FloatType y_type;
   Global<uint8_t> y;  // [M, N]
 };
@@ -62,44 +61,69 @@ constexpr uint32_t kMiddleCode = kBits == 4 ? 8 : 1;
 template <int kBits>
 constexpr int kLaneOutputs = kBits == 4 ? 2 : 4;  // of a lane in a tile of codes
 
-// A block computes 16 kTilesM × 8 kTilesN kWarpsN outputs; kWarpsK of its warps take different
-// steps of inputs for the same outputs. kStages rounds of steps are in shared memory.
-template <int kTilesM_, int kTilesN_, int kWarpsK_, int kWarpsN_, int kStages_>
+// A warp computes 8 kTilesM rows × 16 kTilesN outputs. kWarpsN of them, side by side, are a team,
+// which shares rows of x. The teams of a block, as many as the launch says, take different inputs
+// of the same outputs. kStages steps of a team are in shared memory.
+template <int kTilesM_, int kTilesN_, int kWarpsN_, int kMaxTeams_, int kStages_>
 struct PackedLinearTile {
   static constexpr int kTilesM = kTilesM_, kTilesN = kTilesN_, kStages = kStages_;
-  static constexpr int kWarpsK = kWarpsK_, kWarpsN = kWarpsN_;
-  static constexpr int kWarpN = 8 * kTilesN;
-  static constexpr int kBlockM = 16 * kTilesM, kBlockN = kWarpN * kWarpsN;
-  static constexpr int kThreads = kWarpsK * kWarpsN * kWarpSize;
-  static constexpr int kSums = kTilesM * kTilesN * 4;  // of a thread
+  static constexpr int kWarpsN = kWarpsN_, kMaxTeams = kMaxTeams_;
+  static constexpr int kWarpN = 16 * kTilesN, kTeam = kWarpsN * kWarpSize;
+  static constexpr int kBlockM = 8 * kTilesM, kBlockN = kWarpN * kWarpsN;
+  // Of a row of sums in shared memory: what a warp writes at once falls in different banks.
+  static constexpr int kRowFloats = kBlockN + 4;
 
   template <class Input>
-  static constexpr int kStageX = kWarpsK * kBlockM * PackedLinearOperands<Input>::kChunks;
+  static constexpr int kStageX = kBlockM * PackedLinearOperands<Input>::kRowChunks;
   template <int kBits>
-  static constexpr int kStageCodes = kThreads * (kTilesN / kLaneOutputs<kBits>);
+  static constexpr int kStageCodes = kTeam * (2 * kTilesN / kLaneOutputs<kBits>);
   template <class Input, int kBits>
-  static constexpr int kSharedBytes = kStages * (kStageX<Input> + kStageCodes<kBits>)*16;
+  static constexpr int kStage = kStageX<Input> + kStageCodes<kBits>;
+  // Chunks of 16 bytes: of the stages, and later of the sums.
+  template <class Input, int kBits>
+  static constexpr int kTeamChunks =
+      kStages * kStage<Input, kBits> > kBlockM* kRowFloats / 4 ? kStages * kStage<Input, kBits>
+                                                               : kBlockM * kRowFloats / 4;
 };
+
+// Steps that a team takes one after the other, so that a group of 128 inputs is one team's.
+constexpr int kRunSteps = 2;
 
 // kUnit: inputs between which the group does not change.
 template <class Input, int kBits, class Tile, int kUnit>
-__global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs<Input> args) {
+__global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
+    packed_linear(PackedLinearArgs<Input> args) {
   using Operands = PackedLinearOperands<Input>;
   using Sum = typename Operands::Sum;
   constexpr int kTilesM = Tile::kTilesM, kTilesN = Tile::kTilesN, kStages = Tile::kStages;
-  constexpr int kWarpsK = Tile::kWarpsK, kChunks = Operands::kChunks;
-  constexpr int kOutputs = kLaneOutputs<kBits>, kPieces = kTilesN / kOutputs;
+  constexpr int kChunks = Operands::kChunks, kTeam = Tile::kTeam, kLaneColumns = 2 * kTilesN;
+  constexpr int kOutputs = kLaneOutputs<kBits>, kPieces = kLaneColumns / kOutputs;
   constexpr int kWords = 4 / kOutputs, kWordBlocks = 4 / kWords;  // blocks in a word
   constexpr int kBlocks = sizeof(Input) == 1 && kUnit > 16 ? 2 : 1;
+  // Zero points of integers are taken off a group's sums, by the sum of x: a product more a block
+  // for each row tile, where to centre the codes takes instructions for each output.
+  constexpr bool kSumX = sizeof(Input) == 1 && kTilesM <= 2;
   constexpr int kStageX = Tile::template kStageX<Input>;
   constexpr int kStageCodes = Tile::template kStageCodes<kBits>;
-  constexpr int kBytes = Tile::template kSharedBytes<Input, kBits>;
-  COMPRESSOPS_DYNAMIC_SHARED(int4, shared, kBytes);
-  const Shared<int4> shared_x = slice(shared, 0, kStages * kStageX);
-  const Shared<int4> shared_codes = slice(shared, kStages * kStageX, kStages * kStageCodes);
+  constexpr int kStage = kStageX + kStageCodes;
+  constexpr int kTeamChunks = Tile::template kTeamChunks<Input, kBits>;
+  static_assert(Tile::kWarpsN == 1 || Tile::kMaxTeams == 1);  // sync_team
+  const int teams = static_cast<int>(blockDim.x / kTeam);
+  COMPRESSOPS_DYNAMIC_SHARED(int4, shared, teams * kTeamChunks * 16);
 
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize;
-  const int warp_k = thread / kWarpSize % kWarpsK, warp_n = thread / kWarpSize / kWarpsK;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int lane = static_cast<int>(threadIdx.x % kWarpSize);
+  const int team = static_cast<int>(threadIdx.x / kTeam);
+  const int member = static_cast<int>(threadIdx.x % kTeam);
+  const int warp_n = static_cast<int>(threadIdx.x % kTeam / kWarpSize);
+  const Shared<int4> team_shared = slice(shared, team * kTeamChunks, kTeamChunks);
+  const auto sync_team = [] {
+    if constexpr (Tile::kWarpsN == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  };
   const int64_t tile = blockIdx.x / args.splits, split = blockIdx.x % args.splits;
   int64_t tile_m, tile_n;
   tile_of_block(tile, ceil_div<int64_t>(args.M, Tile::kBlockM),
@@ -107,97 +131,100 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
   const int64_t first_m = tile_m * Tile::kBlockM;
   const int64_t first_n = tile_n * Tile::kBlockN + warp_n * Tile::kWarpN;
   const int steps_k = static_cast<int>(ceil_div<int64_t>(args.K, kStepK));
-  const int64_t steps = steps_k * args.parts;
-  const int begin = static_cast<int>(steps * split / args.splits);
-  const int end = static_cast<int>(steps * (split + 1) / args.splits);
-  const int rounds = ceil_div(end - begin, kWarpsK);
+  const int64_t steps = steps_k * args.parts, runs = ceil_div<int64_t>(steps, kRunSteps);
+  const int first_run = static_cast<int>(runs * split / args.splits) + team;
+  const int end = static_cast<int>(min(runs * (split + 1) / args.splits * kRunSteps, steps));
+  const int first_step = first_run * kRunSteps;
+  const int to_next_run = kRunSteps * (teams - 1) + 1;
+  const auto after = [&](int step) {
+    return step + ((static_cast<unsigned>(step) + 1) % kRunSteps ? 1 : to_next_run);
+  };
 
-  // What does not change from round to round is computed here: instructions are the limit.
+  // What does not change from step to step is computed here: instructions are the limit.
   const bool one_part = args.parts == 1;
   // With more rows there are no registers for paths of their own.
-  const bool all_outputs = kTilesM == 1 && first_n + Tile::kWarpN <= args.N;
-  // A thread copies chunk `chunk` of the rows copy_row, + kCopyRows, … of all the warps' steps.
-  constexpr int kCopyRows = Tile::kThreads / kChunks, kChunkInputs = 16 / sizeof(Input);
-  static_assert(kCopyRows % 8 == 0);  // the period of Operands::place
-  const int copy_row = thread / kChunks, chunk = thread % kChunks;
-  const int copy_step = copy_row / Tile::kBlockM, copy_place = Operands::place(copy_row, chunk);
-  const int64_t copy_m = first_m + copy_row % Tile::kBlockM;
+  const int outputs = static_cast<int>(min(args.N - first_n, int64_t{Tile::kWarpN}));
+  const bool all_outputs = kTilesM <= 2 && outputs == Tile::kWarpN;
+  // A thread copies chunk `chunk` of the rows copy_row, + kCopyRows, …
+  constexpr int kCopyRows = kTeam / kChunks, kChunkInputs = 16 / sizeof(Input);
+  const int copy_row = static_cast<int>(threadIdx.x % kTeam / kChunks);
+  const int chunk = static_cast<int>(threadIdx.x % kChunks);
+  const int64_t copy_m = first_m + copy_row;
   const Global<const Input> x = args.x + (copy_m * args.x_row_stride + chunk * kChunkInputs);
-  const int rows = static_cast<int>(min(args.M - copy_m, int64_t{Tile::kBlockM}));
+  const int rows = opaque(static_cast<int>(min(args.M - copy_m, int64_t{Tile::kBlockM})));
   const int columns = static_cast<int>(args.x_columns) - chunk * kChunkInputs;
-  const int64_t codes_row = int64_t{steps_k} * kWarpSize;  // of a piece of the outputs
-  const Global<const int4> codes = args.weight + (first_n / (8 * kOutputs) * codes_row + lane);
+  const int codes_row = steps_k * kWarpSize;  // of a piece of the outputs
+  const Global<const int4> codes =
+      args.weight + (first_n / (8 * kOutputs) * int64_t{codes_row} + lane);
   // kWhole: all the inputs and outputs are there, of one part.
-  const auto copy_round = [&]<bool kWhole>(int round, std::bool_constant<kWhole>) {
-    const int stage = round % kStages, first = begin + round * kWarpsK;
-    const Shared<int4> stage_x = slice(shared_x, stage * kStageX, kStageX);
-    const Shared<int4> stage_codes = slice(shared_codes, stage * kStageCodes, kStageCodes);
-    const Global<const Input> x_of_round = x + (first + copy_step) * kStepK;
+  const auto copy_step = [&]<bool kWhole>(int step, int stage, std::bool_constant<kWhole>) {
+    const Shared<int4> stage_x = slice(team_shared, stage * kStage, kStageX);
+    const Shared<int4> stage_codes = slice(team_shared, stage * kStage + kStageX, kStageCodes);
+    const int part = kWhole ? 0 : step / steps_k;
+    const int step_k = kWhole ? step : step - part * steps_k;
+    const Global<const Input> of_step = x + step_k * kStepK;
 #pragma unroll
-    for (int i = 0; i < kStageX / Tile::kThreads; ++i) {
-      const int later = i * kCopyRows / Tile::kBlockM, later_m = i * kCopyRows % Tile::kBlockM;
-      Global<const Input> source = x_of_round + (later_m * args.x_row_stride + later * kStepK);
-      bool valid = later_m < rows;
+    for (int i = 0; i < Tile::kBlockM / kCopyRows; ++i) {
+      Global<const Input> source = of_step + i * kCopyRows * args.x_row_stride;
+      bool valid = i * kCopyRows < rows;
       if constexpr (!kWhole) {
-        const int step = first + copy_step + later, part = step / steps_k;
-        valid = valid && step < end && (step - part * steps_k) * kStepK < columns;
-        source = source + part * (args.M * args.x_row_stride - steps_k * kStepK);
+        valid = valid && step_k * kStepK < columns;
+        source = source + part * args.M * args.x_row_stride;
       }
-      cp_async_16(stage_x + (copy_place + i * kCopyRows * kChunks), view_as<const int4>(source),
-                  valid);
+      cp_async_16(stage_x + ((copy_row + i * kCopyRows) * Operands::kRowChunks + chunk),
+                  view_as<const int4>(source), valid);
     }
-    const int step = first + warp_k;
-    const Global<const int4> of_step = codes + (kWhole ? step : step % steps_k) * kWarpSize;
+    const Global<const int4> codes_of_step = codes + step_k * kWarpSize;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      cp_async_16(stage_codes + (piece * Tile::kThreads + thread), of_step + piece * codes_row,
-                  kWhole || (step < end && first_n + 8 * kOutputs * piece < args.N));
+      cp_async_16(stage_codes + (piece * kTeam + member), codes_of_step + piece * codes_row,
+                  kWhole || 8 * kOutputs * piece < outputs);
     }
   };
-  const int whole_end = one_part ? min(end, static_cast<int>(args.x_columns / kStepK)) : 0;
-  const auto load_round = [&](int round) {
-    if (all_outputs && begin + (round + 1) * kWarpsK <= whole_end) {
-      copy_round(round, std::true_type());
-    } else {
-      copy_round(round, std::false_type());
+  const int whole_end = all_outputs && one_part ? static_cast<int>(args.x_columns / kStepK) : 0;
+  const auto load_step = [&](int step, int stage) {
+    if (step < min(whole_end, end)) {
+      copy_step(step, stage, std::true_type());
+    } else if (step < end) {
+      copy_step(step, stage, std::false_type());
     }
+    cp_async_commit();  // also when empty: the waits below count groups
   };
 
-  // Of the group whose sums are being taken, and of the one after it, fetched ahead.
+  // Of the group whose sums are being taken, and of the one after it, fetched ahead: a lane's
+  // outputs lane / 4, 8 + lane / 4, …
   struct Group {
     int index = -1;
-    float scales[kTilesN][2];
-    uint32_t zeros[kTilesN / 4] = {};  // four in a word: this much is in registers twice
+    float scales[kLaneColumns];
+    uint32_t zeros[ceil_div(kLaneColumns, 4)] = {};  // four in a word: so much is there twice
   } current, ahead;
-  uint32_t zeros[kTilesN];
 #pragma unroll
-  for (int j = 0; j < kTilesN; ++j) zeros[j] = Operands::zero_word(kMiddleCode<kBits>);
+  for (uint32_t& four : ahead.zeros) four = kMiddleCode<kBits> * 0x01010101u;
+  uint32_t zero_words[kLaneColumns];
+#pragma unroll
+  for (uint32_t& word : zero_words) word = Operands::zero_word(kMiddleCode<kBits>, 0);
   const auto fetch_columns = [&](Group& group, int index, const auto& valid) {
     group.index = index;
-    const int64_t row = index * args.N + first_n;
-    const Global<const float> scales = args.scales + (row + 2 * (lane % 4));
+    const int64_t row = opaque(index * args.N + first_n + lane / 4);
+    const Global<const float> scales = args.scales + row;
 #pragma unroll
-    for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-      for (int odd = 0; odd < 2; ++odd) {
-        group.scales[j][odd] =
-            valid(8 * j + 2 * (lane % 4) + odd) ? load_nc<float>(scales, 8 * j + odd) : 0.0f;
-      }
+    for (int c = 0; c < kLaneColumns; ++c) {
+      group.scales[c] = valid(8 * c) ? load_nc<float>(scales, 8 * c) : 0.0f;
     }
     if (args.zeros == nullptr) return;
-    const Global<const uint8_t> zero_points = args.zeros + (row + lane / 4);
+    const Global<const uint8_t> zero_points = args.zeros + row;
 #pragma unroll
-    for (int j = 0; j < kTilesN; ++j) {
+    for (int c = 0; c < kLaneColumns; ++c) {
       const uint32_t zero =
-          valid(8 * j + lane / 4) ? load_nc<uint8_t>(zero_points, 8 * j) : kMiddleCode<kBits>;
-      group.zeros[j / 4] = (j % 4 ? group.zeros[j / 4] : 0) | zero << 8 * (j % 4);
+          valid(8 * c) ? load_nc<uint8_t>(zero_points, 8 * c) : kMiddleCode<kBits>;
+      group.zeros[c / 4] = (c % 4 ? group.zeros[c / 4] : 0) | zero << 8 * (c % 4);
     }
   };
   const auto fetch = [&](Group& group, int index) {
     if (all_outputs) {  // without a predicate for each
       fetch_columns(group, index, [](int) { return true; });
     } else {
-      fetch_columns(group, index, [&](int column) { return first_n + column < args.N; });
+      fetch_columns(group, index, [&](int column) { return column < outputs - lane / 4; });
     }
   };
   // The group of a unit of a step. A product in float32 rounds to the quotient: of numbers below
@@ -211,166 +238,166 @@ __global__ void __launch_bounds__(Tile::kThreads) packed_linear(PackedLinearArgs
     return min(static_cast<int>((static_cast<float>(units) + 0.5f) * groups_a_unit), last_group);
   };
 
-  Sum sums[kTilesM][kTilesN][4] = {};
+  Sum sums[kTilesM][kTilesN][4] = {}, x_sums[kTilesM][4] = {};
   float totals[kTilesM][kTilesN][4] = {};
   const auto fold = [&] {
 #pragma unroll
-    for (int i = 0; i < kTilesM; ++i) {
+    for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
+      for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
-          totals[i][j][r] += current.scales[j][r % 2] * static_cast<float>(sums[i][j][r]);
+          Sum sum = sums[i][j][r];
+          if constexpr (kSumX) {
+            const int c = 2 * j + r / 2;
+            sum -= static_cast<int>(current.zeros[c / 4] >> 8 * (c % 4) & 0xffu) * x_sums[i][r];
+          }
+          totals[i][j][r] += current.scales[2 * j + r / 2] * static_cast<float>(sum);
           sums[i][j][r] = 0;
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < kTilesM; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) x_sums[i][r] = 0;
+    }
   };
 
+  int copied = first_step;
 #pragma unroll 1
-  for (int round = 0; round < kStages - 1; ++round) {
-    if (round < rounds) load_round(round);
-    cp_async_commit();  // also when empty: the waits below count groups
-  }
-  if (begin + warp_k < end) fetch(ahead, group_of(begin + warp_k, 0));
-  for (int round = 0; round < rounds; ++round) {
+  for (int i = 0; i < kStages - 1; ++i, copied = after(copied)) load_step(copied, i);
+  if (first_step < end) fetch(ahead, group_of(first_step, 0));
+  int stage = 0;
+  for (int step = first_step; step < end; copied = after(copied)) {
     cp_async_wait<kStages - 2>();
-    __syncthreads();  // everyone's x of this round is there, and the stage before is free
-    if (round + kStages - 1 < rounds) load_round(round + kStages - 1);
-    cp_async_commit();
+    sync_team();  // everyone's x of this step is there, and the stage before is free
+    load_step(copied, stage == 0 ? kStages - 1 : stage - 1);
 
-    const int step = begin + round * kWarpsK + warp_k;
-    if (step >= end) continue;
-    const int stage = round % kStages;
-    const Shared<int4> stage_x =
-        slice(shared_x, stage * kStageX + warp_k * (kStageX / kWarpsK), kStageX / kWarpsK);
+    const Shared<int4> stage_x = slice(team_shared, stage * kStage, kStageX);
     uint32_t words[kPieces][4];
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
-      const int4 codes = shared_codes[stage * kStageCodes + piece * Tile::kThreads + thread];
-      words[piece][0] = static_cast<uint32_t>(codes.x);
-      words[piece][1] = static_cast<uint32_t>(codes.y);
-      words[piece][2] = static_cast<uint32_t>(codes.z);
-      words[piece][3] = static_cast<uint32_t>(codes.w);
+      const int4 four = team_shared[stage * kStage + kStageX + piece * kTeam + member];
+      words[piece][0] = static_cast<uint32_t>(four.x);
+      words[piece][1] = static_cast<uint32_t>(four.y);
+      words[piece][2] = static_cast<uint32_t>(four.z);
+      words[piece][3] = static_cast<uint32_t>(four.w);
     }
+    const int next_step = after(step);
 #pragma unroll
     for (int unit = 0; unit < kStepK / kUnit; ++unit) {
       if (ahead.index != current.index) {
         if (current.index >= 0) fold();
         current = ahead;
+        if (!kSumX && args.zeros != nullptr) {
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-          if (args.zeros == nullptr) continue;
-          zeros[j] = Operands::zero_word(current.zeros[j / 4] >> 8 * (j % 4) & 0xffu);
+          for (int c = 0; c < kLaneColumns; ++c) {
+            zero_words[c] = Operands::zero_word(current.zeros[c / 4], c % 4);
+          }
         }
       }
       const bool last = unit + 1 == kStepK / kUnit;
-      const int next_step = last ? step + kWarpsK : step;
-      if (next_step < end) {
-        const int next = group_of(next_step, last ? 0 : unit + 1);
+      const int of_next = last ? next_step : step;
+      if (of_next < end) {
+        const int next = group_of(of_next, last ? 0 : unit + 1);
         if (next != current.index) fetch(ahead, next);
       }
 #pragma unroll
       for (int block = unit * kUnit / 16; block < (unit + 1) * kUnit / 16; block += kBlocks) {
-        uint32_t left[kTilesM][4];
-#pragma unroll
-        for (int i = 0; i < kTilesM; ++i) Operands::load(stage_x, 16 * i, block, lane, left[i]);
-#pragma unroll
-        for (int j = 0; j < kTilesN; ++j) {
-          const uint32_t word = words[j / kOutputs][j % kOutputs * kWords + block / kWordBlocks];
-          const int shift = kBits * (block % kWordBlocks);
+        uint32_t right[kTilesM][2];
+        Operands::template load<kTilesM>(stage_x, block, lane, right);
+        if constexpr (kSumX) {
+          constexpr uint32_t kOnes[4] = {0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u};
 #pragma unroll
           for (int i = 0; i < kTilesM; ++i) {
-            Operands::template multiply<kBits, kBlocks>(sums[i][j], left[i], word, shift, block,
-                                                        zeros[j]);
+            Operands::template multiply<kBlocks>(x_sums[i], kOnes, right[i]);
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < kTilesN; ++j) {
+          uint32_t left[4];
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int c = 2 * j + half;
+            const uint32_t word = words[c / kOutputs][c % kOutputs * kWords + block / kWordBlocks];
+            Operands::template unpack<kBits, !kSumX>(word, kBits * (block % kWordBlocks),
+                                                     zero_words[c], &left[half], &left[2 + half]);
+          }
+#pragma unroll
+          for (int i = 0; i < kTilesM; ++i) {
+            Operands::template multiply<kBlocks>(sums[i][j], left, right[i]);
           }
         }
       }
     }
+    step = next_step;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   if (current.index >= 0) fold();
   cp_async_wait<0>();
+  sync_team();  // the stages are free
 
-  if constexpr (kWarpsK > 1) {
-    // The first warp adds the others' sums, in their order.
-    constexpr int kOthers = (kWarpsK - 1) * Tile::kWarpsN * kWarpSize;
-    static_assert(kOthers * Tile::kSums * 4 <= kBytes);
-    const Shared<float> others = view_as<float>(shared);
-    __syncthreads();  // the stages are free
-    const int column = warp_n * kWarpSize + lane;
-#pragma unroll
-    for (int e = 0; e < Tile::kSums; ++e) {
-      if (warp_k > 0) {
-        others[e * kOthers + (warp_k - 1) * Tile::kWarpsN * kWarpSize + column] =
-            totals[e / 4 / kTilesN][e / 4 % kTilesN][e % 4];
-      }
-    }
-    __syncthreads();
-#pragma unroll
-    for (int e = 0; e < Tile::kSums; ++e) {
-      if (warp_k > 0) continue;
-#pragma unroll
-      for (int other = 0; other < kWarpsK - 1; ++other) {
-        const float sum = others[e * kOthers + other * Tile::kWarpsN * kWarpSize + column];
-        totals[e / 4 / kTilesN][e / 4 % kTilesN][e % 4] += sum;
-      }
-    }
-  }
-
-  if (args.splits > 1) {
-    // The block that comes last adds the sums of all, in the order of the inputs, so that which
-    // one it is does not show.
-    constexpr int kColumns = Tile::kWarpsN * kWarpSize;
-    const int column = warp_n * kWarpSize + lane;
-    const auto partial = [&](int64_t of_split, int e) {
-      return ((tile * args.splits + of_split) * Tile::kSums + e) * kColumns + column;
-    };
-#pragma unroll
-    for (int e = 0; e < Tile::kSums; ++e) {
-      const int64_t m = first_m + 16 * (e / 4 / kTilesN) + 8 * (e % 4 / 2) + lane / 4;
-      if (warp_k == 0 && m < args.M) {
-        args.partials[partial(split, e)] = totals[e / 4 / kTilesN][e / 4 % kTilesN][e % 4];
-      }
-    }
-    COMPRESSOPS_SHARED_ARRAY(int, is_last, 1);
-    __threadfence();
-    __syncthreads();
-    if (thread == 0) is_last[0] = atomicAdd(args.tickets + tile, 1u) + 1 == args.splits;
-    __syncthreads();
-    if (!is_last[0]) return;
-    __threadfence();
-#pragma unroll
-    for (int e = 0; e < Tile::kSums; ++e) {
-      const int64_t m = first_m + 16 * (e / 4 / kTilesN) + 8 * (e % 4 / 2) + lane / 4;
-      if (warp_k > 0 || m >= args.M) continue;
-      float total = 0.0f;
-      for (int64_t i = 0; i < args.splits; ++i) {
-        total += load_cg<float>(args.partials, partial(i, e));
-      }
-      totals[e / 4 / kTilesN][e / 4 % kTilesN][e % 4] = total;
-    }
-  }
-
-  if (warp_k > 0) return;
+  const Shared<float> team_sums = view_as<float>(team_shared);
 #pragma unroll
   for (int i = 0; i < kTilesM; ++i) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int64_t m = first_m + 16 * i + 8 * half + lane / 4;
-      if (m >= args.M) continue;
-      const float x_scale = args.x_scales == nullptr ? 1.0f : args.x_scales[m];
+    for (int j = 0; j < kTilesN; ++j) {
 #pragma unroll
-      for (int j = 0; j < kTilesN; ++j) {
-#pragma unroll
-        for (int odd = 0; odd < 2; ++odd) {
-          const int64_t n = first_n + 8 * j + 2 * (lane % 4) + odd;
-          if (n >= args.N) continue;
-          const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
-          const float value = totals[i][j][2 * half + odd] * x_scale + bias;
-          store_float(args.y, args.y_type, m * args.N + n, activate(value, args.activation));
-        }
+      for (int r = 0; r < 4; ++r) {
+        const int row = 8 * i + 2 * (lane % 4) + r % 2;
+        const int column = warp_n * Tile::kWarpN + 16 * j + 8 * (r / 2) + lane / 4;
+        team_sums[row * Tile::kRowFloats + column] = totals[i][j][r];
       }
     }
+  }
+  __syncthreads();
+
+  const int elements =
+      static_cast<int>(min(args.M - first_m, int64_t{Tile::kBlockM})) * Tile::kBlockN;
+  const auto store = [&](int e, float total) {
+    const int64_t m = first_m + e / Tile::kBlockN;
+    const int64_t n = tile_n * Tile::kBlockN + e % Tile::kBlockN;
+    if (n >= args.N) return;
+    const float x_scale = args.x_scales == nullptr ? 1.0f : args.x_scales[m];
+    const float bias = args.bias == nullptr ? 0.0f : args.bias[n];
+    store_float(args.y, args.y_type, m * args.N + n,
+                activate(total * x_scale + bias, args.activation));
+  };
+  const auto partial = [&](int64_t of_split, int e) {
+    return (tile * args.splits + of_split) * (Tile::kBlockM * Tile::kBlockN) + e;
+  };
+  const Shared<float> all_sums = view_as<float>(shared);
+  for (int e = thread; e < elements; e += static_cast<int>(blockDim.x)) {
+    const int at = e / Tile::kBlockN * Tile::kRowFloats + e % Tile::kBlockN;
+    float total = all_sums[at];
+    for (int other = 1; other < teams; ++other) total += all_sums[other * kTeamChunks * 4 + at];
+    if (args.splits == 1) {
+      store(e, total);
+    } else {
+      args.partials[partial(split, e)] = total;
+    }
+  }
+  if (args.splits == 1) return;
+
+  // The block that comes last adds the sums of all, in the order of the inputs, so that which one
+  // it is does not show.
+  COMPRESSOPS_SHARED_ARRAY(int, is_last, 1);
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) {
+    is_last[0] = atomicAdd(args.tickets + tile, 1u) + 1 == args.splits;
+    if (is_last[0]) args.tickets[tile] = 0;  // for the next launch
+  }
+  __syncthreads();
+  if (!is_last[0]) return;
+  __threadfence();
+  for (int e = thread; e < elements; e += static_cast<int>(blockDim.x)) {
+    float total = 0.0f;
+    for (int64_t i = 0; i < args.splits; ++i) {
+      total += load_cg<float>(args.partials, partial(i, e));
+    }
+    store(e, total);
   }
 }
 

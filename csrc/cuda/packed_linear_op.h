@@ -2,8 +2,11 @@
 // code only.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "packed_linear_launch.cuh"
@@ -23,22 +26,46 @@ struct PackedLinearCall {
   Tensor y;
 };
 
+// Zeros, at least `count`, which launches leave as zeros. Those of one stream follow one another
+// and share them, so that no call has to clear them. What a graph captures may be replayed on any
+// stream: it gets zeros of its own, which each replay clears.
+inline Tensor shared_tickets(const Tensor& x, int64_t count, cudaStream_t stream, const char* op) {
+  cudaStreamCaptureStatus capturing;
+  check_cuda(cudaStreamIsCapturing(stream, &capturing), op);
+  if (capturing != cudaStreamCaptureStatusNone) {
+    return torch::stable::new_zeros(x, {count}, ScalarType::Int);
+  }
+  struct Kept {
+    std::mutex mutex;
+    std::map<std::pair<int, cudaStream_t>, Tensor> of_stream;
+  };
+  static Kept& kept = *new Kept;  // never destroyed: at exit the driver may be gone before
+  const std::lock_guard lock(kept.mutex);
+  const std::pair key(static_cast<int>(x.get_device_index()), stream);
+  const auto found = kept.of_stream.find(key);
+  if (found != kept.of_stream.end() && found->second.numel() >= count) return found->second;
+  const Tensor tickets = torch::stable::new_zeros(x, {count}, ScalarType::Int);
+  kept.of_stream.insert_or_assign(key, tickets);
+  return tickets;
+}
+
 // The product of x, whose rows are x_row_stride elements apart and can be read up to x_columns.
 template <int kBits, class Input>
 void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_t x_row_stride,
                      int64_t x_columns, int64_t parts, Global<const float> x_scales) {
-  const int64_t multiprocessors = multiprocessor_count(call.rows, call.op);
-  const int capability = compute_capability(call.rows, call.op);
+  const PackedLinearDevice device = {multiprocessor_count(call.rows, call.op),
+                                     compute_capability(call.rows, call.op),
+                                     shared_bytes_of_a_block(call.rows, call.op)};
   const bool hopper = packed_linear_fits_wgmma<kBits, Input>(call.M, call.N, call.K, parts,
-                                                             call.group_size, capability);
-  const PackedLinearPlan plan =
-      plan_packed_linear(call.M, call.N, call.K, parts, multiprocessors, capability, hopper);
+                                                             call.group_size, device.capability);
+  const PackedLinearPlan plan = plan_packed_linear(call.M, call.N, call.K, parts, device, hopper);
   COMPRESSOPS_CHECK(plan.kernel != PackedLinearKernel::kAuto, call.op, "x",
-                    "on a GPU of compute capability 8.0 or more", int64_t{capability});
+                    "on a GPU of compute capability 8.0 or more", int64_t{device.capability});
+  const cudaStream_t stream = current_stream(call.rows, call.op);
   OptionalTensor partials, tickets;
   if (plan.splits > 1) {
     partials = torch::stable::new_empty(call.rows, {plan.partials}, ScalarType::Float);
-    tickets = torch::stable::new_zeros(call.rows, {plan.tiles}, ScalarType::Int);
+    tickets = shared_tickets(call.rows, plan.tiles, stream, call.op);
   }
   const ScalarType dtype = call.y.scalar_type();
   const PackedLinearArgs<Input> args = {call.M,
@@ -62,9 +89,7 @@ void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_
                                         : dtype == ScalarType::BFloat16 ? FloatType::kBfloat16
                                                                         : FloatType::kFloat,
                                         data_of<uint8_t>(call.y)};
-  check_cuda(
-      launch_packed_linear<kBits>(args, plan, multiprocessors, current_stream(call.rows, call.op)),
-      call.op);
+  check_cuda(launch_packed_linear<kBits>(args, plan, device.multiprocessors, stream), call.op);
 }
 
 template <int kBits, class T>

@@ -58,7 +58,7 @@ packed_linear_group(const PackedLinearArgs<Input>& args, int n, int index) {
     const bool given = args.zeros != nullptr && column < args.N;
     group.scales[half] = column < args.N ? load_nc<float>(args.scales, at) : 0.0f;
     group.zeros[half] = PackedLinearOperands<Input>::zero_word(
-        given ? load_nc<uint8_t>(args.zeros, at) : kMiddleCode<4>);
+        given ? load_nc<uint8_t>(args.zeros, at) : kMiddleCode<4>, 0);
   }
   return group;
 }
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(PackedLinearWgmma::kThreads, 1)
         for (int block = 0; block < 4; ++block) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            PackedLinearOperands<Input>::template unpack<4>(
+            PackedLinearOperands<Input>::template unpack<4, true>(
                 words[2 * half + block / 2], 4 * (block % 2), ahead.zeros[half], &left[block][half],
                 &left[block][2 + half]);
           }

@@ -91,23 +91,32 @@ __device__ __forceinline__ uint32_t and_or(uint32_t word) {
   return result;
 }
 
-// Both numbers of a word less those of another.
+// The sums of both numbers of two words.
 template <class T>
-__device__ __forceinline__ uint32_t subtract_pair(uint32_t a, uint32_t b);
+__device__ __forceinline__ uint32_t add_pair(uint32_t a, uint32_t b);
 template <>
-__device__ __forceinline__ uint32_t subtract_pair<__half>(uint32_t a, uint32_t b) {
-  uint32_t difference;
-  asm("sub.f16x2 %0, %1, %2;\n" : "=r"(difference) : "r"(a), "r"(b));
-  return difference;
+__device__ __forceinline__ uint32_t add_pair<__half>(uint32_t a, uint32_t b) {
+  uint32_t sum;
+  asm("add.f16x2 %0, %1, %2;\n" : "=r"(sum) : "r"(a), "r"(b));
+  return sum;
 }
 template <>
-__device__ __forceinline__ uint32_t subtract_pair<__nv_bfloat16>(uint32_t a, uint32_t b) {
-  // a · 1 − b: sm_80 has no subtraction of bfloat16.
-  uint32_t difference;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n"
-      : "=r"(difference)
-      : "r"(a), "r"(0x3f803f80u), "r"(b ^ 0x80008000u));
-  return difference;
+__device__ __forceinline__ uint32_t add_pair<__nv_bfloat16>(uint32_t a, uint32_t b) {
+  // a · 1 + b: sm_80 has no addition of bfloat16.
+  uint32_t sum;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(sum) : "r"(a), "r"(0x3f803f80u), "r"(b));
+  return sum;
+}
+
+// The same number, of which the compiler does not know how it came about: it can neither keep parts
+// of it in registers nor compute it once more.
+__device__ __forceinline__ int64_t opaque(int64_t number) {
+  asm volatile("" : "+l"(number));
+  return number;
+}
+__device__ __forceinline__ int opaque(int number) {
+  asm volatile("" : "+r"(number));
+  return number;
 }
 
 // Reads from L2: what another block wrote during the launch.
@@ -206,10 +215,13 @@ uint32_t and_or(uint32_t word) {
 }
 
 template <class T>
-uint32_t subtract_pair(uint32_t a, uint32_t b) {
-  return pack_word<T>({word_element<T>(a, 0) - word_element<T>(b, 0),
-                       word_element<T>(a, 1) - word_element<T>(b, 1)});
+uint32_t add_pair(uint32_t a, uint32_t b) {
+  return pack_word<T>({word_element<T>(a, 0) + word_element<T>(b, 0),
+                       word_element<T>(a, 1) + word_element<T>(b, 1)});
 }
+
+inline int64_t opaque(int64_t number) { return number; }
+inline int opaque(int number) { return number; }
 
 template <class T>
 T load_cg(Global<const T> array, int64_t index) {

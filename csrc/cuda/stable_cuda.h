@@ -48,21 +48,25 @@ inline cudaStream_t current_stream(const Tensor& tensor, const char* op) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline int device_attribute(const Tensor& tensor, cudaDeviceAttr attribute, const char* op) {
+  int value = 0;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()), op);
+  return value;
+}
+
 inline int64_t multiprocessor_count(const Tensor& tensor, const char* op) {
-  int count = 0;
-  check_cuda(
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, tensor.get_device_index()),
-      op);
-  return count;
+  return device_attribute(tensor, cudaDevAttrMultiProcessorCount, op);
+}
+
+// That a block may have if it asks the driver first.
+inline int64_t shared_bytes_of_a_block(const Tensor& tensor, const char* op) {
+  return device_attribute(tensor, cudaDevAttrMaxSharedMemoryPerBlockOptin, op);
 }
 
 // As 10 major + minor.
 inline int compute_capability(const Tensor& tensor, const char* op) {
-  int major = 0, minor = 0;
-  const int device = tensor.get_device_index();
-  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), op);
-  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), op);
-  return 10 * major + minor;
+  return 10 * device_attribute(tensor, cudaDevAttrComputeCapabilityMajor, op) +
+         device_attribute(tensor, cudaDevAttrComputeCapabilityMinor, op);
 }
 
 inline bool is_float_dtype(const Tensor& tensor) {

@@ -10,12 +10,6 @@ namespace {
 
 constexpr const char* kOp = "winograd_conv2d";
 
-int64_t device_attribute(const Tensor& tensor, cudaDeviceAttr attribute) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, tensor.get_device_index()), kOp);
-  return value;
-}
-
 WinogradStrides strides_of(const Tensor& tensor) {
   return {tensor.stride(0), tensor.stride(1), tensor.stride(2), tensor.stride(3)};
 }
@@ -33,9 +27,8 @@ void run(const WinogradShape& shape, const Tensor& x, const Tensor& transformed,
   args.y = static_cast<T*>(y.mutable_data_ptr());
   args.y_strides = strides_of(y);
   const WinogradPlan plan =
-      plan_winograd_conv2d(args, multiprocessor_count(x, kOp),
-                           device_attribute(x, cudaDevAttrMaxSharedMemoryPerBlockOptin),
-                           device_attribute(x, cudaDevAttrL2CacheSize));
+      plan_winograd_conv2d(args, multiprocessor_count(x, kOp), shared_bytes_of_a_block(x, kOp),
+                           device_attribute(x, cudaDevAttrL2CacheSize, kOp));
   const Tensor scratch = torch::stable::new_empty(x, {plan.scratch_bytes()}, ScalarType::Byte);
   check_cuda(launch_winograd_conv2d(args, plan, static_cast<int4*>(scratch.mutable_data_ptr()),
                                     current_stream(x, kOp)),

@@ -213,7 +213,9 @@ def int8_conv2d(
     return y
 
 
-PACKED_LINEAR_KERNELS = {"auto": -1, "narrow": 0, "wide": 1, "wgmma": 2}
+PACKED_LINEAR_KERNELS = {
+    **{"auto": -1, "rows8": 0, "rows8short": 1, "rows16": 2, "wide": 3, "wgmma": 4}
+}
 
 
 def packed_linear(

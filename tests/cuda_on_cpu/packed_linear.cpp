@@ -11,7 +11,7 @@ namespace {
 using namespace compressops;
 using cuda_on_cpu::Scratch;
 
-constexpr int64_t kMultiprocessors = 2;
+constexpr int64_t kMultiprocessors = 2, kSharedBytes = 227 * 1024;
 
 struct Buffers {
   int64_t M, N, K, x_row_stride, group_size;
@@ -31,8 +31,9 @@ cudaError_t run(const Buffers& b, Global<const Input> x, int64_t x_row_stride, i
                 int64_t parts, Global<const float> x_scales) {
   const bool hopper =
       packed_linear_fits_wgmma<kBits, Input>(b.M, b.N, b.K, parts, b.group_size, b.capability);
-  const auto plan = plan_packed_linear(b.M, b.N, b.K, parts, kMultiprocessors, b.capability, hopper,
-                                       static_cast<PackedLinearKernel>(b.kernel), b.splits);
+  const auto plan =
+      plan_packed_linear(b.M, b.N, b.K, parts, {kMultiprocessors, b.capability, kSharedBytes},
+                         hopper, static_cast<PackedLinearKernel>(b.kernel), b.splits);
   const int64_t groups = b.K ? ceil_div(b.K, b.group_size) : 0;
   const int64_t rows = 8 * kLaneOutputs<kBits>;
   const int64_t lanes = ceil_div(b.N, rows) * ceil_div<int64_t>(b.K, kStepK) * kWarpSize;
@@ -65,7 +66,11 @@ cudaError_t run(const Buffers& b, Global<const Input> x, int64_t x_row_stride, i
 #ifdef CUDA_ON_CPU_WGMMA_ONLY  // compiles in a fraction of the time
   return launch_packed_linear_wgmma(args, plan.tiles, kMultiprocessors, nullptr);
 #else
-  return launch_packed_linear<kBits>(args, plan, kMultiprocessors, nullptr);
+  const cudaError_t error = launch_packed_linear<kBits>(args, plan, kMultiprocessors, nullptr);
+  for (int64_t i = 0; i < plan.tiles; ++i) {
+    if (tickets.array()[i] != 0) throw cuda_on_cpu::Error("a ticket is left for the next launch");
+  }
+  return error;
 #endif
 }
 
@@ -136,12 +141,14 @@ CUDA_ON_CPU_EXPORT int run_packed_linear(int bits, int quantize_x, int dtype, co
   });
 }
 
-// Kernel, splits and floats of scratch.
+// Kernel, splits, teams of a block and floats of scratch.
 CUDA_ON_CPU_EXPORT void plan_packed_linear_of(int64_t M, int64_t N, int64_t K,
-                                              int64_t multiprocessors, int capability, int hopper,
-                                              int64_t* plan) {
-  const auto chosen = plan_packed_linear(M, N, K, 1, multiprocessors, capability, hopper != 0);
+                                              int64_t multiprocessors, int64_t shared_bytes,
+                                              int capability, int hopper, int64_t* plan) {
+  const auto chosen =
+      plan_packed_linear(M, N, K, 1, {multiprocessors, capability, shared_bytes}, hopper != 0);
   plan[0] = static_cast<int64_t>(chosen.kernel);
   plan[1] = chosen.splits;
-  plan[2] = chosen.partials;
+  plan[2] = chosen.teams;
+  plan[3] = chosen.partials;
 }
