@@ -57,6 +57,7 @@ cudaError_t launch_int8_linear_rows(const Int8LinearArgs<T>& args, bool aligned,
                                     cudaStream_t stream) {
   if (args.M > kRows) return cudaErrorInvalidValue;
   const int64_t blocks = ceil_div<int64_t>(args.N, kRowsWarps * kRowsColumns);
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return launch(aligned ? int8_linear_rows<T, kRows, true> : int8_linear_rows<T, kRows, false>,
                 dim3(static_cast<unsigned>(blocks)), dim3(kRowsWarps * kWarpSize), 0, stream, args);
 }

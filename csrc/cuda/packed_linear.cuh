@@ -19,47 +19,13 @@
 // never the weight: integers −15 … 15 are exact in every format.
 #pragma once
 
-#include "activation.cuh"
-#include "device.cuh"
-#include "float_type.cuh"
+#include "packed_linear_args.cuh"
 #include "packed_linear_operands.cuh"
 #include "ptx.cuh"
+#include "split_sums.cuh"
 #include "tiles.cuh"
 
 namespace compressops {
-
-constexpr int kStepK = 64;  // inputs of a tile of codes
-// Groups are a multiple of it, as ops/packed_linear.py asks.
-constexpr int64_t kGroupMultiple = 16;
-// The sums of |q| ≤ 127 times |code − zero| ≤ 15 must fit 31 bits; the ops ask for no more.
-constexpr int64_t kPackedLinearMaxK = 131072;
-static_assert(kPackedLinearMaxK * 127 * 15 <= 0x7fffffff);
-
-template <class Input>
-struct PackedLinearArgs {
-  int64_t M, N, K;
-  // [parts][M, x_columns], rows on 16 bytes and x_row_stride elements apart; x_columns is a whole
-  // number of 16 bytes. x is the sum of its parts.
-  Global<const Input> x;
-  int64_t x_row_stride, x_columns, parts;
-  Global<const float> x_scales;  // [M] or null: 1
-  Global<const int4> weight;     // [ceil(N / rows), ceil(K / 64), 32 lanes], rows 16 or 32
-  Global<const float> scales;    // [groups, N]
-  Global<const uint8_t> zeros;   // [groups, N] or null: the middle code
-  int64_t group_size;            // K or less
-  Global<const float> bias;      // [N] or null
-  Activation activation;
-  int64_t splits;
-  Global<float> partials;    // scratch, see packed_linear_partials; null for one split
-  Global<unsigned> tickets;  // zeros, one a tile, and left as zeros; null for one split
-  FloatType y_type;
-  Global<uint8_t> y;  // [M, N]
-};
-
-template <int kBits>
-constexpr uint32_t kMiddleCode = kBits == 4 ? 8 : 1;
-template <int kBits>
-constexpr int kLaneOutputs = kBits == 4 ? 2 : 4;  // of a lane in a tile of codes
 
 // A warp computes 8 kTilesM rows × 16 kTilesN outputs. kWarpsN of them, side by side, are a team,
 // which shares rows of x. The teams of a block, as many as the launch says, take different inputs
@@ -142,9 +108,8 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
 
   // What does not change from step to step is computed here: instructions are the limit.
   const bool one_part = args.parts == 1;
-  // With more rows there are no registers for paths of their own.
   const int outputs = static_cast<int>(min(args.N - first_n, int64_t{Tile::kWarpN}));
-  const bool all_outputs = kTilesM <= 2 && outputs == Tile::kWarpN;
+  const bool all_outputs = outputs == Tile::kWarpN;
   // A thread copies chunk `chunk` of the rows copy_row, + kCopyRows, …
   constexpr int kCopyRows = kTeam / kChunks, kChunkInputs = 16 / sizeof(Input);
   const int copy_row = static_cast<int>(threadIdx.x % kTeam / kChunks);
@@ -211,7 +176,7 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
     for (int c = 0; c < kLaneColumns; ++c) {
       group.scales[c] = valid(8 * c) ? load_nc<float>(scales, 8 * c) : 0.0f;
     }
-    if (args.zeros == nullptr) return;
+    if (!kHasZeros<kBits> || args.zeros == nullptr) return;
     const Global<const uint8_t> zero_points = args.zeros + row;
 #pragma unroll
     for (int c = 0; c < kLaneColumns; ++c) {
@@ -250,7 +215,9 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
           Sum sum = sums[i][j][r];
           if constexpr (kSumX) {
             const int c = 2 * j + r / 2;
-            sum -= static_cast<int>(current.zeros[c / 4] >> 8 * (c % 4) & 0xffu) * x_sums[i][r];
+            const uint32_t zero =
+                kHasZeros<kBits> ? current.zeros[c / 4] >> 8 * (c % 4) & 0xffu : kMiddleCode<kBits>;
+            sum -= static_cast<int>(zero) * x_sums[i][r];
           }
           totals[i][j][r] += current.scales[2 * j + r / 2] * static_cast<float>(sum);
           sums[i][j][r] = 0;
@@ -290,7 +257,7 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
       if (ahead.index != current.index) {
         if (current.index >= 0) fold();
         current = ahead;
-        if (!kSumX && args.zeros != nullptr) {
+        if (!kSumX && kHasZeros<kBits> && args.zeros != nullptr) {
 #pragma unroll
           for (int c = 0; c < kLaneColumns; ++c) {
             zero_words[c] = Operands::zero_word(current.zeros[c / 4], c % 4);
@@ -382,16 +349,7 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
 
   // The block that comes last adds the sums of all, in the order of the inputs, so that which one
   // it is does not show.
-  COMPRESSOPS_SHARED_ARRAY(int, is_last, 1);
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) {
-    is_last[0] = atomicAdd(args.tickets + tile, 1u) + 1 == args.splits;
-    if (is_last[0]) args.tickets[tile] = 0;  // for the next launch
-  }
-  __syncthreads();
-  if (!is_last[0]) return;
-  __threadfence();
+  if (!comes_last(args.tickets, tile, args.splits)) return;
   for (int e = thread; e < elements; e += static_cast<int>(blockDim.x)) {
     float total = 0.0f;
     for (int64_t i = 0; i < args.splits; ++i) {

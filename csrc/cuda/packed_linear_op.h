@@ -2,11 +2,8 @@
 // code only.
 #pragma once
 
-#include <map>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "packed_linear_launch.cuh"
@@ -26,29 +23,6 @@ struct PackedLinearCall {
   Tensor y;
 };
 
-// Zeros, at least `count`, which launches leave as zeros. Those of one stream follow one another
-// and share them, so that no call has to clear them. What a graph captures may be replayed on any
-// stream: it gets zeros of its own, which each replay clears.
-inline Tensor shared_tickets(const Tensor& x, int64_t count, cudaStream_t stream, const char* op) {
-  cudaStreamCaptureStatus capturing;
-  check_cuda(cudaStreamIsCapturing(stream, &capturing), op);
-  if (capturing != cudaStreamCaptureStatusNone) {
-    return torch::stable::new_zeros(x, {count}, ScalarType::Int);
-  }
-  struct Kept {
-    std::mutex mutex;
-    std::map<std::pair<int, cudaStream_t>, Tensor> of_stream;
-  };
-  static Kept& kept = *new Kept;  // never destroyed: at exit the driver may be gone before
-  const std::lock_guard lock(kept.mutex);
-  const std::pair key(static_cast<int>(x.get_device_index()), stream);
-  const auto found = kept.of_stream.find(key);
-  if (found != kept.of_stream.end() && found->second.numel() >= count) return found->second;
-  const Tensor tickets = torch::stable::new_zeros(x, {count}, ScalarType::Int);
-  kept.of_stream.insert_or_assign(key, tickets);
-  return tickets;
-}
-
 // The product of x, whose rows are x_row_stride elements apart and can be read up to x_columns.
 template <int kBits, class Input>
 void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_t x_row_stride,
@@ -65,7 +39,7 @@ void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_
   OptionalTensor partials, tickets;
   if (plan.splits > 1) {
     partials = torch::stable::new_empty(call.rows, {plan.partials}, ScalarType::Float);
-    tickets = shared_tickets(call.rows, plan.tiles, stream, call.op);
+    tickets = stream_tickets(call.rows, plan.tiles, stream, call.op);
   }
   const ScalarType dtype = call.y.scalar_type();
   const PackedLinearArgs<Input> args = {call.M,
@@ -152,11 +126,7 @@ Tensor run_packed_linear(const char* op, const Tensor& x, const Tensor& weight,
         {ceil_div<int64_t>(N, 8 * kLaneOutputs<kBits>), ceil_div<int64_t>(K, kStepK), 512});
   check(scales, "scales", "float32", ScalarType::Float, {groups, N});
   if (zeros) check(*zeros, "zeros", "uint8", ScalarType::Byte, {groups, N});
-  if (bias) {
-    COMPRESSOPS_CHECK(
-        same_device(*bias, x) && bias->dim() == 1 && bias->size(0) == N && is_float_dtype(*bias),
-        op, "bias", "a float tensor [" + std::to_string(N) + "] on x's device", *bias);
-  }
+  const OptionalTensor float_bias = checked_bias(op, bias, N, x);
   const Activation parsed = parse_activation(activation, op);
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -174,9 +144,8 @@ Tensor run_packed_linear(const char* op, const Tensor& x, const Tensor& weight,
   if (misalignment(static_cast<const uint8_t*>(dense_weight.const_data_ptr()), 16) != 0) {
     dense_weight = torch::stable::clone(dense_weight);
   }
-  OptionalTensor dense_zeros, float_bias;
+  OptionalTensor dense_zeros;
   if (zeros) dense_zeros = torch::stable::contiguous(*zeros);
-  if (bias) float_bias = torch::stable::contiguous(torch::stable::to(*bias, ScalarType::Float));
   run(PackedLinearCall{
       op, M, N, K, dense_rows ? x.stride(0) : K, dense_rows ? x : torch::stable::contiguous(x),
       dense_weight, torch::stable::contiguous(scales), dense_zeros, float_bias, group, parsed, y});

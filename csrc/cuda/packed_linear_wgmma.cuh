@@ -9,8 +9,10 @@
 // meanwhile.
 #pragma once
 
-#include "packed_linear.cuh"
+#include "packed_linear_args.cuh"
+#include "packed_linear_operands.cuh"
 #include "stages.cuh"
+#include "tiles.cuh"
 
 namespace compressops {
 

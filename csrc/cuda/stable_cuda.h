@@ -10,9 +10,12 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <initializer_list>
+#include <map>
+#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../check.h"
@@ -67,6 +70,29 @@ inline int64_t shared_bytes_of_a_block(const Tensor& tensor, const char* op) {
 inline int compute_capability(const Tensor& tensor, const char* op) {
   return 10 * device_attribute(tensor, cudaDevAttrComputeCapabilityMajor, op) +
          device_attribute(tensor, cudaDevAttrComputeCapabilityMinor, op);
+}
+
+// Tickets for split_sums.cuh: zeros, at least `count`, which launches leave as zeros. Those of one
+// stream follow one another and share them, so that no call has to clear them. What a graph
+// captures may be replayed on any stream: it gets zeros of its own, which each replay clears.
+inline Tensor stream_tickets(const Tensor& x, int64_t count, cudaStream_t stream, const char* op) {
+  cudaStreamCaptureStatus capturing;
+  check_cuda(cudaStreamIsCapturing(stream, &capturing), op);
+  if (capturing != cudaStreamCaptureStatusNone) {
+    return torch::stable::new_zeros(x, {count}, ScalarType::Int);
+  }
+  struct Kept {
+    std::mutex mutex;
+    std::map<std::pair<int, cudaStream_t>, Tensor> of_stream;
+  };
+  static Kept& kept = *new Kept;  // never destroyed: at exit the driver may be gone before
+  const std::lock_guard lock(kept.mutex);
+  const std::pair key(static_cast<int>(x.get_device_index()), stream);
+  const auto found = kept.of_stream.find(key);
+  if (found != kept.of_stream.end() && found->second.numel() >= count) return found->second;
+  const Tensor tickets = torch::stable::new_zeros(x, {count}, ScalarType::Int);
+  kept.of_stream.insert_or_assign(key, tickets);
+  return tickets;
 }
 
 inline bool is_float_dtype(const Tensor& tensor) {
