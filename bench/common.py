@@ -143,6 +143,7 @@ def report(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
     Console(width=200).print(table)
     if not arguments.smoke:
         write(title, rows, arguments)
+        print(f"written: {arguments.out}")
 
 
 def write(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
@@ -150,4 +151,3 @@ def write(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {**context(arguments), "title": title, "rows": rows}
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {arguments.out}")

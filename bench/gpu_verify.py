@@ -323,9 +323,11 @@ def figures(arguments, rounds: int, limit: dict, deadline: float) -> None:
     ]
     for done, (op, backend) in enumerate(served):
         # What others leave may be used: most take less than their part.
-        left = max(0.0, deadline - time.monotonic())
+        name, left = f"{op} on {backend}", deadline - time.monotonic()
+        if left <= 0:
+            print(f"{name}: left out, --total-seconds are over")
+            continue
         part = min(arguments.max_seconds, 3 * left / (len(served) - done))
-        name = f"{op} on {backend}"
         for row in until(FIGURES[op](backend, rounds), time.monotonic() + part, name):
             rows.append(judged(row, limit["copy GB/s"]))
         write(title, merged(rows, arguments, ("op", "backend", "case")), arguments)

@@ -200,7 +200,7 @@ PACKED_PLANTS = {
         "wrong result",
     ),
     "a block that comes first adds": (
-        Plant("split_sums.cuh", "1u) + 1 == splits", "1u) == 0"),
+        Plant("split_sums.cuh", "1u) + 1 == splits", "1u) + splits == splits"),
         "wrong result",
     ),
     "a ticket that is not given back": (
@@ -211,8 +211,8 @@ PACKED_PLANTS = {
         Plant(PACKED, "* x_sums[i][r];", "* x_sums[i][r ^ 1];"),
         "wrong result",
     ),
-    "a team's step twice": (
-        Plant(PACKED, "kRunSteps * (teams - 1) + 1", "kRunSteps * (teams - 1)"),
+    "a step left out": (
+        Plant(PACKED, "kRunSteps * (teams - 1) + 1", "kRunSteps * (teams - 1) + 2"),
         "wrong result",
     ),
     "a team left out": (
