@@ -278,7 +278,7 @@ PLANTS = {
         'shared array "shared".* out of bounds',
     ),
     "a block that comes first adds": (
-        Plant(SPLIT, "1u) + 1 == splits", "1u) + splits == splits"),
+        Plant(SPLIT, "1u) + 1 == splits", "1u) + 2 == splits"),
         "wrong result",
     ),
     "missing __syncwarp": (
