@@ -16,7 +16,7 @@ from compressops.formats.huffman import huffman_encode_reference, huffman_length
 from compressops.ops.winograd_transform import SUPPORTED
 
 sys.path.append(str(ROOT / "tests"))
-from winograd_cases import BOUNDS
+from winograd_bounds import BOUNDS
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_on_cpu import harness
-from winograd_cases import BOUNDS
+from winograd_bounds import BOUNDS
 
 from compressops.ops.winograd_domain import transform_weight
 from compressops.ops.winograd_transform import SUPPORTED

@@ -18,14 +18,6 @@ from compressops import backends
 from compressops.ops import winograd_domain as domain
 from compressops.ops.winograd_transform import SUPPORTED
 
-# Largest errors of the GPU kernels for outputs of about 1, by alpha: about twice what was seen. The
-# rounding of V to 16 bits counts for most of it, and one wrong product of many channels for more.
-BOUNDS = {
-    torch.float32: {4: 4e-6, 6: 1e-5, 8: 6e-5},
-    torch.float16: {4: 6e-3, 6: 6e-2, 8: 2e-1},
-    torch.bfloat16: {4: 5e-2, 6: 3e-1, 8: 1.2},
-}
-
 
 def direct(x, weight, bias, padding, groups, activation="none") -> torch.Tensor:
     """The convolution in float64 on a CPU. (torch's own forgets the bias of no channels at all.)"""
