@@ -93,7 +93,7 @@ Tensor bsr_int8_linear(const Tensor& x, const Tensor& values, const Tensor& crow
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
   const Activation activation = parse_activation(kOp, activation_name);
   const std::vector<float> biases = bias ? to_float(kOp, *bias, "bias") : std::vector<float>();
-  Tensor out = new_output(x, N);
+  Tensor out = new_output(kOp, "x", x, N);
   if (out.numel() == 0) return out;
   const Tensor dense = as_contiguous(x);
   const auto run = [&](const BsrWeight& weight) {

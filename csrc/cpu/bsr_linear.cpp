@@ -68,7 +68,7 @@ Tensor product(const char* op, const char* argument, const Tensor& x, const Tens
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, op, "bias",
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
   const std::vector<float> biases = bias ? to_float(op, *bias, "bias") : std::vector<float>();
-  Tensor out = new_output(x, transposed ? K : N);
+  Tensor out = new_output(op, argument, x, transposed ? K : N);
   if (out.numel() == 0) return out;
   const Tensor dense = as_contiguous(x);
   const float* offset = biases.empty() ? nullptr : biases.data();

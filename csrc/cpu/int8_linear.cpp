@@ -85,7 +85,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);
   const Activation activation = parse_activation(kOp, activation_name);
 
-  Tensor out = new_output(x, N);
+  Tensor out = new_output(kOp, "x", x, N);
   const int64_t M = N == 0 ? 0 : out.numel() / N;
   with_element_type(kOp, x, "x", [](auto*) {});
   const std::vector<float> biases = bias ? to_float(kOp, *bias, "bias") : std::vector<float>();
@@ -100,7 +100,8 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   const int8_t* panels_start = static_cast<const int8_t*>(packed.panels.const_data_ptr());
   const Int8LinearKernels& isa = kernels();
 
-  const int64_t q_stride = packed.k_blocks * kDepth;
+  // An odd number of cache lines: the rows of a block shall not share the sets of L1.
+  const int64_t padded = packed.k_blocks * kDepth, q_stride = (padded + 127) / 128 * 128 + 64;
   std::unique_ptr<uint8_t[]> q(new uint8_t[M * q_stride]);
   std::unique_ptr<RowScale[]> x_rows(new RowScale[M]);
 
@@ -109,35 +110,37 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, const Tensor& weight_s
     const T* input = static_cast<const T*>(dense_x.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());
     const Gelu gelu_kernel = gelu();
-    quantize_rows(input, M, K, q_stride, how, q.get(), q_stride,
+    quantize_rows(input, M, K, padded, how, q.get(), q_stride,
                   [&](int64_t m, RowScale row) { x_rows[m] = row; });
 
     // A task is up to 64 columns × up to 96 rows: its weights stay in L2 while its rows pass by.
-    constexpr int64_t kTaskRows = 16 * kMaxRows;
+    constexpr int64_t kTaskRows = 16 * kTile.rows;
+    const Int8Tile tile = M > kTile.rows && M <= kTallTile.rows ? kTallTile : kTile;
     const int64_t panels = (N + kColumns - 1) / kColumns;
-    const int64_t groups = (panels + kMaxPanels - 1) / kMaxPanels;
+    const int64_t groups = (panels + tile.panels - 1) / tile.panels;
     const int64_t row_tasks = (M + kTaskRows - 1) / kTaskRows;
     const int64_t task_work =
-        std::min(M, kTaskRows) * kMaxPanels * kColumns * std::max<int64_t>(1, K);
+        std::min(M, kTaskRows) * tile.panels * kColumns * std::max<int64_t>(1, K);
     const int64_t grain = std::max<int64_t>(1, (1 << 18) / task_work);
     torch::stable::parallel_for(0, groups * row_tasks, grain, [&](int64_t begin, int64_t end) {
       // GELU, and other types than float32, are made of finished rows of these.
-      alignas(64) float values[kMaxRows * kMaxPanels * kColumns];
+      static_assert(kTallTile.rows * kTallTile.panels <= kTile.rows * kTile.panels);
+      alignas(64) float values[kTile.rows * kTile.panels * kColumns];
       Int8Block block{};
       block.q_stride = q_stride, block.k_blocks = packed.k_blocks;
       block.one_zero = how.kind != Quantization::kAsymmetric;
       block.relu = activation == Activation::kRelu;
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t first_panel = task / row_tasks * kMaxPanels;
+        const int64_t first_panel = task / row_tasks * tile.panels;
         const int64_t part = task % row_tasks, n0 = first_panel * kColumns;
         // Evenly: 97 rows as 49 and 48.
         const int64_t first_row = part * M / row_tasks, end_row = (part + 1) * M / row_tasks;
         block.panels = panels_start + first_panel * packed.k_blocks * kColumns * kDepth;
-        block.panel_count = (int)std::min<int64_t>(kMaxPanels, panels - first_panel);
+        block.panel_count = (int)std::min<int64_t>(tile.panels, panels - first_panel);
         block.columns = std::min<int64_t>(block.panel_count * kColumns, N - n0);
         block.weight_sums = sums + n0, block.scales = scales + n0;
         block.bias = biases.empty() ? nullptr : biases.data() + n0;
-        const int64_t blocks = (end_row - first_row + kMaxRows - 1) / kMaxRows;
+        const int64_t blocks = (end_row - first_row + tile.rows - 1) / tile.rows;
         for (int64_t i = 0; i < blocks; ++i) {
           // Evenly: 8 rows as 4 and 4, not as 6 and 2.
           const int64_t m = first_row + i * (end_row - first_row) / blocks;

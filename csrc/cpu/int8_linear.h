@@ -19,10 +19,10 @@ struct Int8Block {
   int64_t q_stride;
   const RowScale* rows;
   bool one_zero;  // all rows have the first one's
-  int count;      // of rows, at most kMaxRows
+  int count;      // of rows, at most those of a tile that has so many panels
 
   const int8_t* panels;  // [panel_count][k_blocks][16][4]
-  int panel_count;       // at most kMaxPanels
+  int panel_count;
   int64_t k_blocks;
   int64_t columns;  // of them that there are, the last panel may have less than 16
   const int32_t* weight_sums;
@@ -39,8 +39,13 @@ struct Int8LinearKernels {
   void (*multiply)(const Int8Block& block);
 };
 
-constexpr int kMaxRows = 6;
-constexpr int kMaxPanels = 4;
+// Blocks of rows and panels that are multiplied at once.
+struct Int8Tile {
+  int rows, panels;
+};
+constexpr Int8Tile kTile = {6, 4};
+// For 7 and 8 rows, whose weights are then read once.
+constexpr Int8Tile kTallTile = {8, 3};
 
 const Int8LinearKernels& int8_linear_baseline();
 const Int8LinearKernels& int8_linear_avx2();

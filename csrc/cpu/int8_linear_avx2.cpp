@@ -66,7 +66,7 @@ void finish(const int32_t* sums, const Int8Block& block, int m) {
 }
 
 void multiply(const Int8Block& block) {
-  alignas(32) int32_t sums[2 * kMaxPanels * kColumns];
+  alignas(32) int32_t sums[2 * kTile.panels * kColumns];
   const int64_t stride = block.panel_count * kColumns;
   for (int m = 0; m < block.count; m += 2) {
     const uint8_t* q = block.q + m * block.q_stride;

@@ -2,25 +2,31 @@
 // For this file alone: everything below may use these instructions, and is called only where
 // features() says that the processor has them.
 #if defined(__clang__)
-#pragma clang attribute push(                                                          \
-    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), \
+#pragma clang attribute push(                                                                 \
+    __attribute__((target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw"))), \
     apply_to = function)
 #else
-#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")
+#pragma GCC target("avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prfchw")
 #endif
 
 // GCC 12 warns of its own _mm512_undefined_* (GCC bug 105593).
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+#include <math.h>
 
 #include "int8_linear.h"
 
 namespace compressops::cpu {
 namespace {
 
-// Rows × Panels accumulators stay in registers over the whole depth: 6 × 4 of the 32, with 4 for
-// the weights, so that every weight load serves 6 products and every broadcast 4.
+// How far ahead of its use a weight is fetched, by blocks that have the time: the first to pass
+// over a panel would wait for it otherwise. With fewer rows the caches' bandwidth is the limit.
+constexpr int64_t kAhead = 2048;
+constexpr int kAheadRows = 4;
+
+// Rows × Panels accumulators stay in registers over the whole depth: 6 × 4 or 8 × 3 of the 32, with
+// Panels for the weights, so that every weight load serves 6 products and every broadcast 4.
 template <int Rows, int Panels>
 void multiply_block(const Int8Block& block) {
   const uint8_t* q = block.q;
@@ -35,19 +41,25 @@ void multiply_block(const Int8Block& block) {
     const __m512i weight_sums = _mm512_maskz_loadu_epi32(lanes[p], block.weight_sums + 16 * p);
     // What the codes of 0.0 contribute is taken off first.
     const __m512i shift = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[0].zero));
-#pragma GCC unroll 6
+#pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) sums[m][p] = shift;
     if (!block.one_zero)
-#pragma GCC unroll 6
+#pragma GCC unroll 8
       for (int m = 1; m < Rows; ++m)
         sums[m][p] = _mm512_mullo_epi32(weight_sums, _mm512_set1_epi32(-block.rows[m].zero));
   }
+  // The products give the lines of the result time to come.
+  for (int m = 0; m < Rows; ++m)
+    for (int p = 0; p < Panels; ++p) __builtin_prefetch(block.y + m * block.y_stride + 16 * p, 1);
   for (int64_t b = 0; b < block.k_blocks; ++b) {
     __m512i w[Panels];
 #pragma GCC unroll 4
-    for (int p = 0; p < Panels; ++p)
-      w[p] = _mm512_loadu_si512(weight + p * panel_stride + b * kColumns * kDepth);
-#pragma GCC unroll 6
+    for (int p = 0; p < Panels; ++p) {
+      const int8_t* from = weight + p * panel_stride + b * kColumns * kDepth;
+      w[p] = _mm512_loadu_si512(from);
+      if constexpr (Rows >= kAheadRows) __builtin_prefetch(from + kAhead);
+    }
+#pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
       int four;
       __builtin_memcpy(&four, q + m * q_stride + b * kDepth, sizeof(four));
@@ -58,25 +70,28 @@ void multiply_block(const Int8Block& block) {
   }
   // Through memory: GCC would keep the sums there all along if what follows read them.
   alignas(64) int32_t stored[Rows][Panels][16];
-#pragma GCC unroll 6
+#pragma GCC unroll 8
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
     for (int p = 0; p < Panels; ++p) _mm512_store_si512(stored[m][p], sums[m][p]);
-  const __m512 none = _mm512_setzero_ps();
-  const __mmask16 clips = block.relu ? 0xffff : 0;
+  const __m512 least = _mm512_set1_ps(block.relu ? 0.0f : -INFINITY);
   for (int p = 0; p < Panels; ++p) {
     const __m512 scales = _mm512_maskz_loadu_ps(lanes[p], block.scales + 16 * p);
-    const __m512 bias =
-        block.bias == nullptr ? none : _mm512_maskz_loadu_ps(lanes[p], block.bias + 16 * p);
-#pragma GCC unroll 6
+    const __m512 bias = block.bias == nullptr
+                            ? _mm512_setzero_ps()
+                            : _mm512_maskz_loadu_ps(lanes[p], block.bias + 16 * p);
+#pragma GCC unroll 8
     for (int m = 0; m < Rows; ++m) {
       const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(block.rows[m].scale), scales);
       const __m512 exact = _mm512_cvtepi32_ps(_mm512_load_si512(stored[m][p]));
-      __m512 value = _mm512_fmadd_ps(exact, scale, bias);
-      // Not max, which would lose NaN.
-      value =
-          _mm512_mask_mov_ps(value, _mm512_mask_cmp_ps_mask(clips, value, none, _CMP_LT_OQ), none);
-      _mm512_mask_storeu_ps(block.y + m * block.y_stride + 16 * p, lanes[p], value);
+      // Of a NaN and a number, max gives its second operand.
+      const __m512 value = _mm512_max_ps(least, _mm512_fmadd_ps(exact, scale, bias));
+      float* y = block.y + m * block.y_stride + 16 * p;
+      if (lanes[p] == 0xffff) {
+        _mm512_storeu_ps(y, value);
+      } else {
+        _mm512_mask_storeu_ps(y, lanes[p], value);
+      }
     }
   }
 }
@@ -85,9 +100,13 @@ using Multiply = void (*)(const Int8Block&);
 
 template <int Panels>
 Multiply block_of(int rows) {
-  constexpr Multiply blocks[kMaxRows] = {multiply_block<1, Panels>, multiply_block<2, Panels>,
-                                         multiply_block<3, Panels>, multiply_block<4, Panels>,
-                                         multiply_block<5, Panels>, multiply_block<6, Panels>};
+  constexpr Multiply blocks[] = {multiply_block<1, Panels>, multiply_block<2, Panels>,
+                                 multiply_block<3, Panels>, multiply_block<4, Panels>,
+                                 multiply_block<5, Panels>, multiply_block<6, Panels>};
+  if constexpr (Panels <= kTallTile.panels) {
+    if (rows == 7) return multiply_block<7, Panels>;
+    if (rows == 8) return multiply_block<8, Panels>;
+  }
   return blocks[rows - 1];
 }
 

@@ -87,14 +87,21 @@ inline std::vector<float> to_float(const char* op, const Tensor& tensor, const c
 }
 
 // [..., N] for x of [..., K]; refuses sizes whose product overflows.
-inline Tensor new_output(const Tensor& x, int64_t N) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) sizes.push_back(x.size(i));
-  sizes.push_back(N);
-  // Not torch::stable::new_empty, which looks the op up by its name at each call.
+inline Tensor new_output(const char* op, const char* argument, const Tensor& x, int64_t N) {
+  std::vector<int64_t> sizes(x.dim()), strides(x.dim());
+  int64_t count = 1;
+  for (int64_t i = x.dim() - 1; i >= 0; --i) {
+    sizes[i] = i + 1 < x.dim() ? x.size(i) : N;
+    strides[i] = count;
+    COMPRESSOPS_CHECK(!__builtin_mul_overflow(count, std::max<int64_t>(1, sizes[i]), &count), op,
+                      argument, "of rows whose results have less than 2^63 elements", x);
+  }
+  // Not torch::stable::new_empty, which asks the dispatcher, and looks the op up by its name.
   AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(x.get(), sizes.data(), x.dim(), nullptr,
-                                                          nullptr, nullptr, 0, nullptr, &out));
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      x.dim(), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &out));
   return Tensor(out);
 }
 

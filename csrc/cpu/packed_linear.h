@@ -102,7 +102,7 @@ inline Tensor packed_linear(const PackedLinear& kind, const Tensor& x, const Ten
   const Activation activation = parse_activation(op, activation_name);
   const std::vector<float> biases = bias ? to_float(op, *bias, "bias") : std::vector<float>();
 
-  Tensor out = new_output(x, packed.N);
+  Tensor out = new_output(op, "x", x, packed.N);
   const int64_t M = packed.N == 0 ? 0 : out.numel() / packed.N;
   if (M == 0) return out;
 
