@@ -293,6 +293,8 @@ def _is_watched(args: tuple) -> bool:
         isinstance(value, torch.Tensor) and type(value) not in _PLAIN for value in args
     ):
         return True
-    return torch.is_grad_enabled() and any(
-        [value.requires_grad for value in args if type(value) in _PLAIN]
-    )
+    if torch.is_grad_enabled():
+        for value in args:  # faster than any() of a generator
+            if type(value) in _PLAIN and value.requires_grad:
+                return True
+    return False

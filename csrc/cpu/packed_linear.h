@@ -32,7 +32,7 @@ void finish_row(float* y, float scale, const float* bias, int64_t columns, Activ
 }
 
 // A task is a panel and up to so many rows: both stay in L2.
-constexpr int64_t kTaskRows = 16 * kPackedRows;
+constexpr int64_t kTaskRows = 128;
 
 template <typename Rows, typename T>
 void run(const Weight& weight, const T* x, int64_t M, const float* bias, Activation activation,
