@@ -31,8 +31,9 @@ class Case:
 
 CASES = [
     *(Case(m, k, n) for m in (0, 1, 7) for k in (0, 1, 5, 64) for n in (0, 1, 17)),
-    *(Case(m, 129, 67) for m in (1, 2, 5, 6, 13)),
+    *(Case(m, 129, 67) for m in (1, 2, 5, 6, 7, 8, 13)),
     *(Case(9, 36, n) for n in (15, 16, 31, 48, 63, 64, 65)),
+    *(Case(8, 36, n) for n in (16, 33, 47, 48, 49)),
     *(Case(9, k, 20) for k in (3, 4, 15, 16, 17, 31, 33)),
     *(Case(3, 40, 24, dtype) for dtype in (torch.float16, torch.bfloat16)),
     *(Case(3, 40, 24, activation=name) for name in ("relu", "gelu")),
@@ -292,5 +293,9 @@ def test_bad_arguments_are_named_with_their_value(name: str, native: bool) -> No
         with pytest.raises(ValueError, match="int8_linear: argument '") as error:
             op(**{**good, name: bad})
         assert "got" in str(error.value)
+    x, *rest = make(Case(0, 0, 5), torch.device("cpu"))
+    if co.backends.name("int8_linear", "cpu") == "cpu":
+        with pytest.raises(ValueError, match=r"argument 'x'.*2\^63 elements"):
+            co.ops.int8_linear(x.new_empty(2**62, 0), *rest)
     with pytest.raises(ValueError, match="int8_linear_pack: argument 'weight'"):
         co.ops.int8_linear_pack(torch.zeros(3, 4))
