@@ -200,6 +200,8 @@ void multiply_direct(const int8_t* q, int64_t q_stride, const uint8_t* packed, i
         for (int c = 1; c < kChains; ++c) sum = _mm512_add_epi32(sum, sums[c][r][j]);
         fold(sum, now.scales + 16 * j, y + r * kWidth + 16 * j);
       }
+    // GCC would keep a copy of y on the stack, and store all of it twice.
+    __asm__ volatile("" : : : "memory");
     now.scales += kWidth;
     if (now.zeros != nullptr) now.zeros += kWidth;
     ++now.shifts;
