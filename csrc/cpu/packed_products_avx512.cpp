@@ -154,8 +154,9 @@ void multiply_direct(const int8_t* q, int64_t q_stride, const uint8_t* packed, i
   constexpr int kInputs = 32 / Bits;  // in a word
   constexpr int kWidth = 16 * Vectors;
   constexpr int kParts = 8 / Bits;
-  // What memory sends in its latency; the next panel follows this one.
-  constexpr int kAhead = 8192;
+  // What memory sends in its latency; the next panel follows this one. With fewer rows the
+  // processor's own prefetchers are faster: it is the caches' bandwidth that limits them.
+  constexpr int kAhead = 8192, kAheadRows = 4;
   // Chains of products, of each sum: eight and more hide what one takes.
   constexpr int kChains = Rows * Vectors >= 8 ? 1 : Rows * Vectors >= 4 ? 2 : kParts;
   PackedGroups now = groups;
@@ -169,8 +170,9 @@ void multiply_direct(const int8_t* q, int64_t q_stride, const uint8_t* packed, i
       for (auto& row : sums[c])
         for (auto& sum : row) sum = _mm512_setzero_si512();
     for (int64_t k = start; k < end; k += kInputs, packed += kWidth * 4) {
-      __builtin_prefetch(packed + kAhead);
-      if constexpr (Vectors == 2) __builtin_prefetch(packed + kAhead + 64);
+      if constexpr (Rows >= kAheadRows)
+#pragma GCC unroll 2
+        for (int j = 0; j < Vectors; ++j) __builtin_prefetch(packed + kAhead + 64 * j);
       __m512i words[Vectors];
 #pragma GCC unroll 2
       for (int j = 0; j < Vectors; ++j) words[j] = _mm512_loadu_si512(packed + 64 * j);
