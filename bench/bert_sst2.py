@@ -2,10 +2,17 @@
 
     python bench/bert_sst2.py minilm_sst2                  # first: it is the others' teacher
     python bench/bert_sst2.py minilm_int8 minilm_ternary   # hours on few cores; resumes
+    python bench/bert_sst2.py minilm_ternary --ablation all --epochs 0.5
 
 "top1" is that of the file: it is saved, loaded into a model without weights, and classifies the
 sentences. "agree" are the percent of them to which the file gives the label that the model of the
-training gave, in floats that stand for integers. `compressops/zoo/sentiment.py` says what to
+training gave, in floats that stand for integers.
+
+``--ablation`` trains a recipe's student with some of its losses alone, all for the same number of
+epochs in one `Retrain`, and rounds everything from the start: "none" is cross-entropy with the
+labels and no teacher, "logits", "+ hidden" and "+ scores" add one loss each to the one before, and
+"LAT" is "+ scores" with loss-aware ternarization in the place of TWN's. Their "top1" is that of the
+training's model. `compressops/zoo/sentiment.py` says what to
 install.
 """
 
@@ -13,7 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -23,13 +30,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import compressops as co
-from compressops.compress.run import run_recipe
+from compressops.compress.run import compress, run_recipe
+from compressops.compress.stage import Stage
 from compressops.measure import evaluating
 from compressops.train.memory import keep_freed_memory
 from compressops.zoo.sentiment import Sentences
 
 TEACHER = "minilm_sst2"
-ROWS = (TEACHER, "minilm_int8", "minilm_ternary", "minilm_blocks")
+ROWS = (TEACHER, "minilm_int8", "minilm_int4", "minilm_ternary", "minilm_blocks")
+# How many of a recipe's losses are left, in their order.
+ABLATION = {"none": 0, "logits": 1, "+ hidden": 2, "+ scores": 3, "LAT": 3}
 
 
 def logits(model: nn.Module, dev: Sentences, size: int = 32) -> Tensor:
@@ -75,6 +85,39 @@ def run(name: str, workdir: Path) -> dict:
     }
 
 
+def ablated(recipe: co.Recipe, part: str, epochs: float) -> co.Recipe:
+    """``recipe`` with one short `Retrain` by some of its losses."""
+    stages = [stage for stage in recipe.stages if not isinstance(stage, co.Retrain)]
+    retrain = next(stage for stage in recipe.stages if isinstance(stage, co.Retrain))
+    losses = retrain.distill[: ABLATION[part]]
+    if part == "LAT":
+        stages = [loss_aware(stage) for stage in stages]
+    last = replace(retrain, epochs=epochs, distill=losses, ce_weight=0.0 if losses else 1.0)
+    return replace(recipe, stages=(*stages, last))
+
+
+def loss_aware(stage: Stage) -> Stage:
+    if not isinstance(stage, co.Quantize):
+        return stage
+    number = replace(stage.number, threshold=None)
+    # A sort of all weights a step would take as long as the step.
+    return replace(stage, number=number, loss_aware=True, solver="alternating")
+
+
+def run_ablation(name: str, part: str, epochs: float, workdir: Path) -> dict:
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = ablated(co.Recipe.from_yaml(path), part, epochs)
+    model, train, dev, teacher = recipe.load()
+    result = compress(model, recipe, train, dev, teacher, workdir)
+    return {
+        "row": f"{name}, {part}",
+        "recipe": f"recipes/{path.name}, then {recipe.stages[-1]}",
+        "epochs": epochs,
+        "top1": result.table[-1].top1,
+        "stages": [asdict(stage) for stage in result.table],
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("rows", nargs="+", choices=ROWS)
@@ -82,20 +125,28 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=ROOT / "runs" / "bert")
     parser.add_argument("--out", type=Path, default=RESULTS / "bert_sst2.json")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--ablation", nargs="+", choices=[*ABLATION, "all"], default=[])
+    parser.add_argument("--epochs", type=float, default=0.5, help="of each row of the ablation")
     parser.set_defaults(rounds=1)
     arguments = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     arguments.workdir.mkdir(parents=True, exist_ok=True)
+    parts = list(ABLATION) if "all" in arguments.ablation else arguments.ablation
     for name in arguments.rows:
-        found = context(arguments) | run(name, arguments.workdir)
-        before = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
-        rows = [row for row in before if row["row"] != name] + [found]
-        arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
-        print(
-            f"{name}: top-1 {found['top1']:.2f}, agrees {found['agree']:.2f}, "
-            f"{found['file_bytes']:,} bytes"
-        )
+        if not parts:
+            keep(arguments, run(name, arguments.workdir))
+        for part in parts:
+            keep(arguments, run_ablation(name, part, arguments.epochs, arguments.workdir))
+
+
+def keep(arguments: argparse.Namespace, row: dict) -> None:
+    """Put a row into the file of results, in the place of an older one."""
+    before = json.loads(arguments.out.read_text()) if arguments.out.exists() else []
+    rows = [other for other in before if other["row"] != row["row"]] + [context(arguments) | row]
+    arguments.out.write_text(json.dumps(rows, indent=1) + "\n")
+    size = f", {row['file_bytes']:,} bytes" if "file_bytes" in row else ""
+    print(f"{row['row']}: top-1 {row['top1']:.2f}{size}", flush=True)
 
 
 if __name__ == "__main__":

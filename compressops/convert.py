@@ -11,8 +11,10 @@ from torch import nn
 from compressops import fusion, kernels
 from compressops import plan as plans
 from compressops.calibrate import Calibrate
+from compressops.compress.activations import input_quantizer
 from compressops.conversion import Conversion
 from compressops.measure import as_normal, normal_tensors
+from compressops.nn import AttentionQuantizer, attention
 from compressops.nn.weight import check_residency
 from compressops.plan import Config, naming
 from compressops.registry import is_layer, targets
@@ -131,8 +133,12 @@ def from_packed(
     job = Conversion(model, check_residency(residency), "speed")
     layers = dict(model.named_modules(remove_duplicate=False))
     known = targets()
+    rounding: dict[str, AttentionQuantizer] = {}
     for name, entry in modules.items():
         kind = entry["config"].get("type")
+        if kind == AttentionQuantizer.__name__:
+            rounding[name] = _attention_quantizer(name, entry, layers)
+            continue
         if name not in layers:
             raise ValueError(f"layer {name!r} does not exist in the {type(model).__name__}")
         with naming(name):
@@ -140,4 +146,21 @@ def from_packed(
                 raise ValueError(f"unknown module type {kind!r}; known: {', '.join(sorted(known))}")
             job.load(name, layers[name], known[kind], dict(entry["config"]), dict(entry["packed"]))
     fusion.settle_loaded(job)
-    return job.finish(inplace)
+    result = job.finish(inplace)
+    for name, quantizer in rounding.items():
+        attention.attach(result.get_submodule(name.rpartition(".")[0]), quantizer)
+    if rounding:
+        attention.switch(result)
+    return result
+
+
+def _attention_quantizer(
+    name: str, entry: Mapping[str, Any], layers: Mapping[str, nn.Module]
+) -> AttentionQuantizer:
+    """The quantizer of this name in a file, to be attached to a layer of the model."""
+    owner, _, child = name.rpartition(".")
+    if child != "attention_quantizer" or owner not in layers:
+        raise ValueError(f"layer {owner!r} for {name!r} does not exist in the model")
+    with naming(name):
+        specs = AttentionQuantizer.specs(entry["config"])
+        return AttentionQuantizer(**{part: input_quantizer(spec) for part, spec in specs.items()})

@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from compressops.model_state import packed_modules
+from compressops.nn import AttentionQuantizer
 from compressops.nn.weight import check_residency
 from compressops.serialize import inspect, load, save
 
@@ -79,7 +80,9 @@ class CompressopsQuantizer(HfQuantizer):
         self.path = checkpoint_files[0]
         self.layers: dict[str, nn.Module] = {}
         present = dict(model.named_modules(remove_duplicate=False))
-        for name in inspect(self.path).modules:
+        for name, config in inspect(self.path).modules.items():
+            if config["type"] == AttentionQuantizer.__name__:
+                continue
             if name not in present or not name:
                 raise ValueError(
                     f"{self.path} does not fit the model: layer {name!r} does not exist in the "

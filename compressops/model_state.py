@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressops.formats.packed import PackedTensor
+from compressops.nn.attention import AttentionQuantizer
 from compressops.nn.fused import Fused
 from compressops.nn.winograd_conv import WinogradConv
 
 _SHOWN = 5
+_CONFIGURED = (WinogradConv, Fused, AttentionQuantizer)
 
 
 def join(module: str, name: str) -> str:
@@ -28,12 +30,13 @@ def packed_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 def configured_modules(model: nn.Module) -> list[tuple[str, Any]]:
     """The modules of whose configuration a file keeps a record: the packed ones, those that run
-    another kernel on a float weight, and those that stand for a fused activation."""
+    another kernel on a float weight, those that stand for a fused activation, and those that round
+    what attention multiplies."""
     named = model.named_modules(remove_duplicate=False)
     return [
         (name, module)
         for name, module in named
-        if hasattr(module, "packed_tensors") or isinstance(module, WinogradConv | Fused)
+        if hasattr(module, "packed_tensors") or isinstance(module, _CONFIGURED)
     ]
 
 
@@ -46,7 +49,7 @@ def plain_state(model: nn.Module) -> dict[str, Any]:
         for packed in module.packed_tensors().values()
         for part in packed.parts.values()
     }
-    prefixes = tuple(join(name, "") for name, _ in owners)
+    prefixes = tuple(join(name, "") for name, _ in configured_modules(model))
     return {
         name: value
         for name, value in model.state_dict(keep_vars=True).items()

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from compressops.formats import BlockSparse, Int, LowRank, Number, Ternary
 from compressops.nn import (
+    AttentionQuantizer,
     BlockSparseConv2d,
     BlockSparseInt8Linear,
     BlockSparseLinear,
@@ -96,9 +97,10 @@ def _unless(accepts: Callable[[Plan], bool]) -> Callable[[Plan], str | None]:
 
 def targets() -> dict[str, type[nn.Module]]:
     """Class name to module, of all that a file may name: the packed modules of all rules, the
-    layers that run another kernel on a float weight, and what stands for a fused activation."""
-    found = (*(rule.target for rule in _rules), WinogradConv1d, WinogradConv2d, Fused)
-    return {target.__name__: target for target in found}
+    layers that run another kernel on a float weight, what stands for a fused activation, and what
+    rounds the operands of an attention."""
+    others = (WinogradConv1d, WinogradConv2d, Fused, AttentionQuantizer)
+    return {target.__name__: target for target in (*(rule.target for rule in _rules), *others)}
 
 
 def rules_for(source: type[nn.Module], plan: Plan | None = None) -> list[Rule]:

@@ -1,5 +1,6 @@
 """Lossy compression by parametrizations, and the recipes that chain it."""
 
+from compressops.compress.attention import QuantizeAttention
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
 from compressops.compress.lowrank import Factorize
@@ -19,6 +20,7 @@ __all__ = [
     "Factorize",
     "Prune",
     "Quantize",
+    "QuantizeAttention",
     "Recipe",
     "Result",
     "Retrain",

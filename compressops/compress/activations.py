@@ -1,4 +1,4 @@
-"""Quantizers of layers' inputs: one range for all, or each row's own."""
+"""Quantizers of what layers and attention multiply: one range for all, or each row's own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compressops.compress import checks
 from compressops.compress.parametrizations import _StraightThrough
 from compressops.formats.groupwise import Int
-from compressops.formats.number import Number
+from compressops.formats.number import FixedPoint, Number
+from compressops.formats.registry import check_fraction, shown
+from compressops.formats.ternary import Ternary
 from compressops.ops.int8_linear import quantize_x
 
 RANGES = ("running", "rows")
@@ -20,7 +23,7 @@ class InputQuantizer(nn.Module):
 
     Args:
         number: a member of the number axis.
-        momentum: weight of a batch in the running minimum and maximum.
+        momentum: weight of a batch in the running minimum and maximum, in [0, 1).
 
     Shape: any float tensor to the same shape and dtype. Until a range was observed the input
     passes unchanged. In training mode each call moves the range.
@@ -29,7 +32,7 @@ class InputQuantizer(nn.Module):
     def __init__(self, number: Number, momentum: float = 0.1) -> None:
         super().__init__()
         self.number = number
-        self.momentum = momentum
+        self.momentum = check_fraction("InputQuantizer", "momentum", momentum, 0, 1)
         # (minimum, maximum), and whether they were ever observed.
         self.register_buffer("range", torch.zeros(2))
         self.register_buffer("observed", torch.zeros((), dtype=torch.bool))
@@ -113,10 +116,51 @@ class _RoundRows(torch.autograd.Function):
         return grad, None
 
 
+def check_inputs(argument: str, number: Number | None, ranges: str) -> None:
+    """Refuse a number that inputs cannot have, or cannot have with these ranges.
+
+    Raises:
+        TypeError: ``number`` is none.
+        ValueError: it is one of weights alone, or ``ranges`` is unknown or needs another.
+    """
+    checks.choice("ranges", ranges, RANGES)
+    if number is None and ranges != "rows":
+        return
+    if ranges == "rows" and not isinstance(number, Int):
+        raise ValueError(f"ranges='rows' needs {argument}=Int(…), got {number}")
+    if not isinstance(number, Number):
+        known = ", ".join(sorted(Number.members))
+        raise TypeError(f"{argument} must be one of {known}, got {number!r}")
+    if isinstance(number, Ternary):
+        raise ValueError(f"{argument}={number}: inputs cannot be ternary")
+    if isinstance(number, FixedPoint) and number.integer_bits is None:
+        raise ValueError(
+            f"{argument}={number} needs integer_bits; DynamicFixedPoint fits them by layer"
+        )
+    if isinstance(number, Int) and number.group_size is not None:
+        raise ValueError(f"{argument}={number}: inputs have one range, group_size must be None")
+
+
+def quantizer(number: Number, ranges: str) -> InputQuantizer | RowQuantizer:
+    """A quantizer with one of `RANGES`."""
+    return RowQuantizer(number) if ranges == "rows" else InputQuantizer(number)
+
+
 def input_quantizer(spec: dict[str, Any]) -> InputQuantizer | RowQuantizer:
-    """The quantizer whose ``get_extra_state`` was ``spec``; its range is not part of that."""
+    """The quantizer whose ``get_extra_state`` was ``spec``; its range is not part of that.
+
+    Raises:
+        ValueError: ``spec`` describes none.
+    """
+    keys = set(spec) if isinstance(spec, dict) else set()
+    if keys not in ({"number", "ranges"}, {"number", "momentum"}):
+        raise ValueError(f"an input quantizer has number and momentum or ranges, got {shown(spec)}")
     number = Number.from_spec(spec["number"])
-    return RowQuantizer(number) if "ranges" in spec else InputQuantizer(number, spec["momentum"])
+    ranges = spec.get("ranges", "running")
+    check_inputs("number", number, ranges)
+    if ranges == "rows":
+        return RowQuantizer(number)
+    return InputQuantizer(number, spec["momentum"])
 
 
 def attach_input_quantizer(
@@ -130,8 +174,7 @@ def attach_input_quantizer(
     if not hasattr(module, "input_quantizer"):
         module.register_forward_pre_hook(quantize_first_input)
     weight = module.parametrizations["weight"].original
-    quantizer = RowQuantizer(number) if ranges == "rows" else InputQuantizer(number)
-    module.input_quantizer = quantizer.to(weight.device)
+    module.input_quantizer = quantizer(number, ranges).to(weight.device)
     module.input_quantizer.train(module.training)
     return module.input_quantizer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressops.compress import checks
-from compressops.compress.activations import RANGES, attach_input_quantizer
+from compressops.compress.activations import attach_input_quantizer, check_inputs
 from compressops.compress.parametrizations import FakeQuantize, find, input_of, register
 from compressops.compress.retrain import Retrain
 from compressops.compress.select import select, tied_groups
@@ -64,12 +64,9 @@ class Quantize(Stage):
 
     def __post_init__(self) -> None:
         if not isinstance(self.number, Number):
-            raise TypeError(f"number must be one of {_known()}, got {self.number!r}")
-        if self.activations is not None:
-            _check_activations(self.activations)
-        checks.choice("ranges", self.ranges, RANGES)
-        if self.ranges == "rows" and not isinstance(self.activations, Int):
-            raise ValueError(f"ranges='rows' needs activations=Int(…), got {self.activations}")
+            known = ", ".join(sorted(Number.members))
+            raise TypeError(f"number must be one of {known}, got {self.number!r}")
+        check_inputs("activations", self.activations, self.ranges)
         checks.choice("solver", self.solver, ("exact", "alternating"))
         if not isinstance(self.loss_aware, bool):
             raise TypeError(f"loss_aware must be True or False, got {self.loss_aware!r}")
@@ -93,6 +90,10 @@ class Quantize(Stage):
         if self.refit != "auto":
             return self.refit
         return "step" if isinstance(self.number, (Int, Ternary)) else "never"
+
+    @property
+    def observes(self) -> int:
+        return self.calibration if self.activations and self.ranges == "running" else 0
 
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         found = select(model, self.layers, self.exclude)
@@ -188,20 +189,3 @@ class Refit:
 
 def _is_nearest(number: Number) -> bool:
     return isinstance(number, Ternary) and number.threshold is None
-
-
-def _check_activations(number: Number) -> None:
-    if not isinstance(number, Number):
-        raise TypeError(f"activations must be one of {_known()}, got {number!r}")
-    if isinstance(number, Ternary):
-        raise ValueError(f"activations={number}: inputs cannot be ternary")
-    if isinstance(number, FixedPoint) and number.integer_bits is None:
-        raise ValueError(
-            f"activations={number} needs integer_bits; DynamicFixedPoint fits them by layer"
-        )
-    if isinstance(number, Int) and number.group_size is not None:
-        raise ValueError(f"activations={number}: inputs have one range, group_size must be None")
-
-
-def _known() -> str:
-    return ", ".join(sorted(Number.members))

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor, nn
 
+from compressops.compress.attention import QuantizeAttention
 from compressops.compress.encode import Encode
 from compressops.compress.equalize import Equalize
 from compressops.compress.lowrank import Factorize
@@ -32,7 +33,7 @@ from compressops.zoo.registry import build_data, build_model
 VERSION = 1
 STAGES: dict[str, type[Stage]] = {
     stage.__name__: stage
-    for stage in (Encode, Equalize, Factorize, Prune, Quantize, Retrain, Round)
+    for stage in (Encode, Equalize, Factorize, Prune, Quantize, QuantizeAttention, Retrain, Round)
 }
 # The fields whose value is a member of an axis, {TypeName: {field: …}} in YAML.
 _AXES: dict[str, type[Axis]] = {
@@ -48,8 +49,8 @@ class Recipe:
     """What to do to a model, stage by stage.
 
     Args:
-        stages: `Factorize`, `Prune`, `Equalize`, `Quantize`, `Retrain`, `Round`, `Encode`, in
-            order.
+        stages: `Factorize`, `Prune`, `Equalize`, `Quantize`, `QuantizeAttention`, `Retrain`,
+            `Round`, `Encode`, in order.
         version: of the recipe's form; 1.
         model, data: names from the zoo with their arguments, as ``{"CifarNet": {…}}``, so that a
             file says all that its run needs; ``None`` where the caller brings them.
@@ -164,10 +165,8 @@ class Recipe:
                     raise ValueError(f"{where} needs train_data")
                 if stage.distill and teacher is None:
                     raise ValueError(f"{where} distils, which needs a teacher")
-            if isinstance(stage, Quantize) and stage.activations and train_data is None:
-                raise ValueError(
-                    f"{where}: activations={stage.activations} needs train_data to find ranges"
-                )
+            if stage.observes and train_data is None:
+                raise ValueError(f"{where}: ranges='running' needs train_data to find ranges")
             if isinstance(stage, Factorize) and stage.calibration and train_data is None:
                 raise ValueError(f"{where}: calibration={stage.calibration} needs train_data")
             try:

@@ -18,7 +18,7 @@ from compressops.compress.activations import InputQuantizer
 from compressops.compress.identity import data_key, hash_json, model_key
 from compressops.compress.lowrank import Factorize
 from compressops.compress.prune import Prune
-from compressops.compress.quantize import Quantize, Refit
+from compressops.compress.quantize import Refit
 from compressops.compress.recipe import Recipe, stage_fields
 from compressops.compress.retrain import Retrain
 from compressops.compress.sharding import check_whole
@@ -230,8 +230,8 @@ class _Run:
             self.history.append([])
         else:
             stage.attach(self.model)
-            if isinstance(stage, Quantize) and stage.activations and stage.ranges == "running":
-                self.calibrate(stage)
+            if stage.observes:
+                self.calibrate(stage.observes)
             self.history.append([])
         self.finish(number, stage.label, began, self.rows[-1] if stage.lossless else None)
 
@@ -267,12 +267,12 @@ class _Run:
         return found
 
     @torch.no_grad()
-    def calibrate(self, stage: Quantize) -> None:
+    def calibrate(self, count: int) -> None:
         """Let every new input quantizer see some batches of training data."""
         quantizers = [m for m in self.model.modules() if isinstance(m, InputQuantizer)]
         for quantizer in quantizers:
             quantizer.train()
-        for batch in self.batches(stage.calibration):
+        for batch in self.batches(count):
             call(self.model, batch)
         self.model.eval()
 

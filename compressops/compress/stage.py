@@ -40,6 +40,11 @@ class Stage:
     # The field that YAML may give as a bare {TypeName: {…}}.
     main_field: ClassVar[str | None] = None
 
+    @property
+    def observes(self) -> int:
+        """Batches of training data that its quantizers' ranges start from."""
+        return 0
+
     def validate(self, model: nn.Module, later: Sequence[Stage]) -> None:
         """Raise ValueError if the stage cannot work on ``model`` (before any work is done)."""
 

@@ -1,5 +1,6 @@
 """Drop-in modules: those that hold packed weights, and convolutions that run as Winograd's."""
 
+from compressops.nn.attention import AttentionQuantizer
 from compressops.nn.base import PackedModule
 from compressops.nn.block_sparse import (
     BlockSparseConv2d,
@@ -19,6 +20,7 @@ from compressops.nn.winograd import Winograd
 from compressops.nn.winograd_conv import WinogradConv1d, WinogradConv2d
 
 __all__ = [
+    "AttentionQuantizer",
     "BlockSparseConv2d",
     "BlockSparseInt8Linear",
     "BlockSparseLinear",
