@@ -115,6 +115,7 @@ def from_packed(
     residency: str = "decoded",
     *,
     inplace: bool = False,
+    after_each: Callable[[], None] = lambda: None,
 ) -> nn.Module:
     """Put packed modules into a float model: the second half of `load`.
 
@@ -122,6 +123,7 @@ def from_packed(
         model: a model of the architecture that was saved.
         modules: layer name to ``{"config": get_config(), "packed": packed_tensors()}``.
         residency, inplace: as in `convert`.
+        after_each: called when a module was made.
 
     Returns:
         The model with packed modules; biases and all else are still those of ``model``.
@@ -145,6 +147,7 @@ def from_packed(
             if kind not in known:
                 raise ValueError(f"unknown module type {kind!r}; known: {', '.join(sorted(known))}")
             job.load(name, layers[name], known[kind], dict(entry["config"]), dict(entry["packed"]))
+        after_each()
     fusion.settle_loaded(job)
     result = job.finish(inplace)
     for name, quantizer in rounding.items():

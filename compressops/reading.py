@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compressops import ops
 from compressops.formats import pools
-from compressops.formats.container import CorruptFileError, Entry, digest, read_header
+from compressops.formats.container import CorruptFileError, Entry, Header, digest, read_header
 from compressops.formats.manifest import Manifest, check_work, naming, opened, read_manifest
 from compressops.formats.packed import PackedTensor
 
@@ -34,6 +34,7 @@ class Contents:
         modules: configs of the packed modules, by module name.
         format_version: of the file.
         file_bytes: its size.
+        mapping: of the file, if the tensors are parts of it.
     """
 
     tensors: dict[str, Tensor]
@@ -42,6 +43,18 @@ class Contents:
     modules: dict[str, dict[str, Any]]
     format_version: int
     file_bytes: int
+    mapping: mmap.mmap | None = None
+
+    def release(self) -> None:
+        """Give back to the system what is in memory of a mapped file and was not written to since:
+        it comes from the file again when it is read. For while nobody else has the tensors."""
+        _release(self.mapping)
+
+    def settle(self) -> None:
+        """`release`, and let the system read what is asked for from now on, and nothing around."""
+        self.release()
+        if self.mapping is not None and hasattr(mmap, "MADV_RANDOM"):
+            self.mapping.madvise(mmap.MADV_RANDOM)
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ def read(
     max_entries: Mapping[str, int] | None = None,
     *,
     decode: bool | Callable[[dict[str, Any]], bool] = True,
+    mmap: bool = False,
 ) -> Contents:
     """Read a file written by `serialize.write` and check everything, what it decodes to included.
 
@@ -76,6 +90,7 @@ def read(
         decode: ``False`` leaves out what packed tensors decode to, but for pools: every stored
             byte is checked all the same. A function is asked for each module that holds one, by
             its config; what no module holds is decoded.
+        mmap: leave stored bytes in the file, mapped; what is written to them is not in the file.
 
     Raises:
         CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
@@ -90,10 +105,11 @@ def read(
         manifest = read_manifest(file, header)
         check_work(header, manifest, limits)
         decoded = _decoded(manifest, decode)
+        mapping = _map(file, size) if mmap else None
         for entry in manifest.entries:
             name, pool = entry.name, manifest.pools.get(entry.name)
             # Read one by one: the file is never held twice.
-            data = _read_bytes(file, entry)
+            data = _read_bytes(file, entry) if mapping is None else _part(mapping, header, entry)
             try:
                 with naming(name):
                     if name in manifest.plain:
@@ -102,7 +118,7 @@ def read(
                     else:
                         _check_hash("stored", data, manifest.encoded[name])
                         found = PackedTensor.from_blob(
-                            manifest.packed[name], _tensor(data, entry), limits.get(name)
+                            manifest.packed[name], _tensor(data, entry), limits.get(name), not mmap
                         )
                         if name in decoded or pool is not None:
                             dense = found.unpack(ops.DECODER)
@@ -110,6 +126,7 @@ def read(
             except CorruptFileError as error:
                 problems.append(CorruptFileError(str(error), pool or [name]))
                 continue
+            _release(mapping)
             if pool is not None:
                 tensors |= pools.split(dense, pool)
             elif name in manifest.plain:
@@ -120,7 +137,7 @@ def read(
             names = [name for problem in problems for name in problem.tensors]
             raise CorruptFileError("; ".join(map(str, problems)), names)
     return Contents(
-        tensors, packed, manifest.aliases, manifest.modules, manifest.format_version, size
+        tensors, packed, manifest.aliases, manifest.modules, manifest.format_version, size, mapping
     )
 
 
@@ -173,6 +190,20 @@ def _read_bytes(file: BinaryIO, entry: Entry) -> memoryview:
     if file.readinto(data) != size:
         raise CorruptFileError(f"ends inside tensor {entry.name!r}", [entry.name])
     return data
+
+
+def _map(file: BinaryIO, size: int) -> mmap.mmap:
+    # Private: tensors can be written to, and the file stays as it is.
+    return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+
+
+def _part(mapping: mmap.mmap, header: Header, entry: Entry) -> memoryview:
+    return memoryview(mapping)[header.size + entry.begin : header.size + entry.end]
+
+
+def _release(mapping: mmap.mmap | None) -> None:
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def _tensor(data: memoryview, entry: Entry) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from compressops.formats import BlockSparse, Int, LowRank, Number, Ternary
+from compressops.formats import BlockSparse, Int, LowRank, Number, Raw, Ternary
 from compressops.nn import (
     AttentionQuantizer,
     BlockSparseConv2d,
@@ -18,6 +18,7 @@ from compressops.nn import (
     Int4Linear,
     Int8Conv2d,
     Int8Linear,
+    IntEmbedding,
     LowRankConv2d,
     LowRankInt8Linear,
     LowRankLinear,
@@ -199,6 +200,13 @@ def _refuses_int8_conv(plan: Plan) -> str | None:
     return why
 
 
+def _refuses_int_embedding(plan: Plan) -> str | None:
+    whys = _on_integers(IntEmbedding, lambda n: isinstance(n, Int), rounds_inputs=False)(plan)
+    if whys is None and not isinstance(plan.coding, Raw):
+        return f"IntEmbedding not used: look-ups need codes of one length, got {plan.coding}"
+    return whys
+
+
 def _refuses_low_rank(target: type[PackedModule]) -> Callable[[Plan], str | None]:
     def refuses(plan: Plan) -> str | None:
         why = target.refusal(plan.layout, plan.shape, plan.groups)
@@ -268,6 +276,7 @@ register(nn.Linear, LowRankInt8Linear, refuses=_refuses_low_rank_int8, runs_dens
 register(WinogradConv1d, PackedConv1d)
 register(WinogradConv2d, PackedConv2d)
 register(nn.Embedding, PackedEmbedding)
+register(nn.Embedding, IntEmbedding, refuses=_refuses_int_embedding, runs_dense=False)
 register(
     nn.Embedding,
     TernaryEmbedding,

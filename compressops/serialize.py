@@ -194,6 +194,7 @@ def load(
     residency: str = "decoded",
     *,
     inplace: bool = False,
+    mmap: bool = False,
 ) -> nn.Module:
     """Load a saved model: ``model``'s architecture with the packed modules and state of the file.
 
@@ -207,6 +208,10 @@ def load(
             their module computes with the codes, every stored byte is checked; what the file says
             of their values is left to `verify`.
         inplace: change ``model`` itself.
+        mmap: leave in the file what the modules keep of it, mapped, as the safetensors library and
+            ``torch.load(mmap=True)`` do: what is not used takes no memory. The file must stay as it
+            is for as long as the model lives (`save` and a removal do not touch it; a process that
+            shortens it in place would end this one).
 
     Raises:
         CorruptFileError: the file is not what was saved; lists every tensor that is wrong.
@@ -221,7 +226,7 @@ def load(
     float_model = model if isinstance(model, nn.Module) else model()
     weights = weights_of(float_model)
     limits = {name: weight.numel() for name, weight in weights.items()}
-    contents = read(path, limits, decode=residency != "packed" and _needs_floats)
+    contents = read(path, limits, decode=residency != "packed" and _needs_floats, mmap=mmap)
     packed = contents.packed | {
         alias: contents.packed[name]
         for alias, name in contents.aliases.items()
@@ -237,13 +242,15 @@ def load(
         for name, tensor in packed.items():
             if name in weights:
                 check_fit(name, tensor, weights[name])
-        loaded = from_packed(float_model, modules, residency, inplace=inplace)
+        each = contents.release
+        loaded = from_packed(float_model, modules, residency, inplace=inplace, after_each=each)
         plain = contents.tensors | {
             alias: contents.tensors[name]
             for alias, name in contents.aliases.items()
             if name in contents.tensors
         }
         load_plain_state(loaded, plain)
+        contents.settle()
     except ValueError as error:
         raise ValueError(f"{os.fspath(path)} does not fit the model: {error}") from error
     kernels.prepare(loaded)
@@ -253,11 +260,10 @@ def load(
 def _needs_floats(config: dict[str, Any]) -> bool:
     """Whether a module of this config keeps its weight as floats, and not as codes."""
     # The modules of all formats take most of the package along.
-    from compressops.nn.kernel_weight import KernelWeight
     from compressops.registry import targets
 
     kind = getattr(targets().get(config["type"]), "weight_type", None)
-    return kind is None or not issubclass(kind, KernelWeight)
+    return kind is None or kind.keeps_floats
 
 
 def _identity(tensor: Tensor | PackedTensor) -> Any:

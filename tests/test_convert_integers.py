@@ -19,6 +19,7 @@ from compressops.formats import Huffman, Int, LowRank, Number, Ternary
 from compressops.nn import (
     Int4Linear,
     Int8Linear,
+    IntEmbedding,
     LowRankLinear,
     PackedEmbedding,
     PackedLinear,
@@ -134,7 +135,7 @@ def test_a_trained_layer_keeps_its_function_unless_asked(number: Number, linear:
     assert type(kept.hidden) is PackedLinear
     assert f"{number} asks for it" in kept.conversion_notes["hidden"].why
     # An embedding has no activations to be rounded.
-    embedding = TernaryEmbedding if linear is TernaryLinear else PackedEmbedding
+    embedding = TernaryEmbedding if linear is TernaryLinear else IntEmbedding
     assert type(kept.embedding) is embedding
     asked = convert(model, number, prefer="size")
     assert type(asked.hidden) is linear

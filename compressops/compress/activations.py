@@ -109,14 +109,17 @@ class _RoundRows(torch.autograd.Function):
             q, scales, zeros = quantize_x(x, symmetric=number.symmetric)
             return ((q.float() - zeros) * scales).to(x.dtype)
         rows = x.reshape(-1, x.shape[-1])
-        return number.fake_quantize(rows, number.fit(rows)).view_as(x)
+        finite = rows.isfinite().all(1, keepdim=True)
+        rows = torch.where(finite, rows, 0.0)
+        rounded = number.fake_quantize(rows, number.fit(rows))
+        return torch.where(finite, rounded, torch.nan).view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
-def check_inputs(argument: str, number: Number | None, ranges: str) -> None:
+def check_inputs(argument: str, number: Number, ranges: str) -> None:
     """Refuse a number that inputs cannot have, or cannot have with these ranges.
 
     Raises:
@@ -124,8 +127,6 @@ def check_inputs(argument: str, number: Number | None, ranges: str) -> None:
         ValueError: it is one of weights alone, or ``ranges`` is unknown or needs another.
     """
     checks.choice("ranges", ranges, RANGES)
-    if number is None and ranges != "rows":
-        return
     if ranges == "rows" and not isinstance(number, Int):
         raise ValueError(f"ranges='rows' needs {argument}=Int(…), got {number}")
     if not isinstance(number, Number):

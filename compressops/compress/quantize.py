@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compressops.compress import checks
-from compressops.compress.activations import attach_input_quantizer, check_inputs
+from compressops.compress.activations import RANGES, attach_input_quantizer, check_inputs
 from compressops.compress.parametrizations import FakeQuantize, find, input_of, register
 from compressops.compress.retrain import Retrain
 from compressops.compress.select import select, tied_groups
@@ -66,7 +66,9 @@ class Quantize(Stage):
         if not isinstance(self.number, Number):
             known = ", ".join(sorted(Number.members))
             raise TypeError(f"number must be one of {known}, got {self.number!r}")
-        check_inputs("activations", self.activations, self.ranges)
+        if self.activations is not None or self.ranges == "rows":
+            check_inputs("activations", self.activations, self.ranges)
+        checks.choice("ranges", self.ranges, RANGES)
         checks.choice("solver", self.solver, ("exact", "alternating"))
         if not isinstance(self.loss_aware, bool):
             raise TypeError(f"loss_aware must be True or False, got {self.loss_aware!r}")

@@ -121,6 +121,7 @@ def parts_of_blob(
     blob: Tensor,
     sizes: dict[str, int],
     expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]],
+    copy: bool = True,
 ) -> dict[str, Tensor]:
     """The parts that stand in a blob one after the other, of these ``sizes`` in bytes, and of the
     ``expected`` dtypes and shapes (None: a vector).
@@ -134,7 +135,8 @@ def parts_of_blob(
         if chunk.numel() % dtype.itemsize:
             raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
         # Cloned, so that it is aligned and does not keep the whole file in memory.
-        part = chunk.clone().view(dtype)
+        aligned = not chunk.data_ptr() % dtype.itemsize
+        part = (chunk if aligned and not copy else chunk.clone()).view(dtype)
         if shape is not None and part.numel() != math.prod(shape):
             raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")
         parts[name] = part if shape is None else part.view(shape)

@@ -297,9 +297,14 @@ class PackedTensor:
 
     @classmethod
     def from_blob(
-        cls, spec: dict[str, Any], blob: Tensor, max_entries: int | None = None
+        cls,
+        spec: dict[str, Any],
+        blob: Tensor,
+        max_entries: int | None = None,
+        copy: bool = True,
     ) -> PackedTensor:
-        """The inverse of ``to_blob``: ``blob`` is uint8 ``[nbytes]``; see :meth:`from_spec`."""
+        """The inverse of ``to_blob``: ``blob`` is uint8 ``[nbytes]``; see :meth:`from_spec`.
+        Without ``copy`` aligned parts stay in its memory."""
         packed = _from_spec_unchecked(spec, {})
         sizes = spec["parts"]
         for name, size in sizes.items():
@@ -309,7 +314,7 @@ class PackedTensor:
         expected = packed._part_shapes(set(sizes))
         if list(sizes) != list(expected):
             raise ValueError(f"parts must be {', '.join(expected)}, got {', '.join(sizes)}")
-        parts = checks.parts_of_blob(blob, sizes, expected)
+        parts = checks.parts_of_blob(blob, sizes, expected, copy)
         return cls.from_spec(spec, parts, max_entries)
 
     @classmethod

@@ -3,19 +3,85 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from compressops.formats.bits import sign_extend
 from compressops.formats.coding import Decoder, Huffman, Raw, code_dtype, unpack_bits
-from compressops.formats.layout import Dense
+from compressops.formats.groupwise import Int
+from compressops.formats.layout import Dense, Layout
+from compressops.formats.number import Number
 from compressops.formats.packed import PackedTensor
+from compressops.formats.ternary import Ternary
+
+# Entries whose rows are decoded together, and no more: the allocator keeps larger pieces of memory
+# when they are given back.
+_AT_ONCE = 1 << 16
 
 
 def has_rows(packed: PackedTensor) -> bool:
-    """Whether `unpack_rows` takes this weight: a matrix of floats, every entry stored."""
-    dense = isinstance(packed.layout, Dense) and len(packed.shape) == 2
-    return dense and packed.number.is_float and isinstance(packed.coding, Huffman | Raw)
+    """Whether `unpack_rows` takes this weight: a matrix, every entry stored, of floats or of
+    integers that are not coded."""
+    if packed.number.is_float:
+        dense = isinstance(packed.layout, Dense) and len(packed.shape) == 2
+        return dense and isinstance(packed.coding, Huffman | Raw)
+    coded = not isinstance(packed.coding, Raw)
+    return not coded and rows_refusal(packed.layout, packed.number, packed.shape) is None
+
+
+def rows_refusal(layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
+    """What rows of integers need to be read alone, and is not there; ``None``: nothing."""
+    if not isinstance(layout, Dense) or len(shape) != 2:
+        return f"a matrix with every entry stored, got {layout}"
+    if not isinstance(number, Int | Ternary):
+        return f"Int or Ternary, got {number}"
+    if shape[1] * number.bits % 8:
+        return f"rows of whole bytes, got {shape[1]} codes of {number.bits} bits"
+    return None
+
+
+def integer_rows(
+    codes: Tensor,
+    params: dict[str, Tensor],
+    number: Number,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    rows: Tensor,
+) -> Tensor:
+    """``[n, C]`` of a weight that has no `rows_refusal`, from its part ``codes`` and its
+    parameters; rows are int64 ``[n]``."""
+    count, columns = shape
+    data = codes.view(count, columns * number.bits // 8).index_select(0, rows)
+    found = _codes(data.flatten(), len(data) * columns, number.bits)
+    # One for all, or a row each.
+    own = {k: p.index_select(0, rows) if p.shape[0] == count else p for k, p in params.items()}
+    return number.dequantize(found.view(len(data), columns), own, dtype)
+
+
+def row_blocks(
+    packed: PackedTensor, multiple: int, decoder: Decoder
+) -> Iterator[tuple[slice, Tensor]]:
+    """The codes of a weight's rows, ``[n, C]``, a multiple of so many rows at a time where they can
+    be decoded so (the last block has the rest), and else all at once."""
+    rows, columns = packed.shape[0], math.prod(packed.shape[1:])
+    step = max(1, _AT_ONCE // max(1, multiple * columns)) * multiple
+    whole = not (isinstance(packed.layout, Dense) and isinstance(packed.coding, Raw))
+    bits = packed.number.bits
+    if whole or step >= rows or multiple * bits % 8 or bits > 8:
+        yield slice(0, rows), packed.dense_codes(decoder).flatten(1)
+        return
+    size = columns * bits
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        data = packed.parts["codes"][first * size // 8 : -(-last * size // 8)]
+        found = _codes(data, (last - first) * columns, bits)
+        yield slice(first, last), found.view(-1, columns)
+
+
+def _codes(data: Tensor, count: int, bits: int) -> Tensor:
+    return sign_extend(unpack_bits(data, count, bits), bits)
 
 
 def unpack_rows(packed: PackedTensor, rows: Tensor, decoder: Decoder | None = None) -> Tensor:
@@ -35,6 +101,9 @@ def unpack_rows(packed: PackedTensor, rows: Tensor, decoder: Decoder | None = No
     """
     decoder, bits = decoder or Decoder(), packed.number.bits
     (count, columns), parts = packed.shape, packed.parts
+    if not packed.number.is_float:
+        how = packed.params, packed.number, packed.shape, packed.dtype
+        return integer_rows(parts["codes"], *how, rows)
     if "codes" in parts:
         codes = parts["codes"].view(code_dtype(bits)).view(count, columns)[rows].flatten()
     else:

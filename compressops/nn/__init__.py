@@ -8,7 +8,7 @@ from compressops.nn.block_sparse import (
     BlockSparseLinear,
 )
 from compressops.nn.conv import PackedConv1d, PackedConv2d
-from compressops.nn.embedding import PackedEmbedding, TernaryEmbedding
+from compressops.nn.embedding import IntEmbedding, PackedEmbedding, TernaryEmbedding
 from compressops.nn.fused import Fused
 from compressops.nn.int8_conv import Int8Conv2d
 from compressops.nn.linear import PackedLinear
@@ -28,6 +28,7 @@ __all__ = [
     "Int4Linear",
     "Int8Conv2d",
     "Int8Linear",
+    "IntEmbedding",
     "LowRankConv2d",
     "LowRankInt8Linear",
     "LowRankLinear",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops import ops
-from compressops.formats.rows import has_rows
+from compressops.formats import Layout, Number, PackedTensor, Raw
+from compressops.formats.rows import has_rows, integer_rows, rows_refusal
 from compressops.nn.base import PackedModule
 from compressops.nn.kernel_weight import TernaryWeight
 from compressops.nn.weight import PackedWeight
@@ -76,3 +78,61 @@ class TernaryEmbedding(PackedEmbedding):
             input, *held.kernel(), self.num_embeddings, self.embedding_dim, held.group_size
         )
         return rows.to(held._probe.dtype)
+
+
+class IntegerRows(PackedWeight):
+    """A table of integers that stays as its file has it, in either residency: rows are decoded as
+    they are asked for.
+
+    Raises:
+        ValueError: rows of such a weight cannot be read alone.
+    """
+
+    keeps_floats = False
+
+    @classmethod
+    def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
+        needed = rows_refusal(layout, number, shape)
+        return needed and f"look-ups need {needed}"
+
+    def _set_packed(self, packed: PackedTensor) -> None:
+        why = self.refusal(packed.layout, packed.number, packed.shape)
+        if why is None and not isinstance(packed.coding, Raw):
+            why = f"look-ups need codes of one length, got {packed.coding}"
+        if why is not None:
+            raise ValueError(f"weight: {why}")
+        super()._set_packed(packed)
+        self._number, self._names = packed.number, tuple(packed.params)
+
+    def _resident(self) -> tuple[str, ...]:
+        return ()
+
+    def _materialize(self) -> None:
+        pass
+
+    def forward(self) -> Tensor:
+        return self._decode()
+
+    def rows(self, wanted: Tensor) -> Tensor:
+        params = {name: self._buffers[name] for name in self._names}
+        how = params, self._number, self.shape, self._probe.dtype
+        return integer_rows(self._buffers["codes"], *how, wanted)
+
+
+class IntEmbedding(PackedEmbedding):
+    """`torch.nn.Embedding` on a table of integers that is in memory once, in as few bits as in its
+    file; of a file that is mapped (`compressops.load`), only what is looked up is.
+
+    Only the rows that are asked for are decoded, on each call: bit for bit the rows of the decoded
+    table.
+
+    Shape: input integer ``[...]``, output ``[..., embedding_dim]`` in the dtype of the layer.
+    """
+
+    weight_type = IntegerRows
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"input must be int32 or int64, got {input.dtype}")
+        rows = self.packed_weight.rows(input.long().flatten())
+        return rows.view(*input.shape, self.embedding_dim)

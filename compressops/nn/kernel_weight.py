@@ -11,7 +11,9 @@ from torch import Tensor
 
 from compressops import ops
 from compressops.formats import Int, Layout, LowRank, Number, PackedTensor, Ternary
+from compressops.formats.rows import row_blocks
 from compressops.nn.weight import PackedWeight, as_bytes, outside_graphs
+from compressops.ops.huge_pages import empty_on_huge_pages
 from compressops.ops.int8_linear import MAX_IN_FEATURES
 from compressops.ops.packed_linear import GROUP_MULTIPLE
 
@@ -27,7 +29,10 @@ class KernelWeight(PackedWeight):
         ValueError: the op has no such weight; the message says what it needs.
     """
 
+    keeps_floats = False
     op: ClassVar[str]
+    # Of so many rows the form is made without the others on a CPU; 0: of the whole weight alone.
+    rows_together: ClassVar[int] = 0
     arguments: ClassVar[tuple[str, ...]]
     # The buffers that hold them, named once: a small layer's call is short.
     _argument_buffers: ClassVar[tuple[str, ...]]
@@ -86,10 +91,29 @@ class KernelWeight(PackedWeight):
                 name: torch.empty(size, dtype=dtype, device=device)
                 for name, (dtype, size) in shapes.items()
             }
+        elif device.type == "cpu" and self.rows_together:
+            return self._packed_in_blocks(self.packed())
         else:
             packed = self.packed()
             codes, params = packed.dense_codes(ops.DECODER), packed.params
         return self._pack(codes.flatten(1), params)
+
+    def _packed_in_blocks(self, packed: PackedTensor) -> tuple[Tensor | None, ...]:
+        """Some rows at a time: codes of a byte each take more than both packed forms."""
+        count, params = self.shape[0], packed.params
+        whole: list[_Growing | None] = []
+        for rows, codes in row_blocks(packed, self.rows_together, ops.DECODER):
+            if len(codes) == count:
+                return self._pack(codes, params)
+            some = {name: p if p.shape[0] == 1 else p[rows] for name, p in params.items()}
+            block = self._pack(codes, some)
+            if not whole:
+                blocks = -(-count // len(codes))
+                whole = [None if part is None else _Growing(part, blocks) for part in block]
+            for growing, part in zip(whole, block, strict=True):
+                if growing is not None:
+                    growing.append(part)
+        return tuple(None if growing is None else growing.tensor() for growing in whole)
 
     def _moved(self, fn: Callable[[Tensor], Tensor], resident: Tensor) -> Tensor:
         return as_bytes(fn, resident)
@@ -117,6 +141,7 @@ class Int8Weight(KernelWeight):
     """
 
     op = "int8_linear"
+    rows_together = 16
     arguments = ("weight", "scales", "sums")
 
     @classmethod
@@ -136,6 +161,7 @@ class Int4Weight(KernelWeight):
     """
 
     op = "int4_linear"
+    rows_together = 32
     arguments = ("weight", "scales", "zeros")
 
     @classmethod
@@ -157,6 +183,7 @@ class TernaryWeight(KernelWeight):
     """
 
     op = "ternary_linear"
+    rows_together = 32
     arguments = ("weight", "scales")
 
     @classmethod
@@ -206,6 +233,22 @@ def row_scales(params: dict[str, Tensor], rows: int) -> Tensor:
     scales = params["scales"]
     # A row of no inputs has no scale either, and nothing to scale.
     return scales.reshape(-1) if scales.numel() else scales.new_zeros(rows)
+
+
+class _Growing:
+    """A tensor of blocks that follow each other in the first dimension, none longer than the
+    first."""
+
+    def __init__(self, first: Tensor, blocks: int) -> None:
+        flat = empty_on_huge_pages(blocks * first.numel(), first, first.dtype)
+        self.all, self.end = flat.view(blocks * len(first), *first.shape[1:]), 0
+
+    def append(self, block: Tensor) -> None:
+        begin, self.end = self.end, self.end + len(block)
+        self.all[begin : self.end] = block
+
+    def tensor(self) -> Tensor:
+        return self.all[: self.end]
 
 
 def group_size(number: Any, columns: int) -> int | None:

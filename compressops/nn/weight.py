@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ class PackedWeight(nn.Module):
     Raises:
         ValueError: an unknown residency, or ``like`` of another shape than ``packed``.
     """
+
+    # Whether decoded residency keeps floats, and not something else.
+    keeps_floats: ClassVar[bool] = True
 
     def __init__(
         self, packed: PackedTensor, residency: str = "decoded", like: Tensor | None = None
