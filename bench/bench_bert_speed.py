@@ -4,8 +4,9 @@
 
 Random weights, which neither time nor memory depends on; 64 tokens a sentence. × are times faster
 than the float model. "peak MiB" is the growth of a new process's resident memory, at its highest,
-from before the model's file is loaded to after one call. The float model is loaded by mapping its
-file into a model without weights; packed ones by `compressops.load`. Times and ratios are of all
+from before the model's file is loaded to after one call. All are loaded by mapping their files into
+models without weights: the float one by the safetensors library, packed ones by
+`compressops.load`. Times and ratios are of all
 models in one process.
 
 "blocks" is the file that `bench/bert_sst2.py minilm_blocks` trains; without it, random weights with
@@ -117,7 +118,7 @@ def peak(path: Path, packed: bool, shape: dict, size: int) -> float:
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     if packed:
-        model = co.load(path, model, inplace=True)
+        model = co.load(path, model, inplace=True, mmap=True)
     else:
         model.load_state_dict(load_file(path), assign=True)
     model(**inputs)
