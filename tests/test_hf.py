@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_bert import IDS, SHAPE
 from torch import nn
 
 import compressops as co
@@ -17,15 +18,6 @@ transformers = pytest.importorskip("transformers", minversion="5")
 
 import compressops.hf as hf  # noqa: E402
 
-SHAPE = {
-    "vocab_size": 40,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 16,
-}
-IDS = torch.arange(24).view(2, 12)
 CONFIGS: dict[str, Any] = {
     "2-2-8": (co.Ternary(), co.Ternary("row")),
     "8-8-8": (co.Int(8), co.Int(8)),

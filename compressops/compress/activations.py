@@ -50,6 +50,8 @@ class InputQuantizer(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
+        if not x.numel():
+            return
         new = torch.stack([x.min(), x.max()]).float()
         if self.observed:
             self.range.lerp_(new, self.momentum)

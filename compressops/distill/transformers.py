@@ -73,8 +73,9 @@ class AttentionScoreKD(_BlocksKD):
     code of both.
 
     Fused attention never has these scores, so they are computed once more from the outputs of the
-    query and key projections. That holds for attention whose projections go into the product as
-    they are, as BERT's: not with rotary embeddings or relative positions.
+    query and key projections, as they are before `QuantizeAttention` rounds them. That holds for
+    attention whose projections go into the product as they are, as BERT's: not with rotary
+    embeddings or relative positions.
 
     Args:
         blocks: glob of the student's list of layers; it must match one `nn.ModuleList`.
