@@ -53,7 +53,7 @@ def packed_model() -> torch.nn.Module:
 def convert(monkeypatch):
     """Stands for ``compressops.convert``, which is tested with real modules elsewhere."""
 
-    def from_packed(model, modules, residency, inplace):
+    def from_packed(model, modules, residency, inplace, after_each):
         model = model if inplace else copy.deepcopy(model)
         for name, entry in modules.items():
             assert entry["config"] == {"type": "PackedLayer", "bias": True}
