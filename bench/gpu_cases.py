@@ -168,8 +168,10 @@ PACKED_BOUNDS = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-
 def packed_cases(op: str, small: bool) -> Iterator[Check]:
     shapes = [(1, 200, 70, 16), (17, 136, 65, 32), (5, 1100, 130, 128), (65, 96, 129, None)]
     shapes += [] if small else [(16, 4096, 4096, 128), (300, 1024, 1031, 64), (0, 8, 8, None)]
-    # Tiles of wgmma on an H200, more of them than multiprocessors.
-    shapes += [(1500, 616, 1497, 128)] if GPU else []
+    # On an H200: tiles of wgmma, more of them than multiprocessors; few rows and tiles of 64
+    # outputs; a split of the inputs, twice, since tickets are kept.
+    shapes += [(1500, 616, 1497, 128), (8, 1032, 6500, 128)] if GPU else []
+    shapes += [(9, 4096, 2050, 128)] * 2 if GPU else []
     # As they are, 4-bit weights' activations are multiplied on a GPU alone.
     modes = (True, False) if op == "int4_linear" and GPU else (True,)
     for (m, k, n, group), dtype, quantize_x in itertools.product(shapes, FLOATS, modes):
