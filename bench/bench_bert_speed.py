@@ -1,6 +1,7 @@
 """A BERT of MiniLM's shape in 2-2-8, in 8-8-8 and in blocks: time and peak memory.
 
     python bench/bench_bert_speed.py [--blocks runs/bert/minilm_blocks.safetensors]
+    python bench/bench_bert_speed.py --memory --packed 2-2-8 8-8-8   # peaks alone: any load will do
 
 Random weights, which neither time nor memory depends on; 64 tokens a sentence. × are times faster
 than the float model. "peak MiB" is the growth of a new process's resident memory, at its highest,
@@ -149,6 +150,7 @@ def main() -> None:
     options.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     options.add_argument("--packed", nargs="+", choices=PACKED, default=PACKED)
     options.add_argument("--blocks", type=Path, help="file of a trained model in blocks")
+    options.add_argument("--memory", action="store_true", help="peaks alone, and no times")
     arguments = options.parse_args()
     try:
         import accelerate  # noqa: F401
@@ -175,6 +177,9 @@ def main() -> None:
             plain = trained(paths["blocks"], models["float"])
         for size in [2] if arguments.smoke else arguments.batch:
             peaks = {n: measured_peak(path, n, shape, size) for n, path in paths.items()}
+            if arguments.memory:
+                rows += [{"batch": size, **memory(name, paths, peaks)} for name in paths]
+                continue
             inputs = batch(shape, size)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
@@ -188,14 +193,21 @@ def main() -> None:
                         **{"batch": size, "threads": threads, "model": name},
                         "ms": statistics.median(seconds[name]) * 1e3,
                         "× float": median_ratio(seconds["float"], seconds[name]),
-                        "file bytes": paths[name].stat().st_size,
-                        "peak MiB": peaks[name],
-                        "peak, part of float": peaks[name] / peaks["float"],
+                        **memory(name, paths, peaks),
                         **notes[name],
                     }
                     for name in models
                 ]
     report("BERT of MiniLM's shape, 64 tokens (CPU)", rows, arguments)
+
+
+def memory(name: str, paths: dict[str, Path], peaks: dict[str, float]) -> dict[str, Any]:
+    return {
+        "model": name,
+        "file bytes": paths[name].stat().st_size,
+        "peak MiB": peaks[name],
+        "peak, part of float": peaks[name] / peaks["float"],
+    }
 
 
 def _save(model: nn.Module, path: Path) -> None:
