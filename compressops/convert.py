@@ -56,13 +56,13 @@ def convert(
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
         prefer: ``"speed"``: no layer ends slower than the dense layer that it replaces. With
             decoded weights packed modules run the dense kernel; modules that run another one
-            (linear layers of integers, `Int8Conv2d`, `TernaryEmbedding`, block-sparse layers,
-            Winograd) are used only where interleaved medians on ``example_inputs`` show them
-            faster, and of several the fastest; for block-sparse ones the density and the measured
-            break-even density are reported. Without ``example_inputs`` a compiled integer kernel is
-            assumed faster and an eager one slower, no embedding stays in 2 bits, and no layer
-            becomes block-sparse or Winograd's. ``"size"``: modules that need least memory, without
-            measuring.
+            (linear layers of integers, `Int8Conv2d`, `IntEmbedding`, `TernaryEmbedding`,
+            block-sparse layers, Winograd) are used only where interleaved medians on
+            ``example_inputs`` show them faster, and of several the fastest; for block-sparse ones
+            the density and the measured break-even density are reported. Without
+            ``example_inputs`` a compiled integer kernel is assumed faster and an eager one slower,
+            no embedding stays in integers, and no layer becomes block-sparse or Winograd's.
+            ``"size"``: modules that need least memory, without measuring.
         residency: ``"decoded"`` keeps a decoded weight beside the packed one; ``"packed"``
             decodes on every use: least memory, and slower; not for ``torch.compile`` with
             ``fullgraph=True``, because decoding stays out of graphs.

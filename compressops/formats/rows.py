@@ -77,7 +77,7 @@ def row_blocks(
         last = min(first + step, rows)
         data = packed.parts["codes"][first * size // 8 : -(-last * size // 8)]
         found = _codes(data, (last - first) * columns, bits)
-        yield slice(first, last), found.view(-1, columns)
+        yield slice(first, last), found.view(last - first, columns)
 
 
 def _codes(data: Tensor, count: int, bits: int) -> Tensor:
