@@ -14,6 +14,7 @@ GRAD_X = pytest.mark.parametrize("kernel", kernel_params("bsr_linear_grad_x"), i
 GRAD_VALUES = pytest.mark.parametrize(
     "kernel", kernel_params("bsr_linear_grad_values"), indirect=True
 )
+CHUNKS = ((600, 1, torch.float32), (530, 8, torch.float16), (1100, 3, torch.bfloat16))
 CASES = [
     *(Case(m, k, n) for m in (0, 1, 7) for k in (0, 1, 40) for n in (0, 1, 50)),
     *(Case(m, 100, 70) for m in (2, 16, 33, 49)),
@@ -22,6 +23,8 @@ CASES = [
     *(Case(33, 64, 64, (32, 16), density) for density in (0.0, 1.0)),
     *(Case(m, 70, 50, dtype=dtype) for m in (1, 37) for dtype in (torch.float16, torch.bfloat16)),
     Case(300, 100, 70, (16, 32)),
+    # more rows than are taken at a time, of few columns a block
+    *(Case(m, 90, 70, (16, c), dtype=dtype) for m, c, dtype in CHUNKS),
 ]
 
 
@@ -73,6 +76,31 @@ def test_gradients_are_those_of_the_dense_layer(activation: str, dtype: torch.dt
     for ours, theirs in zip(found, expected, strict=True):
         tolerance = 2e-5 if dtype == torch.float32 else 0.08
         assert torch.allclose(ours.double(), theirs.double(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("block", [(16, 1), (16, 16), (4, 5)])
+def test_training_stored_blocks_is_training_under_a_mask(block: tuple[int, int]) -> None:
+    """As retraining does, once its masks are final: some steps, the masked weight in float64."""
+    case = Case(30, 40, 50, block, activation="gelu")
+    x, values, crow, col, n, bias, activation = make(case, torch.device("cpu"))
+    keep = co.ops.bsr_to_dense(torch.ones_like(values), crow, col, n, 40).double()
+    weight = co.ops.bsr_to_dense(values, crow, col, n, 40).double().requires_grad_()
+    offset, target = bias.double().requires_grad_(), torch.randn(30, n)
+    sparse = torch.optim.AdamW([values.requires_grad_(), bias.requires_grad_()], lr=0.05)
+    dense = torch.optim.AdamW([weight, offset], lr=0.05)
+    for _ in range(5):
+        y = co.ops.bsr_linear(x, values, crow, col, n, bias, activation)
+        torch.nn.functional.mse_loss(y, target).backward()
+        masked = torch.nn.functional.linear(x.double(), weight * keep, offset)
+        expected = torch.nn.functional.gelu(masked)
+        torch.nn.functional.mse_loss(expected, target.double()).backward()
+        assert torch.allclose(y.double(), expected, atol=1e-4)
+        for optimizer in (sparse, dense):
+            optimizer.step()
+            optimizer.zero_grad()
+    found = co.ops.bsr_to_dense(values.detach(), crow, col, n, 40).double()
+    assert torch.allclose(found, weight.detach() * keep, atol=1e-4)
+    assert (found - (found * keep)).count_nonzero() == 0
 
 
 def test_gradients_of_gradients() -> None:

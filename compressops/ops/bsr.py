@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .checks import ACTIVATIONS, require, version
+from .huge_pages import on_huge_pages
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CELL = 16  # outputs that CUDA kernels multiply together
@@ -306,4 +307,4 @@ def pack(
     shift = crow_indices.long()[row] - starts[:-1]
     block = torch.arange(int(starts[-1])) + shift.repeat_interleave(counts)
     packed = values[block, inside.repeat_interleave(counts)].transpose(1, 2).contiguous()
-    return packed, starts.to(torch.int32), col_indices[block]
+    return on_huge_pages(packed), starts.to(torch.int32), col_indices[block]

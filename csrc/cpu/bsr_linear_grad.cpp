@@ -1,6 +1,6 @@
 // bsr_linear_grad_values on a CPU: the stored blocks of grad.T · x. A block's columns, 16 at a
 // time, of all rows of x are a strip of depth M; its outputs of grad are the panel; so that the
-// kernel is that of bsr_linear.
+// kernel is that of bsr_linear. Of blocks of few columns the two change sides.
 #include <torch/csrc/stable/library.h>
 
 #include "bsr.h"
@@ -24,6 +24,78 @@ struct Pieces {
     return std::clamp<int64_t>(C - begin(piece), 0, width(piece));
   }
 };
+
+// Operands and result of one call, in memory.
+struct Operands {
+  const BsrBlocks& blocks;
+  Element element;
+  int64_t M, N, K;
+  const char *grads, *inputs;
+  float* result;
+
+  // Rows from m on of the columns of a piece of grad or of x, as [depth][row] with zeros behind.
+  void copy(const BsrLinearKernels& isa, const char* from, const Pieces& pieces, int64_t piece,
+            int64_t m, int64_t depth, int64_t row, float* to) const {
+    std::fill(to, to + row * depth, 0.0f);
+    from += (m * pieces.C + pieces.begin(piece)) * element_bytes(element);
+    isa.copy(from, element, pieces.C, depth, pieces.valid(piece), to, row);
+  }
+};
+
+// Blocks of up to 8 columns, and more outputs, would leave most of a strip of columns empty. Strips
+// are outputs of grad instead, and the stored columns of a row of blocks are gathered from x for
+// panels.
+void few_columns(const BsrLinearKernels& isa, const Operands& op) {
+  const BsrBlocks& blocks = op.blocks;
+  const int32_t *starts = blocks.starts(), *where = blocks.where();
+  const int64_t c = blocks.c, K = op.K;
+  const Pieces strips{op.N, blocks.r, kStrip};
+  // Rows of x at a time: all of their columns stay in L2, for all rows of blocks.
+  const int64_t chunk = std::clamp<int64_t>((int64_t{128} << 10) / K, 32, 512);
+  const bool floats = op.element == Element::kFloat;
+  static thread_local Scratch shared;
+  float* memory = shared.get(std::min(chunk, op.M) * (strips.count() * kStrip + (floats ? 0 : K)));
+  for (int64_t m = 0; m < op.M; m += chunk) {
+    const int64_t depth = std::min(chunk, op.M - m);
+    const char* rows = op.inputs + m * K * element_bytes(op.element);
+    float* widened = memory + strips.count() * kStrip * depth;
+    for_each(strips.count(), [&](int64_t piece) {
+      op.copy(isa, op.grads, strips, piece, m, depth, kStrip, memory + piece * kStrip * depth);
+    });
+    if (!floats) isa.copy(rows, op.element, K, depth, K, widened, K);
+    const float* x = floats ? reinterpret_cast<const float*>(rows) : widened;
+    for_each(blocks.rows, [&](int64_t row) {
+      alignas(64) float sums[2 * kStrip * kStrip];
+      int64_t columns[2 * kStrip];
+      static thread_local Scratch own;
+      float* panel = own.get(isa.most_rows * depth);
+      const int32_t origin = 0;
+      const int64_t end = starts[row + 1] * c;
+      for (int64_t first = starts[row] * c; first < end; first += isa.most_rows) {
+        const int64_t count = std::min<int64_t>(isa.most_rows, end - first);
+        const int64_t width = BsrPanels::wide_enough(count);
+        // In the place of one that does not exist stands any: nobody takes its sums.
+        for (int64_t j = 0; j < width; ++j) {
+          const int64_t at = std::min(first + j, end - 1), column = where[at / c] * c + at % c;
+          columns[j] = column < K ? column : 0;
+        }
+        for (int64_t i = 0; i < depth; ++i)
+          for (int64_t j = 0; j < width; ++j) panel[i * width + j] = x[i * K + columns[j]];
+        for (int64_t i = 0; i < strips.per_block(); ++i) {
+          const int64_t piece = row * strips.per_block() + i;
+          const BsrStrip outputs{memory + piece * kStrip * depth, &origin, 1, depth, kStrip};
+          isa.multiply(outputs, Element::kFloat, panel, static_cast<int>(width), sums);
+          for (int64_t j = 0; j < count; ++j) {
+            const int64_t block = (first + j) / c, inside = (first + j) % c;
+            if (where[block] * c + inside >= K) continue;
+            float* values = op.result + (block * blocks.r + strips.inside(piece)) * c + inside;
+            for (int64_t n = 0; n < strips.valid(piece); ++n) values[n * c] += sums[j * kStrip + n];
+          }
+        }
+      }
+    });
+  }
+}
 
 Tensor bsr_linear_grad_values(const Tensor& grad, const Tensor& x, const Tensor& crow_indices,
                               const Tensor& col_indices, std::vector<int64_t> block_size) {
@@ -55,8 +127,12 @@ Tensor bsr_linear_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
   const char* grads = static_cast<const char*>(dense_grad.const_data_ptr());
   const char* inputs = static_cast<const char*>(dense_x.const_data_ptr());
   float* result = static_cast<float*>(out.mutable_data_ptr());
+  const Operands operands{blocks, element, M, N, K, grads, inputs, result};
+  if (2 * blocks.c <= kStrip && blocks.c < blocks.r) {
+    few_columns(isa, operands);
+    return out;
+  }
   const int32_t *starts = blocks.starts(), *where = blocks.where();
-  const int64_t bytes = element_bytes(element);
   // Evenly: 32 outputs as 16 and 16, not as 24 and 8.
   const int64_t tiles = ceil_div(blocks.r, isa.most_rows);
   const int64_t width = BsrPanels::wide_enough(ceil_div(blocks.r, tiles));
@@ -73,10 +149,8 @@ Tensor bsr_linear_grad_values(const Tensor& grad, const Tensor& x, const Tensor&
       const bool of_grad = i < panels.count();
       const Pieces& pieces = of_grad ? panels : strips;
       const int64_t piece = of_grad ? i : i - panels.count(), row = of_grad ? width : kStrip;
-      float* to = (of_grad ? memory : x_strips) + piece * row * depth;
-      std::fill(to, to + row * depth, 0.0f);
-      const char* from = (of_grad ? grads : inputs) + (m * pieces.C + pieces.begin(piece)) * bytes;
-      isa.copy(from, element, pieces.C, depth, pieces.valid(piece), to, row);
+      operands.copy(isa, of_grad ? grads : inputs, pieces, piece, m, depth, row,
+                    (of_grad ? memory : x_strips) + piece * row * depth);
     });
     for_each(blocks.rows, [&](int64_t row) {
       alignas(64) float sums[2 * kStrip * kStrip];
