@@ -57,7 +57,7 @@ constexpr int kRunSteps = 2;
 
 // kUnit: inputs between which the group does not change.
 template <class Input, int kBits, class Tile, int kUnit>
-__global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
+__global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams, 1)
     packed_linear(PackedLinearArgs<Input> args) {
   using Operands = PackedLinearOperands<Input>;
   using Sum = typename Operands::Sum;
@@ -122,9 +122,8 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
   const Global<const int4> codes =
       args.weight + (first_n / (8 * kOutputs) * int64_t{codes_row} + lane);
   // kWhole: all the inputs and outputs are there, of one part.
-  const auto copy_step = [&]<bool kWhole>(int step, int stage, std::bool_constant<kWhole>) {
+  const auto copy_x = [&]<bool kWhole>(int step, int stage, std::bool_constant<kWhole>) {
     const Shared<int4> stage_x = slice(team_shared, stage * kStage, kStageX);
-    const Shared<int4> stage_codes = slice(team_shared, stage * kStage + kStageX, kStageCodes);
     const int part = kWhole ? 0 : step / steps_k;
     const int step_k = kWhole ? step : step - part * steps_k;
     const Global<const Input> of_step = x + step_k * kStepK;
@@ -139,7 +138,10 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
       cp_async_16(stage_x + ((copy_row + i * kCopyRows) * Operands::kRowChunks + chunk),
                   view_as<const int4>(source), valid);
     }
-    const Global<const int4> codes_of_step = codes + step_k * kWarpSize;
+  };
+  const auto copy_codes = [&]<bool kWhole>(int step, int stage, std::bool_constant<kWhole>) {
+    const Shared<int4> stage_codes = slice(team_shared, stage * kStage + kStageX, kStageCodes);
+    const Global<const int4> codes_of_step = codes + (kWhole ? step : step % steps_k) * kWarpSize;
 #pragma unroll
     for (int piece = 0; piece < kPieces; ++piece) {
       cp_async_16(stage_codes + (piece * kTeam + member), codes_of_step + piece * codes_row,
@@ -147,13 +149,12 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
     }
   };
   const int whole_end = all_outputs && one_part ? static_cast<int>(args.x_columns / kStepK) : 0;
-  const auto load_step = [&](int step, int stage) {
+  const auto load = [&](int step, int stage, const auto&... copies) {
     if (step < min(whole_end, end)) {
-      copy_step(step, stage, std::true_type());
+      (copies(step, stage, std::true_type()), ...);
     } else if (step < end) {
-      copy_step(step, stage, std::false_type());
+      (copies(step, stage, std::false_type()), ...);
     }
-    cp_async_commit();  // also when empty: the waits below count groups
   };
 
   // Of the group whose sums are being taken, and of the one after it, fetched ahead: a lane's
@@ -231,15 +232,24 @@ __global__ void __launch_bounds__(Tile::kTeam* Tile::kMaxTeams)
     }
   };
 
+  // Codes and scales are there before the kernel that writes x has ended.
   int copied = first_step;
 #pragma unroll 1
-  for (int i = 0; i < kStages - 1; ++i, copied = after(copied)) load_step(copied, i);
+  for (int i = 0; i < kStages - 1; ++i, copied = after(copied)) load(copied, i, copy_codes);
   if (first_step < end) fetch(ahead, group_of(first_step, 0));
+  wait_for_kernel_before();
+  copied = first_step;
+#pragma unroll 1
+  for (int i = 0; i < kStages - 1; ++i, copied = after(copied)) {
+    load(copied, i, copy_x);
+    cp_async_commit();  // also when empty: the waits below count groups
+  }
   int stage = 0;
   for (int step = first_step; step < end; copied = after(copied)) {
     cp_async_wait<kStages - 2>();
     sync_team();  // everyone's x of this step is there, and the stage before is free
-    load_step(copied, stage == 0 ? kStages - 1 : stage - 1);
+    load(copied, stage == 0 ? kStages - 1 : stage - 1, copy_x, copy_codes);
+    cp_async_commit();
 
     const Shared<int4> stage_x = slice(team_shared, stage * kStage, kStageX);
     uint32_t words[kPieces][4];

@@ -56,6 +56,7 @@ struct PackedLinearPlan {
   int64_t tiles, splits;
   int teams;         // of a block
   int64_t partials;  // floats of scratch
+  bool early;        // begins before the kernel that writes x has ended
 };
 
 // How the blocks of a choice share the inputs: so that those that run at once fill the
@@ -64,7 +65,7 @@ inline PackedLinearPlan share_inputs(const PackedLinearChoice& choice, int64_t t
                                      const PackedLinearDevice& device) {
   constexpr int64_t kLeastSteps = 2 * kRunSteps;  // of a team, or a block is not cut further
   constexpr double kGain = 1.15;
-  PackedLinearPlan plan = {choice.kernel, tiles, 1, choice.least_teams, 0};
+  PackedLinearPlan plan = {choice.kernel, tiles, 1, choice.least_teams, 0, false};
   double best = 0.0;
   const int64_t slots = choice.teams / choice.least_teams * device.multiprocessors;
   for (int64_t splits = 1; splits <= (choice.splits && tiles > 0 ? ceil_div(slots, tiles) : 1);
@@ -116,7 +117,7 @@ inline PackedLinearPlan plan_packed_linear(int64_t M, int64_t N, int64_t K, int6
     plan.partials = plan.splits > 1 ? tiles * plan.splits * choice.block_m * choice.block_n : 0;
     return plan;
   }
-  return {PackedLinearKernel::kAuto, 0, 0, 0, 0};  // before sm_80
+  return {PackedLinearKernel::kAuto, 0, 0, 0, 0, false};  // before sm_80
 }
 
 template <class Input, int kBits, class Tile>
@@ -125,11 +126,13 @@ cudaError_t launch_packed_linear_tile(const PackedLinearArgs<Input>& args,
   if (plan.tiles * plan.splits > 0x7fffffff) return cudaErrorInvalidValue;
   // A row's only group may end anywhere.
   const bool whole = args.group_size >= args.K || args.group_size % kStepK == 0;
-  return launch(whole ? packed_linear<Input, kBits, Tile, kStepK>
-                      : packed_linear<Input, kBits, Tile, static_cast<int>(kGroupMultiple)>,
-                dim3(static_cast<unsigned>(plan.tiles * plan.splits)),
-                dim3(static_cast<unsigned>(plan.teams * Tile::kTeam)),
-                plan.teams * Tile::template kTeamChunks<Input, kBits> * 16, stream, args);
+  const auto kernel = whole ? packed_linear<Input, kBits, Tile, kStepK>
+                            : packed_linear<Input, kBits, Tile, static_cast<int>(kGroupMultiple)>;
+  const dim3 grid(static_cast<unsigned>(plan.tiles * plan.splits));
+  const dim3 block(static_cast<unsigned>(plan.teams * Tile::kTeam));
+  const size_t bytes = plan.teams * Tile::template kTeamChunks<Input, kBits> * 16;
+  return plan.early ? launch_early(kernel, grid, block, bytes, stream, args)
+                    : launch(kernel, grid, block, bytes, stream, args);
 }
 
 template <int kBits, class Input>

@@ -32,7 +32,8 @@ void multiply_packed(const PackedLinearCall& call, Global<const Input> x, int64_
                                      shared_bytes_of_a_block(call.rows, call.op)};
   const bool hopper = packed_linear_fits_wgmma<kBits, Input>(call.M, call.N, call.K, parts,
                                                              call.group_size, device.capability);
-  const PackedLinearPlan plan = plan_packed_linear(call.M, call.N, call.K, parts, device, hopper);
+  PackedLinearPlan plan = plan_packed_linear(call.M, call.N, call.K, parts, device, hopper);
+  plan.early = x_scales != nullptr && device.capability >= 90;  // quantize_rows has just begun
   COMPRESSOPS_CHECK(plan.kernel != PackedLinearKernel::kAuto, call.op, "x",
                     "on a GPU of compute capability 8.0 or more", int64_t{device.capability});
   const cudaStream_t stream = current_stream(call.rows, call.op);

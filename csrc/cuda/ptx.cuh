@@ -26,6 +26,18 @@ __device__ __forceinline__ unsigned block_index_x() {
   return index;
 }
 
+// Of launch_early, in device.cuh; nothing where the architecture has no such thing.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // Starts a copy of 16 bytes to shared memory past the registers and L1; zeros if not `valid`, and
 // then `source` is not read.
 __device__ __forceinline__ void cp_async_16(Shared<int4> target, Global<const int4> source,
@@ -151,6 +163,10 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&c)[4], const
 #else
 
 inline unsigned block_index_x() { return blockIdx.x; }
+
+// Kernels run one after the other.
+inline void let_next_kernel_begin() {}
+inline void wait_for_kernel_before() {}
 
 inline void cp_async_16(Shared<int4> target, Global<const int4> source, bool valid) {
   cuda_on_cpu::start_copy(target, source, valid);

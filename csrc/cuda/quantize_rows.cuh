@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(kThreads, 8)
   COMPRESSOPS_SHARED_ARRAY(unsigned, warp_bits, kWarps* kSides);
   const int64_t padded_k = padded_to_16(K);
   const int thread = static_cast<int>(threadIdx.x);
+  let_next_kernel_begin();
 
   for (int64_t row = blockIdx.x; row < M; row += gridDim.x) {
     unsigned bits[2] = {0, 0};

@@ -17,4 +17,11 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t
   return cudaSuccess;
 }
 
+// One kernel runs after the other.
+template <class... Params, class... Args>
+cudaError_t launch_early(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes,
+                         cudaStream_t stream, Args... args) {
+  return launch(kernel, grid, block, shared_bytes, stream, args...);
+}
+
 }  // namespace compressops
