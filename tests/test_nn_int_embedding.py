@@ -210,6 +210,10 @@ def test_a_mapped_file_gives_the_same_model(config: dict, residency: str, tmp_pa
     assert torch.equal(loaded(ids), changed)
     co.save(loaded, path)
     assert torch.equal(co.load(path, network())(ids), changed)
+    before = path.read_bytes()
+    again = co.load(path, network(), residency, mmap=True)
+    again[0].packed_weight.packed().parts["codes"].view(torch.uint8).bitwise_not_()
+    assert path.read_bytes() == before
 
 
 def test_a_damaged_file_is_found_where_it_is_mapped(tmp_path: Path) -> None:
