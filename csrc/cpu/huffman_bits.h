@@ -1,16 +1,17 @@
 // Bits of a chunk, in words. Included by one translation unit per instruction set, inside its
 // anonymous namespace.
 
-// From bit `start` of `data` on.
+// From a bit of `data` on, which lies anywhere in a byte.
 struct Bits {
-  const uint8_t* data;
-  int64_t start;
+  const uint8_t* first;
+  unsigned shift;
 
-  // 64 bits from `offset` on; reads 9 bytes.
+  Bits(const uint8_t* data, int64_t start)
+      : first(data + ((uint64_t)start >> 3)), shift((unsigned)start & 7) {}
+
+  // 64 bits from `offset` on, a multiple of 64; reads 9 bytes.
   uint64_t word(int64_t offset) const {
-    const int64_t at = start + offset;
-    const uint8_t* byte = data + at / 8;
-    const int shift = (int)(at % 8);
+    const uint8_t* byte = first + ((uint64_t)offset >> 3);
     uint64_t low;
     memcpy(&low, byte, sizeof(low));
     return low >> shift | (uint64_t{byte[8]} << 1) << (63 - shift);

@@ -42,6 +42,29 @@ inline uint64_t merge_eight(const uint8_t* zeros, const uint8_t* ones, unsigned 
 }
 
 #include "huffman_decode_eights.h"
+
+// Of 32 bits, a byte for each: 255 or 0.
+inline __m256i spread(uint32_t bits) {
+  const __m256i its_byte =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i its_bit = _mm256_set1_epi64x((long long)0x8040201008040201u);
+  const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32((int)bits), its_byte);
+  return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, its_bit), its_bit);
+}
+
+inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
+  const __m256i zeros = _mm256_set1_epi8((char)zero), ones = _mm256_set1_epi8((char)one);
+  for (; n > 0; n -= 64, out += 64, bits.first += 8) {
+    const uint64_t word = bits.word(0);
+    uint8_t last[64];
+    uint8_t* to = exact && n < 64 ? last : out;
+    const __m256i low = _mm256_blendv_epi8(zeros, ones, spread((uint32_t)word));
+    const __m256i high = _mm256_blendv_epi8(zeros, ones, spread((uint32_t)(word >> 32)));
+    _mm256_storeu_si256((__m256i*)to, low);
+    _mm256_storeu_si256((__m256i*)(to + 32), high);
+    if (to == last) memcpy(out, last, (size_t)n);
+  }
+}
 #include "huffman_decode_loops.h"
 
 }  // namespace

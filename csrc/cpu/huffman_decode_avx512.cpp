@@ -21,22 +21,23 @@ namespace {
 
 #include "huffman_bits.h"
 
-// The bits of whole vectors at once; those before the first byte and behind the last vector by
-// words.
+// Of whole bytes, by vectors, less those before the first bit and behind the last.
 inline int64_t count_ones(Bits bits, int64_t n) {
-  const int64_t before = -bits.start & 7;
-  const int64_t vectors = (n - before) / 512;
-  if (vectors <= 0) return count_ones_by_words(bits, n);
-  const uint8_t* from = bits.data + (bits.start + before) / 8;
+  if (n <= 128) return count_ones_by_words(bits, n);
+  const int64_t end = bits.shift + n, bytes = (end + 7) >> 3;
   __m512i sums = _mm512_setzero_si512();
-  for (int64_t i = 0; i < vectors; ++i)
-    sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(_mm512_loadu_si512(from + 64 * i)));
-  int64_t ones = count_ones_by_words(bits, before);
-  int64_t parts[8];
+  for (int64_t i = 0; i < bytes; i += 64) {
+    const __mmask64 there = (__mmask64)low_bits(~uint64_t{0}, bytes - i);
+    const __m512i some = _mm512_maskz_loadu_epi8(there, bits.first + i);
+    sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(some));
+  }
+  uint64_t parts[8];
   _mm512_storeu_si512(parts, sums);
-  for (const int64_t part : parts) ones += part;
-  const int64_t counted = before + 512 * vectors;
-  return ones + count_ones_by_words({bits.data, bits.start + counted}, n - counted);
+  uint64_t ones = 0;
+  for (const uint64_t part : parts) ones += part;
+  const uint64_t before = low_bits(bits.first[0], bits.shift);
+  const unsigned behind = bits.first[bytes - 1] >> 1 >> ((end + 7) & 7);
+  return (int64_t)ones - __builtin_popcountll(before) - __builtin_popcount(behind);
 }
 
 struct Bytes {
@@ -76,9 +77,15 @@ inline Ranks ranks(uint64_t word) {
           _mm512_add_epi8(in_byte, _mm512_shuffle_epi8(in_word, load(kFirstOfEight)))};
 }
 
-inline void store(uint8_t* out, int64_t left, __m512i symbols, bool exact) {
-  if (exact && left < 64) {
-    _mm512_mask_storeu_epi8(out, (__mmask64)low_bits(~uint64_t{0}, left), symbols);
+// What `merge` makes of each 64 bits, one after the other, to n bytes.
+template <class Merge>
+inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge merge) {
+  for (; n >= 64; n -= 64, out += 64, bits.first += 8)
+    _mm512_storeu_si512(out, merge(bits.word(0)));
+  if (n == 0) return;
+  const __m512i symbols = merge(bits.word(0));
+  if (exact) {
+    _mm512_mask_storeu_epi8(out, (__mmask64)low_bits(~uint64_t{0}, n), symbols);
   } else {
     _mm512_storeu_si512(out, symbols);
   }
@@ -86,38 +93,34 @@ inline void store(uint8_t* out, int64_t left, __m512i symbols, bool exact) {
 
 inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
   const __m512i zeros = _mm512_set1_epi8((char)zero), ones = _mm512_set1_epi8((char)one);
-  for (int64_t i = 0; i < n; i += 64)
-    store(out + i, n - i, _mm512_mask_blend_epi8((__mmask64)bits.word(i), zeros, ones), exact);
+  merge_words(bits, n, out, exact,
+              [&](uint64_t word) { return _mm512_mask_blend_epi8((__mmask64)word, zeros, ones); });
 }
 
 inline void merge_symbol_node(Bits bits, int64_t n, int zero, const uint8_t* ones, uint8_t* out,
                               bool exact) {
   const __m512i zeros = _mm512_set1_epi8((char)zero);
-  for (int64_t i = 0; i < n; i += 64) {
-    const uint64_t word = bits.word(i);
+  merge_words(bits, n, out, exact, [&](uint64_t word) {
     const Ranks rank = ranks(word);
-    const __m512i symbols =
-        _mm512_mask_permutexvar_epi8(zeros, rank.chosen, rank.before, _mm512_loadu_si512(ones));
-    store(out + i, n - i, symbols, exact);
+    const __m512i there = _mm512_loadu_si512(ones);
     ones += __builtin_popcountll(word);
-  }
+    return _mm512_mask_permutexvar_epi8(zeros, rank.chosen, rank.before, there);
+  });
 }
 
 inline void merge_nodes(Bits bits, int64_t n, const uint8_t* zeros, const uint8_t* ones,
                         uint8_t* out, bool exact) {
   const __m512i second = _mm512_set1_epi8(64);  // of the two tables that are looked up
-  for (int64_t i = 0; i < n; i += 64) {
-    const uint64_t word = bits.word(i);
+  merge_words(bits, n, out, exact, [&](uint64_t word) {
     const Ranks rank = ranks(word);
     const __m512i place = _mm512_mask_add_epi8(_mm512_sub_epi8(load(kIndex), rank.before),
                                                rank.chosen, rank.before, second);
-    const __m512i symbols =
-        _mm512_permutex2var_epi8(_mm512_loadu_si512(zeros), place, _mm512_loadu_si512(ones));
-    store(out + i, n - i, symbols, exact);
+    const __m512i there = _mm512_loadu_si512(zeros), other = _mm512_loadu_si512(ones);
     const int taken = __builtin_popcountll(word);
     ones += taken;
     zeros += 64 - taken;
-  }
+    return _mm512_permutex2var_epi8(there, place, other);
+  });
 }
 
 #include "huffman_decode_loops.h"

@@ -21,6 +21,20 @@ inline uint64_t merge_eight(const uint8_t* zeros, const uint8_t* ones, unsigned 
 }
 
 #include "huffman_decode_eights.h"
+
+// Eight bytes, 255 for each bit that is 1.
+inline uint64_t spread(uint64_t bits) {
+  const uint64_t each = bits * 0x0101010101010101u & 0x8040201008040201u;
+  return (((each + 0x7f7f7f7f7f7f7f7fu) | each) >> 7 & 0x0101010101010101u) * 255;
+}
+
+inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
+  const uint64_t zeros = (uint64_t)zero * 0x0101010101010101u;
+  const uint64_t difference = (uint64_t)(zero ^ one) * 0x0101010101010101u;
+  merge_words(bits, n, out, exact,
+              [&](unsigned byte) { return zeros ^ (spread(byte) & difference); });
+}
+
 #include "huffman_decode_loops.h"
 
 }  // namespace

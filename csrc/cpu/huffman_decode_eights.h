@@ -1,46 +1,23 @@
 // Merges of huffman_decode eight symbols at a time. Included by one translation unit per
 // instruction set, inside its anonymous namespace, after it has defined
-// merge_eight(zeros, ones, bits), the eight bytes that a merge makes.
+// merge_eight(zeros, ones, bits), the eight bytes that a merge makes; merge_symbols is its own.
 
 inline int64_t count_ones(Bits bits, int64_t n) { return count_ones_by_words(bits, n); }
 
-// Eight bytes, 255 for each bit that is 1.
-inline uint64_t spread(uint64_t bits) {
-  const uint64_t each = bits * 0x0101010101010101u & 0x8040201008040201u;
-  return (((each + 0x7f7f7f7f7f7f7f7fu) | each) >> 7 & 0x0101010101010101u) * 255;
-}
-
-inline void store_eight(uint8_t* out, int64_t left, uint64_t symbols, bool exact) {
-  if (exact && left < 8) {
-    memcpy(out, &symbols, (size_t)left);
-  } else {
-    memcpy(out, &symbols, sizeof(symbols));
-  }
-}
-
-inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
-  const uint64_t zeros = (uint64_t)zero * 0x0101010101010101u;
-  const uint64_t difference = (uint64_t)(zero ^ one) * 0x0101010101010101u;
-  for (int64_t i = 0; i < n; i += 64) {
-    uint64_t word = bits.word(i);
-    for (int64_t j = i; j < i + 64 && j < n; j += 8, word >>= 8) {
-      const uint64_t symbols = zeros ^ (spread(word & 255) & difference);
-      store_eight(out + j, n - j, symbols, exact);
+// What `merge` makes of each 8 bits, one after the other, to n bytes.
+template <class Merge>
+inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge merge) {
+  for (; n >= 64; n -= 64, out += 64, bits.first += 8) {
+    const uint64_t word = bits.word(0);
+    for (int j = 0; j < 64; j += 8) {
+      const uint64_t symbols = merge((unsigned)(word >> j & 255));
+      memcpy(out + j, &symbols, sizeof(symbols));
     }
   }
-}
-
-template <bool kZeroIsSymbol>
-inline void merge(Bits bits, int64_t n, const uint8_t* zeros, const uint8_t* ones, uint8_t* out,
-                  bool exact) {
-  for (int64_t i = 0; i < n; i += 64) {
-    uint64_t word = bits.word(i);
-    for (int64_t j = i; j < i + 64 && j < n; j += 8, word >>= 8) {
-      store_eight(out + j, n - j, merge_eight(zeros, ones, (unsigned)(word & 255)), exact);
-      const int taken = __builtin_popcountll(word & 255);
-      ones += taken;
-      if (!kZeroIsSymbol) zeros += 8 - taken;
-    }
+  uint64_t word = n > 0 ? bits.word(0) : 0;
+  for (; n > 0; n -= 8, out += 8, word >>= 8) {
+    const uint64_t symbols = merge((unsigned)(word & 255));
+    memcpy(out, &symbols, exact && n < 8 ? (size_t)n : sizeof(symbols));
   }
 }
 
@@ -48,10 +25,20 @@ inline void merge_symbol_node(Bits bits, int64_t n, int zero, const uint8_t* one
                               bool exact) {
   uint8_t zeros[8];
   memset(zeros, zero, sizeof(zeros));
-  merge<true>(bits, n, zeros, ones, out, exact);
+  merge_words(bits, n, out, exact, [&](unsigned byte) {
+    const uint64_t symbols = merge_eight(zeros, ones, byte);
+    ones += __builtin_popcount(byte);
+    return symbols;
+  });
 }
 
 inline void merge_nodes(Bits bits, int64_t n, const uint8_t* zeros, const uint8_t* ones,
                         uint8_t* out, bool exact) {
-  merge<false>(bits, n, zeros, ones, out, exact);
+  merge_words(bits, n, out, exact, [&](unsigned byte) {
+    const uint64_t symbols = merge_eight(zeros, ones, byte);
+    const int taken = __builtin_popcount(byte);
+    ones += taken;
+    zeros += 8 - taken;
+    return symbols;
+  });
 }
