@@ -57,6 +57,10 @@ SCHEMAS = {
     "huffman_decode_out": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int chunk_size, Tensor(a!) out) -> ()"
     ),
+    "huffman_decode_planes": (
+        "(Tensor(a!) out, Tensor[] planes, Tensor[] offsets, Tensor[] lengths, int chunk_size, "
+        "bool turned=False) -> ()"
+    ),
     "huffman_encode": "(Tensor symbols, Tensor lengths, int chunk_size) -> (Tensor, Tensor)",
     "merge_planes": "(Tensor(a!) out, Tensor[] planes, bool turned=False) -> ()",
     "winograd_conv2d": (

@@ -16,8 +16,9 @@ from compressops.formats import (
     Sparse,
 )
 from compressops.formats.checks import bits_of
-from compressops.formats.coding import _TILE, is_coded
+from compressops.formats.coding import is_coded
 
+MANY = 1 << 18
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -60,15 +61,15 @@ def test_every_pattern_of_16_bits(dtype: torch.dtype) -> None:
 
 @BY_DTYPE
 @pytest.mark.parametrize("chunk_size", [1000, 4096, 32768])
-def test_weights_of_several_tiles(dtype: torch.dtype, chunk_size: int) -> None:
-    for count in (_TILE - 1, _TILE + 1, 2 * _TILE + 77):
+def test_weights_of_many_chunks(dtype: torch.dtype, chunk_size: int) -> None:
+    for count in (MANY - 1, MANY + 1, 2 * MANY + 77):
         weight = torch.randn(count).to(dtype)
         packed = PackedTensor.pack(weight, coding=Huffman(chunk_size=chunk_size))
         assert torch.equal(packed.unpack(co.ops.DECODER), weight)
 
 
-def test_wide_integers_of_several_tiles() -> None:
-    weight = torch.randn(_TILE + 99) * 0.01
+def test_wide_integers_of_many_chunks() -> None:
+    weight = torch.randn(MANY + 99) * 0.01
     packed = PackedTensor.pack(weight, number=FixedPoint(11, 1), coding=Huffman(), lossy=True)
     assert torch.equal(packed.unpack(co.ops.DECODER), packed.unpack())
     raw = PackedTensor.pack(weight, number=FixedPoint(11, 1), coding=Raw(), lossy=True)

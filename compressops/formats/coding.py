@@ -24,7 +24,12 @@ from compressops.formats.huffman import (
     huffman_encode_reference,
     huffman_lengths,
 )
-from compressops.formats.planes import code_dtype, merge_planes_reference, split_planes
+from compressops.formats.planes import (
+    code_dtype,
+    decode_planes_reference,
+    merge_planes_reference,
+    split_planes,
+)
 from compressops.formats.registry import Axis, check_int
 
 __all__ = [
@@ -54,11 +59,14 @@ class Decoder:
         symbols: ``(stream, offsets, lengths, num_symbols, chunk_size)`` → uint8 symbols, as
             :func:`huffman_decode_reference`.
         merge: ``(out, planes, turned)``, as :func:`merge_planes_reference`.
+        planes: ``(out, planes, offsets, lengths, chunk_size, turned)``, as
+            :func:`decode_planes_reference`: codes of more than a byte.
         empty: ``(count, like, dtype)`` → memory for codes of more than a byte, where ``like`` is.
     """
 
     symbols: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = huffman_decode_reference
     merge: Callable[[Tensor, Sequence[Tensor], bool], None] = merge_planes_reference
+    planes: Callable[..., None] = decode_planes_reference
     empty: Callable[[int, Tensor, torch.dtype], Tensor] = _empty
 
 
@@ -67,9 +75,6 @@ Encoder = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 # What a chunk takes beside its codes: its header, and its size as uint16 (32,768 symbols of 12 bits
 # are 49,152 bytes).
 _CHUNK_BYTES = HEADER_BYTES + 2
-# Codes of several planes are decoded so many at a time on a CPU: their planes then wait for the
-# merge in a core's own cache, and take no memory by the size of the weight.
-_TILE = 1 << 18
 # What a plane, or a weight of floats, has to shrink to: decoding costs more than less would save.
 WORTH = 0.95
 
@@ -264,48 +269,29 @@ class Huffman(Coding):
         if bits <= 8:
             if f"{name}_lengths" not in parts:
                 return sign_extend(unpack_bits(parts[name], count, bits), bits)
-            return sign_extend(self._reader(parts, name, count, bits, decoder)(0, count), bits)
-        readers = [
-            self._reader(parts, plane, count, width, decoder)
-            for plane, width in self._planes(name, bits)
+            code = self._plane(parts, name, count, bits)
+            return sign_extend(decoder.symbols(*code, count, self.chunk_size), bits)
+        planes = [
+            self._plane(parts, plane, count, width) for plane, width in self._planes(name, bits)
         ]
         like = parts[f"{name}_0"]
         codes = decoder.empty(count, like, code_dtype(bits)) if out is None else out
-        # Elsewhere a launch costs more than a cache saves.
-        tile = (
-            count
-            if like.device.type != "cpu"
-            else max(1, _TILE // self.chunk_size) * self.chunk_size
-        )
-        for start in range(0, count, max(1, tile)):
-            stop = min(start + tile, count)
-            planes = [read(start, stop) for read in readers]
-            decoder.merge(codes[start:stop], planes, self._turned)
+        decoder.planes(codes, *map(list, zip(*planes, strict=True)), self.chunk_size, self._turned)
         return codes if bits % 8 == 0 else codes.copy_(sign_extend(codes, bits))
 
-    def _reader(
-        self, parts: dict[str, Tensor], name: str, count: int, bits: int, decoder: Decoder
-    ) -> Callable[[int, int], Tensor]:
-        """Gives the symbols from one index to another, both on an edge of a chunk, of a plane."""
+    def _plane(
+        self, parts: dict[str, Tensor], name: str, count: int, bits: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream of a plane, its offsets and code lengths; of a raw one the symbols, and
+        nothing."""
+        data = parts[name]
         if f"{name}_lengths" not in parts:
-            data = parts[name] if bits == 8 else unpack_bits(parts[name], count, bits)
-            return lambda start, stop: data[start:stop]
+            symbols = data if bits == 8 else unpack_bits(data, count, bits)
+            return symbols, data.new_empty(0, dtype=torch.int64), data.new_empty(0)
         sizes = parts[f"{name}_sizes"].to(torch.int64)
-        offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
         table = parts[f"{name}_lengths"]
         lengths = unpack_bits(table, 2 * table.numel(), 4)
-        stream = parts[name]
-
-        def read(start: int, stop: int) -> Tensor:
-            if (start, stop) == (0, count):
-                return decoder.symbols(stream, offsets, lengths, count, self.chunk_size)
-            edges = offsets[start // self.chunk_size : -(-stop // self.chunk_size) + 1]
-            begin, end = int(edges[0]), int(edges[-1])
-            return decoder.symbols(
-                stream[begin:end], edges - begin, lengths, stop - start, self.chunk_size
-            )
-
-        return read
+        return data, torch.nn.functional.pad(sizes.cumsum(0), (1, 0)), lengths
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from .bsr_conv2d import bsr_conv2d
 from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
 from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
 from .huffman_decode import huffman_decode, huffman_decode_out
+from .huffman_decode_planes import huffman_decode_planes
 from .huffman_encode import huffman_encode
 from .huge_pages import empty_on_huge_pages
 from .int4_linear import int4_linear, int4_linear_pack
@@ -25,7 +26,7 @@ from .winograd_model import choose_tile
 from .winograd_transform import cook_toom
 
 # What `PackedTensor.unpack` takes to decode by the ops.
-DECODER = Decoder(huffman_decode, merge_planes, empty_on_huge_pages)
+DECODER = Decoder(huffman_decode, merge_planes, huffman_decode_planes, empty_on_huge_pages)
 
 __all__ = [
     "DECODER",
@@ -42,6 +43,7 @@ __all__ = [
     "cook_toom",
     "huffman_decode",
     "huffman_decode_out",
+    "huffman_decode_planes",
     "huffman_encode",
     "int4_linear",
     "int4_linear_pack",

@@ -30,7 +30,7 @@ def merge_planes(out: torch.Tensor, planes: Sequence[torch.Tensor], turned: bool
 
 def _check(out, planes, turned=False) -> None:
     del turned
-    if out.dim() != 1 or not out.is_contiguous() or out.dtype not in _DTYPES:
+    if out.dim() != 1 or not out.is_contiguous() or out.dtype not in DTYPES:
         _fail("out", "a contiguous vector of 2 or 4 bytes an element", _shown(out))
     if len(planes) != out.element_size():
         _fail("planes", f"{out.element_size()} tensors for {out.dtype}", len(planes))
@@ -41,7 +41,7 @@ def _check(out, planes, turned=False) -> None:
             _fail("planes", form, _shown(plane))
 
 
-_DTYPES = {torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32}
+DTYPES = {torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32}
 
 
 def _shown(tensor: torch.Tensor) -> str:

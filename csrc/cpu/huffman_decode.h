@@ -17,7 +17,10 @@ struct HuffmanScratch {
   // The chunk, copied, so that what is checked is what is decoded, whoever writes to the stream.
   uint8_t chunk[kHuffmanHeaderBytes + kHuffmanMaxChunkSize * kHuffmanMaxLength / 8 + kHuffmanSlack];
   uint8_t levels[2][kHuffmanMaxChunkSize + kHuffmanSlack];
-  const uint8_t* behind;  // where the chunk ended; what is there is fetched, and not read
+  // Memory that is wanted soon: what is behind the chunk, and what the caller comes to next. It is
+  // fetched, and not read.
+  const uint8_t* behind;
+  const uint8_t* next;
 };
 
 // Decodes `count` symbols of the chunk in the scratch, which has `bytes` bytes of codes. Its bits
@@ -32,9 +35,10 @@ HuffmanFault huffman_decode_avx2(const HuffmanTree& tree, HuffmanScratch& scratc
 HuffmanFault huffman_decode_avx512(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
                                    uint8_t* out, int64_t count);
 
-// Checks and decodes the chunk [begin, end) with the kernel that suits the processor.
+// Checks and decodes the chunk [begin, end) with the kernel that suits the processor. `next` are as
+// many bytes as there are symbols, which the caller reads or writes behind that: `out`, or others.
 HuffmanFault huffman_decode_chunk(const HuffmanTree& tree, HuffmanScratch& scratch,
                                   const uint8_t* begin, const uint8_t* end, uint8_t* out,
-                                  int64_t count);
+                                  int64_t count, const uint8_t* next);
 
 }  // namespace compressops::cpu

@@ -29,12 +29,13 @@ HuffmanFault decode_lone_symbol(int symbol, const uint8_t* data, int64_t bytes, 
 
 HuffmanFault huffman_decode_chunk(const HuffmanTree& tree, HuffmanScratch& scratch,
                                   const uint8_t* begin, const uint8_t* end, uint8_t* out,
-                                  int64_t count) {
+                                  int64_t count, const uint8_t* next) {
   const int64_t size = end - begin;
   if (size < kHuffmanHeaderBytes) return kHuffmanTruncated;
   if (size > static_cast<int64_t>(sizeof(scratch.chunk)) - kHuffmanSlack) return kHuffmanTooLong;
   uint8_t* chunk = scratch.chunk;
   scratch.behind = end;
+  scratch.next = next;
   std::memcpy(chunk, begin, static_cast<size_t>(size));
   std::memset(chunk + size, 0, static_cast<size_t>(kHuffmanSlack));
   uint32_t stated;

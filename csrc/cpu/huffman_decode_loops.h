@@ -21,14 +21,14 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
     if (starts[v + 1] > 8 * bytes) return kHuffmanOverrun;
     const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
     if (one_child < 0) continue;  // and then the other one is a symbol, too
-    counts[one_child] = (int32_t)count_ones({data, starts[v]}, counts[v]);
+    counts[one_child] = (int32_t)count_ones(Bits(data, starts[v]), counts[v]);
     if (zero_child >= 0) counts[zero_child] = counts[v] - counts[one_child];
   }
   const HuffmanFault end = huffman_check_end(data, bytes, starts[tree.nodes]);
   if (end != kHuffmanSound) return end;
 
-  // The result's lines, and those of the next chunk, are fetched little by little while the lower
-  // levels are merged: the merge of the root would wait for memory at each of them.
+  // What is wanted next, as the result's lines, and the next chunk are fetched little by little
+  // while the lower levels are merged: the merge of the root would wait for memory at each of them.
   const int64_t lower = starts[tree.nodes] - count;
   const uint64_t share = lower > 0 ? ((uint64_t)count << 16) / (uint64_t)lower + 1 : 0;
   uint64_t fetched = 0, due = 0;
@@ -41,7 +41,7 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
     uint8_t* here = level == 0 ? result : scratch.levels[level % 2] - starts[first];
     for (int v = first; v < next; ++v) {
       const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
-      const Bits bits = {data, starts[v]};
+      const Bits bits(data, starts[v]);
       uint8_t* out = here + starts[v];
       const bool exact = level == 0;
       if (one_child < 0) {
@@ -54,7 +54,7 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
       }
       due += exact ? 0 : (uint64_t)counts[v] * share;
       for (; fetched < due >> 16 && fetched < (uint64_t)count; fetched += 64) {
-        __builtin_prefetch(result + fetched, 1);
+        __builtin_prefetch(scratch.next + fetched);
         if (fetched < (uint64_t)bytes) __builtin_prefetch(scratch.behind + fetched);
       }
     }

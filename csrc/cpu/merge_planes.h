@@ -11,10 +11,13 @@
 namespace compressops::cpu {
 
 // out[i] = the bytes planes[0][i] (the lowest), planes[1][i] …, rotated right by one bit if
-// `turned`. In place of nothing: out overlaps no plane.
+// `turned`. In place of nothing: out overlaps no plane. `past_caches`: it is written to memory
+// without being fetched, where it is aligned to vectors.
 struct MergePlanesKernels {
-  void (*two)(uint16_t* out, const uint8_t* const* planes, int64_t count, bool turned);
-  void (*four)(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turned);
+  void (*two)(uint16_t* out, const uint8_t* const* planes, int64_t count, bool turned,
+              bool past_caches);
+  void (*four)(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turned,
+               bool past_caches);
 };
 const MergePlanesKernels& merge_planes_baseline();
 const MergePlanesKernels& merge_planes_avx2();

@@ -20,6 +20,8 @@ struct Vec {
 
   static Vec load(const uint8_t* at) { return {_mm256_loadu_si256((const __m256i*)at)}; }
   void store(void* at) const { _mm256_storeu_si256((__m256i*)at, v); }
+  void stream(void* at) const { _mm256_stream_si256((__m256i*)at, v); }
+  static void stream_end() { _mm_sfence(); }
   Vec spread_by_two() const { return {_mm256_permute4x64_epi64(v, 0xd8)}; }
   Vec spread_by_four() const {
     return {_mm256_permutevar8x32_epi32(v, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7))};

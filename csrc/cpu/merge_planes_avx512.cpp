@@ -23,6 +23,8 @@ struct Vec {
 
   static Vec load(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
   void store(void* at) const { _mm512_storeu_si512(at, v); }
+  void stream(void* at) const { _mm512_stream_si512((__m512i*)at, v); }
+  static void stream_end() { _mm_sfence(); }
   Vec spread_by_two() const {
     return {_mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), v)};
   }

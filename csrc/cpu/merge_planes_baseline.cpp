@@ -19,6 +19,8 @@ struct Vec {
     return x;
   }
   void store(void* at) const { memcpy(at, &v, sizeof(v)); }
+  void stream(void* at) const { store(at); }  // no instruction for it that all processors have
+  static void stream_end() {}
   Vec spread_by_two() const { return *this; }
   Vec spread_by_four() const { return *this; }
   static Vec lo8(Vec a, Vec b) {

@@ -1,16 +1,27 @@
 // The loops of merge_planes over vectors. Included by one translation unit per instruction set,
 // inside its anonymous namespace, after it has defined the struct Vec: a vector of kBytes, whose
 // lo8 … hi16 interleave bytes and pairs of bytes within each of its quarters of 16 bytes, and whose
-// `spread` orders it before, so that the results come out in order.
+// `spread` orders it before, so that the results come out in order. `stream` stores past the
+// caches, and `stream_end` puts these stores before all that follow.
 
-void two(uint16_t* out, const uint8_t* const* planes, int64_t count, bool turned) {
+template <bool kStreams>
+inline void put(Vec codes, void* to) {
+  if (kStreams) {
+    codes.stream(to);
+  } else {
+    codes.store(to);
+  }
+}
+
+template <bool kStreams>
+inline void merge_two(uint16_t* out, const uint8_t* const* planes, int64_t count, bool turned) {
   int64_t i = 0;
   for (; i + Vec::kBytes <= count; i += Vec::kBytes) {
     const Vec low = Vec::load(planes[0] + i).spread_by_two();
     const Vec high = Vec::load(planes[1] + i).spread_by_two();
     const Vec codes[2] = {Vec::lo8(low, high), Vec::hi8(low, high)};
     for (int k = 0; k < 2; ++k)
-      (turned ? codes[k].turn_back16() : codes[k]).store(out + i + k * (Vec::kBytes / 2));
+      put<kStreams>(turned ? codes[k].turn_back16() : codes[k], out + i + k * (Vec::kBytes / 2));
   }
   for (; i < count; ++i) {
     const unsigned code = planes[0][i] | (unsigned)planes[1][i] << 8;
@@ -18,7 +29,8 @@ void two(uint16_t* out, const uint8_t* const* planes, int64_t count, bool turned
   }
 }
 
-void four(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turned) {
+template <bool kStreams>
+inline void merge_four(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turned) {
   int64_t i = 0;
   for (; i + Vec::kBytes <= count; i += Vec::kBytes) {
     Vec bytes[4];
@@ -28,7 +40,7 @@ void four(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turne
     for (int k = 0; k < 4; ++k) {
       const Vec codes =
           k % 2 ? Vec::hi16(low[k / 2], high[k / 2]) : Vec::lo16(low[k / 2], high[k / 2]);
-      (turned ? codes.turn_back32() : codes).store(out + i + k * (Vec::kBytes / 4));
+      put<kStreams>(turned ? codes.turn_back32() : codes, out + i + k * (Vec::kBytes / 4));
     }
   }
   for (; i < count; ++i) {
@@ -36,4 +48,20 @@ void four(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turne
     for (int p = 0; p < 4; ++p) code |= (uint32_t)planes[p][i] << (8 * p);
     out[i] = turned ? code >> 1 | code << 31 : code;
   }
+}
+
+inline bool is_aligned(const void* out) { return (uintptr_t)out % Vec::kBytes == 0; }
+
+void two(uint16_t* out, const uint8_t* const* planes, int64_t count, bool turned,
+         bool past_caches) {
+  if (!past_caches || !is_aligned(out)) return merge_two<false>(out, planes, count, turned);
+  merge_two<true>(out, planes, count, turned);
+  Vec::stream_end();
+}
+
+void four(uint32_t* out, const uint8_t* const* planes, int64_t count, bool turned,
+          bool past_caches) {
+  if (!past_caches || !is_aligned(out)) return merge_four<false>(out, planes, count, turned);
+  merge_four<true>(out, planes, count, turned);
+  Vec::stream_end();
 }

@@ -112,7 +112,7 @@ Result decode(const HuffmanTree& tree, const std::vector<uint8_t>& chunk, int64_
   Result result{kHuffmanSound, std::vector<uint8_t>(static_cast<size_t>(count), 0x5a)};
   result.symbols.shrink_to_fit();
   result.fault = huffman_decode_chunk(tree, scratch, exact.get(), exact.get() + chunk.size(),
-                                      result.symbols.data(), count);
+                                      result.symbols.data(), count, result.symbols.data());
   return result;
 }
 
@@ -187,7 +187,7 @@ int main(int argc, char** argv) {
     std::vector<uint8_t> out(static_cast<size_t>(kHuffmanMaxChunkSize));
     const auto fault = [&] {
       return huffman_decode_chunk(tree, *scratch, chunk.data(), chunk.data() + chunk.size(),
-                                  out.data(), kHuffmanMaxChunkSize);
+                                  out.data(), kHuffmanMaxChunkSize, out.data());
     };
     if (fault() != kHuffmanSound) fail("a sound chunk is refused", rounds);
     for (size_t bit = 0; bit < 8 * chunk.size(); ++bit, ++flips) {
