@@ -14,6 +14,8 @@ import torch
 from torch import nn
 
 import compressops as co
+from compressops.formats import PackedTensor
+from compressops.formats.rows import has_rows, unpack_rows
 from compressops.nn import scratch
 
 
@@ -106,6 +108,19 @@ def test_an_embedding_decodes_the_chunks_of_its_rows(dtype, coding, rows, monkey
     for wrong in (-1, 42):
         with pytest.raises(IndexError, match=f"input must be from 0 to 41, got {wrong}"):
             packed(torch.tensor([0, wrong]))
+
+
+@pytest.mark.parametrize("number", [co.Int(8), co.Int(4, 7, symmetric=False), co.Int(3)], ids=str)
+@pytest.mark.parametrize("coding", [co.Huffman(chunk_size=100), co.Raw()], ids=str)
+@pytest.mark.parametrize("columns", [0, 8, 77])
+def test_rows_of_integers(number, coding, columns: int) -> None:
+    packed = PackedTensor.pack(torch.randn(42, columns), None, number, coding, lossy=True)
+    taken = columns * number.bits % 8 == 0 or "codes_lengths" in packed.parts
+    assert has_rows(packed) == taken
+    for rows in ([], [41], [3, 30, 4]):
+        if taken:
+            index = torch.tensor(rows, dtype=torch.int64)
+            assert torch.equal(unpack_rows(packed, index), packed.unpack()[index])
 
 
 def test_corrupt_rows_of_an_embedding_are_errors() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compressops.formats.bits import sign_extend
-from compressops.formats.coding import Decoder, Huffman, Raw, code_dtype, unpack_bits
+from compressops.formats.coding import Decoder, Huffman, Raw, code_dtype, is_coded, unpack_bits
 from compressops.formats.groupwise import Int
 from compressops.formats.layout import Dense, Layout
 from compressops.formats.number import Number
@@ -23,12 +23,12 @@ _AT_ONCE = 1 << 16
 
 def has_rows(packed: PackedTensor) -> bool:
     """Whether `unpack_rows` takes this weight: a matrix, every entry stored, of floats or of
-    integers that are not coded."""
-    if packed.number.is_float:
-        dense = isinstance(packed.layout, Dense) and len(packed.shape) == 2
-        return dense and isinstance(packed.coding, Huffman | Raw)
-    coded = not isinstance(packed.coding, Raw)
-    return not coded and rows_refusal(packed.layout, packed.number, packed.shape) is None
+    integers, whose rows are whole bytes where they are not coded."""
+    number, dense = packed.number, isinstance(packed.layout, Dense) and len(packed.shape) == 2
+    if not dense or not isinstance(packed.coding, Huffman | Raw):
+        return False
+    coded = isinstance(number, Int | Ternary) and is_coded(packed.parts)
+    return number.is_float or coded or rows_refusal(packed.layout, number, packed.shape) is None
 
 
 def rows_refusal(layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
@@ -55,9 +55,13 @@ def integer_rows(
     count, columns = shape
     data = codes.view(count, columns * number.bits // 8).index_select(0, rows)
     found = _codes(data.flatten(), len(data) * columns, number.bits)
-    # One for all, or a row each.
-    own = {k: p.index_select(0, rows) if p.shape[0] == count else p for k, p in params.items()}
+    own = _params_of(params, count, rows)
     return number.dequantize(found.view(len(data), columns), own, dtype)
+
+
+def _params_of(params: dict[str, Tensor], count: int, rows: Tensor) -> dict[str, Tensor]:
+    # One for all, or a row each.
+    return {k: p.index_select(0, rows) if p.shape[0] == count else p for k, p in params.items()}
 
 
 def row_blocks(
@@ -102,8 +106,12 @@ def unpack_rows(packed: PackedTensor, rows: Tensor, decoder: Decoder | None = No
     decoder, bits = decoder or Decoder(), packed.number.bits
     (count, columns), parts = packed.shape, packed.parts
     if not packed.number.is_float:
-        how = packed.params, packed.number, packed.shape, packed.dtype
-        return integer_rows(parts["codes"], *how, rows)
+        if not is_coded(parts):
+            how = packed.params, packed.number, packed.shape, packed.dtype
+            return integer_rows(parts["codes"], *how, rows)
+        codes = sign_extend(_rows_of_plane(packed, "codes", rows, decoder), bits)
+        own = _params_of(packed.params, count, rows)
+        return packed.number.dequantize(codes, own, packed.dtype)
     if "codes" in parts:
         codes = parts["codes"].view(code_dtype(bits)).view(count, columns)[rows].flatten()
     else:
