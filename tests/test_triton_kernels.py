@@ -193,8 +193,8 @@ import json, re, sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_kernels import (
-    bsr, bsr_linear_grad_values, huffman_decode, int8_conv2d, int8_linear, packed_linear,
-    quantize_images, quantize_rows, winograd_conv2d)
+    bsr, bsr_linear_grad_values, huffman_decode, int8_conv2d, int8_linear, merge_planes,
+    packed_linear, quantize_images, quantize_rows, winograd_conv2d)
 
 def build(capability, kernel, types, constants, multiples_of_16=(), **options):
     signature = dict(types) | dict.fromkeys(constants, "constexpr")
@@ -338,6 +338,11 @@ for capability in (80, 90):
         results[f"huffman crc {segment_bytes} {capability}"] = build(
             capability, huffman_decode.crc_kernel, types,
             {"SEGMENTS": 1024, "SEGMENT_BYTES": segment_bytes}, num_warps=8)
+    for planes, code in ((2, "i16"), (4, "i32")):
+        results[f"merge {planes} planes {capability}"] = build(
+            capability, merge_planes.merge_planes_kernel,
+            {"out": f"*{code}", **{f"plane_{p}": "*u8" for p in range(4)}, "count": "i64"},
+            {"PLANES": planes, "TURNED": True, "BLOCK": merge_planes.BLOCK}, num_warps=4)
     for dtype, alpha_h, alpha_w, tile in (
         ("fp32", 8, 8, 6), ("fp16", 6, 6, 4), ("bf16", 4, 4, 2), ("fp16", 1, 8, 4)
     ):
