@@ -28,6 +28,14 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         flags = (spread[:, position // 8] >> (position % 8)) & 1
         return pack_bits(flags.flatten(), 1)
     count = codes.numel()
+    if 8 % bits == 0:
+        each = 8 // bits
+        low = torch.nn.functional.pad(codes.to(torch.uint8) & (2**bits - 1), (0, -count % each))
+        first, *others = low.view(-1, each).unbind(1)
+        data = first.clone()
+        for i, other in enumerate(others, 1):
+            data |= other << (i * bits)
+        return data
     # Eight codes fill `bits` bytes exactly and fit one int64.
     grouped = torch.nn.functional.pad(codes, (0, -count % 8)).view(-1, 8)
     words = torch.zeros(len(grouped), dtype=torch.int64, device=codes.device)
