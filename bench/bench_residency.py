@@ -3,9 +3,11 @@ model, and how far its first forward raises the peak memory of a process.
 
     python bench/bench_residency.py
 
-All are packed by `convert(model, Huffman())`, without loss. "forward MB" is what the peak grows by
-(Linux's VmHWM, in a process of its own) from the loaded model on: activations, and with packed
-residency one layer.
+Floats are packed by `convert(model, Huffman())`, without loss; the others are rounded to integers.
+"forward MB" is what the peak grows by (Linux's VmHWM, in a process of its own) from the loaded
+model on: activations, and with packed residency one layer. "÷ allowed" is the packed model and that
+in units of 1.2 times its bytes, the activations (what decoded residency grows by), and the largest
+dense weight.
 """
 
 from __future__ import annotations
@@ -14,10 +16,13 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from common import interleaved, median_ratio, parser, report
+from common import interleaved, median_ratio, merged, parser, report
 from torch import nn
 
 import compressops as co
@@ -38,13 +43,41 @@ def vgg(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
 
 def minilm(smoke: bool) -> tuple[nn.Module, dict]:
     """all-MiniLM-L6-v2 in float32, a sentence: 91 MB."""
+    del smoke
     from compressops.zoo import minilm as zoo
 
     model, tokenizer = zoo.load()
     return model, zoo.batches(tokenizer, ["a film that moves, and never lies"], 1)[0]
 
 
-MODELS = {"chain": chain, "vgg16": vgg, "minilm": minilm}
+def minilm_bfloat16(smoke: bool) -> tuple[nn.Module, dict]:
+    model, inputs = minilm(smoke)
+    return model.bfloat16(), inputs
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[bool], tuple[nn.Module, Any]]
+    config: Any = field(default_factory=co.Huffman)
+
+
+CASES = {
+    "chain": Case(chain),
+    "vgg16": Case(vgg),
+    "minilm": Case(minilm),
+    "minilm bfloat16": Case(minilm_bfloat16),
+    "minilm int8": Case(minilm, (co.Int(8), co.Huffman())),
+    "minilm int4": Case(minilm, (co.Int(4, group_size=64), co.Huffman())),
+}
+
+
+def packed(name: str, model: nn.Module, residency: str) -> nn.Module:
+    return co.convert(model, CASES[name].config, residency=residency, prefer="size")
+
+
+def largest(model: nn.Module) -> int:
+    """Bytes of the largest dense weight."""
+    return max(p.nbytes for p in model.parameters())
 
 
 def call(model: nn.Module, inputs: torch.Tensor | dict) -> object:
@@ -54,8 +87,8 @@ def call(model: nn.Module, inputs: torch.Tensor | dict) -> object:
 def peak(name: str, residency: str, smoke: bool) -> dict[str, int]:
     """Of this process: call it in one of its own."""
     torch.set_num_threads(1)
-    model, inputs = MODELS[name](smoke)
-    model = co.convert(model.eval(), co.Huffman(), residency=residency)
+    model, inputs = CASES[name].make(smoke)
+    model = packed(name, model.eval(), residency)
     kept = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     status, resets = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -80,24 +113,30 @@ def measured_peak(name: str, residency: str, smoke: bool) -> dict[str, int]:
 def main() -> None:
     options = parser(__doc__, "residency-cpu")
     options.add_argument("--peak", nargs=2, help="a model and a residency: its memory, as JSON")
+    options.add_argument("--only", default="", help="cases whose name has this in it")
+    options.add_argument("--merge", action="store_true", help="keep the other rows of --out")
     arguments = options.parse_args()
     if arguments.peak:
         print(json.dumps(peak(*arguments.peak, arguments.smoke)))
         return
     rows = []
-    for name, make in MODELS.items():
+    for name, case in CASES.items():
+        if arguments.only not in name:
+            continue
         try:
-            model, inputs = make(arguments.smoke)
+            model, inputs = case.make(arguments.smoke)
         except ImportError as missing:
             print(f"{name} not run: {missing}")
             continue
         runs = {"float": model.eval()}
         for residency in ("decoded", "packed"):
-            runs[residency] = co.convert(model, co.Huffman(), residency=residency)
+            runs[residency] = packed(name, model, residency)
         results = {how: call(run, inputs) for how, run in runs.items()}
         assert torch.equal(results["packed"], results["decoded"])
         memory = {how: measured_peak(name, how, arguments.smoke) for how in ("decoded", "packed")}
         report_of = co.report(runs["packed"]).totals
+        held = memory["packed"]["model"]
+        allowed = 1.2 * held + memory["decoded"]["forward"] + largest(model)
         for threads in arguments.threads[:1] if arguments.smoke else arguments.threads:
             torch.set_num_threads(threads)
             calls = {how: lambda run=run, i=inputs: call(run, i) for how, run in runs.items()}
@@ -115,8 +154,10 @@ def main() -> None:
                     "dense MB": (report_of.dense + report_of.other) / 1e6,
                     **{f"{how} MB": memory[how]["model"] / 1e6 for how in memory},
                     **{f"{how} forward MB": memory[how]["forward"] / 1e6 for how in memory},
+                    "÷ allowed": (held + memory["packed"]["forward"]) / allowed,
                 }
             )
+    rows = merged(rows, arguments, ("model", "threads"))
     report("residency of packed weights", rows, arguments)
 
 
