@@ -61,6 +61,13 @@ def test_unaligned_parts_of_planes(values: list[int], turned: bool, start: int) 
     assert torch.equal(merged(planes, torch.int32, turned), codes[start:])
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_planes_share_no_memory_with_the_codes(count: int) -> None:
+    codes = torch.full((count,), -1, dtype=torch.int16)
+    assert split_planes(codes, 12)[1].tolist() == [15] * count
+    assert codes.tolist() == [-1] * count
+
+
 BYTES = torch.zeros(6, dtype=torch.uint8)
 BAD = {
     "an int64 out": (torch.zeros(6, dtype=torch.int64), [BYTES] * 8),
