@@ -23,7 +23,7 @@ class PackedEmbedding(PackedModule):
     cannot follow.
 
     Packed residency decodes the chunks that hold the rows of a call where the table is one of
-    floats, and else all of it. It breaks compiled graphs, see `PackedModule`.
+    floats, `Int` or `Ternary`, and else all of it. It breaks compiled graphs, see `PackedModule`.
 
     Shape: input integer ``[...]``, output ``[..., embedding_dim]``.
     """
