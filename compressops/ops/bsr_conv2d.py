@@ -15,7 +15,7 @@ from .conv import MOST, check_pair, check_reach, check_steps, output_size, pair
 from .winograd_domain import memory_format
 
 OP = "bsr_conv2d"
-_MOST_TAPS = 2**15
+_MOST_TAPS = 4096
 # Elements of windows that gradients and the eager kernel gather at a time.
 _PIECE = 1 << 22
 
@@ -56,7 +56,7 @@ def bsr_conv2d(
         crow_indices: int32 ``[ceil(K / r) + 1]``, where each row of blocks begins in ``values``.
         col_indices: int32 ``[nnz]``, columns of the grid of blocks, ascending in each row.
         out_channels: K.
-        kernel_size: R and S, up to 32768, or one integer for both.
+        kernel_size: R and S, up to 4096, or one integer for both.
         bias: float ``[K]`` or None.
         stride, padding, dilation: one integer, or two (rows, columns); padding is on each side.
         activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).

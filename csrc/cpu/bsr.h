@@ -180,12 +180,12 @@ inline void multiply_group(const BsrLinearKernels& isa, const BsrWeight& weight,
     if (weight.element != Element::kFloat) {
       const int64_t items = strip.blocks * strip.depth * strip.r;
       float* widened = own.get(items);
-      isa.copy(strip.values, weight.element, items, 1, items, widened, items);
+      isa.copy(strip.values, weight.element, items, 1, 1, items, widened, items);
       strip.values = widened;
     }
     isa.multiply_narrow(strip, panel, transposed + (i - first) * weight.r * kStrip);
   }
-  isa.pack(transposed, Element::kFloat, kStrip, kStrip, kStrip, sums, kStrip);
+  isa.pack(transposed, Element::kFloat, kStrip, kStrip, kStrip, sums, kStrip, kStrip);
 }
 
 // Multiplies M rows of x by a weight. pack(m, rows, begin, end, panel, width) makes the items

@@ -57,7 +57,7 @@ void multiply(const BsrWeight& weight, const Tensor& x, int64_t K, const Quantiz
       isa, weight, M, nullptr,
       [&](int64_t m, int64_t rows, int64_t begin, int64_t end, float* panel, int64_t width) {
         isa.pack(q.get() + m * padded + begin * kQuad, Element::kFloat, weight.inputs, rows,
-                 end - begin, panel, width);
+                 end - begin, panel, width, width);
       },
       [&](int64_t m, int64_t rows, int64_t n, int64_t columns, float* sums) {
         isa.scale(sums, rows, columns, {rows_of_x.get() + m, scales + n, weight_sums + n});

@@ -44,7 +44,8 @@ void multiply(const BsrWeight& weight, const Tensor& x, Element element, int64_t
       isa, weight, M, direct ? reinterpret_cast<const float*>(from) : nullptr,
       [&](int64_t m, int64_t rows, int64_t begin, int64_t end, float* panel, int64_t width) {
         const int64_t count = std::clamp<int64_t>(inputs - begin, 0, end - begin);
-        isa.pack(from + (m * inputs + begin) * bytes, element, inputs, rows, count, panel, width);
+        isa.pack(from + (m * inputs + begin) * bytes, element, inputs, rows, count, panel, width,
+                 width);
         std::fill(panel + count * width, panel + (end - begin) * width, 0.0f);
       },
       [&](int64_t m, int64_t rows, int64_t n, int64_t columns, float* sums) {

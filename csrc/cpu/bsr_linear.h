@@ -1,6 +1,6 @@
-// The inner kernels of bsr_linear, its gradients and bsr_int8_linear, one implementation per
-// instruction set. Like int8_linear.h, this header defines no function: translation units for
-// different instruction sets include it.
+// The inner kernels of bsr_linear, its gradients, bsr_conv2d and bsr_int8_linear, one
+// implementation per instruction set. Like int8_linear.h, this header defines no function:
+// translation units for different instruction sets include it.
 #pragma once
 
 #include <stdint.h>
@@ -13,6 +13,8 @@ namespace compressops::cpu {
 
 // Outputs side by side in a strip of the weight, one cache line of floats.
 constexpr int kStrip = 16;
+// Pixels of an image that lie side by side.
+constexpr int kHalf = kStrip / 2;
 
 // Items are 4 bytes: a float, or 4 int8 of neighbouring inputs.
 //
@@ -51,18 +53,24 @@ struct BsrLinearKernels {
   // Panels are as wide as `multiply` has a kernel for: 1 … 8 and even widths up to `most_rows`.
   int most_rows;
 
-  // panel[k][m] = x[m][k] for k < count, as floats; 0 for m from `rows` to `width`.
+  // panel[k][m] = x[m][k] for k < count, as floats, in rows of panel_stride; 0 for m from `rows` to
+  // `width`.
   void (*pack)(const void* x, Element element, int64_t x_stride, int64_t rows, int64_t count,
-               float* panel, int64_t width);
-  // to[row][column] as floats, in rows of to_stride.
-  void (*copy)(const void* from, Element element, int64_t stride, int64_t rows, int64_t columns,
-               float* to, int64_t to_stride);
+               float* panel, int64_t width, int64_t panel_stride);
+  // to[row][column] = from[row][column * step] as floats, in rows of to_stride.
+  void (*copy)(const void* from, Element element, int64_t stride, int64_t step, int64_t rows,
+               int64_t columns, float* to, int64_t to_stride);
 
   // sums[m][16], the products of a strip of 16 with a panel.
   void (*multiply)(const BsrStrip& strip, Element element, const float* panel, int width,
                    float* sums);
   // sums[n][16] for the r outputs of a strip of fewer, with 16 rows of a panel as wide as that.
   void (*multiply_narrow)(const BsrStrip& strip, const float* panel, float* sums);
+
+  // The same for 16 pixels of images, in two halves of 8 side by side, and sums that begin with
+  // the r biases: input i of the strip is at pixels[half] + offsets[i]. Of floats alone.
+  void (*multiply_pixels)(const float* weights, int r, const int64_t* offsets, int64_t inputs,
+                          const float* const* pixels, const float* bias, float* sums);
 
   // sums[m][16] of integers to floats, in place; null of floats.
   void (*scale)(float* sums, int64_t rows, int64_t columns, const BsrScales& how);

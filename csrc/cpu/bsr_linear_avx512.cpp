@@ -22,7 +22,7 @@ namespace {
 
 // 24 sums, a vector of weights; the rows of x are operands in memory.
 constexpr int kMostRows = 24;
-constexpr int kNarrowRows = 8;
+constexpr int kNarrowRows = 16;
 constexpr bool kIntegers = false;
 
 #include "simd_avx512.h"

@@ -38,7 +38,7 @@ struct Operands {
             int64_t m, int64_t depth, int64_t row, float* to) const {
     std::fill(to, to + row * depth, 0.0f);
     from += (m * pieces.C + pieces.begin(piece)) * element_bytes(element);
-    isa.copy(from, element, pieces.C, depth, pieces.valid(piece), to, row);
+    isa.copy(from, element, pieces.C, 1, depth, pieces.valid(piece), to, row);
   }
 };
 
@@ -62,7 +62,7 @@ void few_columns(const BsrLinearKernels& isa, const Operands& op) {
     for_each(strips.count(), [&](int64_t piece) {
       op.copy(isa, op.grads, strips, piece, m, depth, kStrip, memory + piece * kStrip * depth);
     });
-    if (!floats) isa.copy(rows, op.element, K, depth, K, widened, K);
+    if (!floats) isa.copy(rows, op.element, K, 1, depth, K, widened, K);
     const float* x = floats ? reinterpret_cast<const float*>(rows) : widened;
     for_each(blocks.rows, [&](int64_t row) {
       alignas(64) float sums[2 * kStrip * kStrip];

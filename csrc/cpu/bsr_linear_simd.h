@@ -1,8 +1,8 @@
-// The body of bsr_linear's kernels and bsr_int8_linear's, written once over vectors of kLanes
-// items. Included by one translation unit per instruction set and number, inside its anonymous
-// namespace, after that set's simd header and
+// The body of bsr_linear's kernels, bsr_conv2d's and bsr_int8_linear's, written once over vectors
+// of kLanes items. Included by one translation unit per instruction set and number, inside its
+// anonymous namespace, after that set's simd header and
 //   kMostRows         rows of the largest register block of `multiply`
-//   kNarrowRows       the same of `multiply_narrow`
+//   kNarrowRows       outputs of the largest of `multiply_narrow` and `multiply_pixels`
 //   kIntegers         whether items are 4 int8
 //   add_products      sums plus x times weights, all of them bits of vectors of kLanes items
 //   add_sums          sums plus sums
@@ -26,7 +26,7 @@ inline Vec broadcast(const float* item) { return broadcast(item, typename UpTo<k
 
 template <typename E>
 void pack_elements(const typename E::Storage* x, int64_t x_stride, int64_t rows, int64_t count,
-                   float* panel, int64_t width) {
+                   float* panel, int64_t width, int64_t panel_stride) {
   for (int64_t k = 0; k < count; k += kLanes) {
     const int64_t inputs = count - k < kLanes ? count - k : kLanes;
     for (int64_t m = 0; m < width; m += kLanes) {
@@ -34,7 +34,7 @@ void pack_elements(const typename E::Storage* x, int64_t x_stride, int64_t rows,
       const int64_t here = rows - m < lanes ? rows - m : lanes;
       Vec block[kLanes];
       const auto* from = x + m * x_stride + k;
-      float* to = panel + k * width + m;
+      float* to = panel + k * panel_stride + m;
       if (here == kLanes && inputs == kLanes) {
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) block[i] = E::get(from + i * x_stride);
@@ -45,43 +45,60 @@ void pack_elements(const typename E::Storage* x, int64_t x_stride, int64_t rows,
       transpose(block);
       if (lanes == kLanes && inputs == kLanes) {
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + i * width, block[i]);
+        for (int i = 0; i < kLanes; ++i) store(to + i * panel_stride, block[i]);
       } else {
-        for (int64_t i = 0; i < inputs; ++i) store_first(to + i * width, lanes, block[i]);
+        for (int64_t i = 0; i < inputs; ++i) store_first(to + i * panel_stride, lanes, block[i]);
       }
     }
   }
 }
 
+template <typename E, int... I>
+inline Vec get_even(const typename E::Storage* from, int64_t count, Indices<I...>) {
+  const Vec low = E::get_first(from, count < kLanes ? count : kLanes);
+  const Vec high = count > kLanes ? E::get_first(from + kLanes, count - kLanes) : Vec{};
+  return __builtin_shufflevector(low, high, (2 * I)...);
+}
+
 template <typename E>
-void copy_elements(const typename E::Storage* from, int64_t stride, int64_t rows, int64_t columns,
-                   float* to, int64_t to_stride) {
+void copy_elements(const typename E::Storage* from, int64_t stride, int64_t step, int64_t rows,
+                   int64_t columns, float* to, int64_t to_stride) {
   for (int64_t row = 0; row < rows; ++row, from += stride, to += to_stride) {
-    int64_t column = 0;
-    for (; column + kLanes <= columns; column += kLanes) store(to + column, E::get(from + column));
-    if (column < columns)
-      store_first(to + column, columns - column, E::get_first(from + column, columns - column));
+    for (int64_t column = 0; column < columns; column += kLanes) {
+      const auto* at = from + column * step;
+      const int64_t count = columns - column < kLanes ? columns - column : kLanes;
+      if (step > 2) {
+        for (int64_t i = 0; i < count; ++i) to[column + i] = E::get_first(at + i * step, 1)[0];
+      } else if (step == 2) {
+        store_first(to + column, count,
+                    get_even<E>(at, 2 * count - 1, typename UpTo<kLanes>::type()));
+      } else if (count == kLanes) {
+        store(to + column, E::get(at));
+      } else {
+        store_first(to + column, count, E::get_first(at, count));
+      }
+    }
   }
 }
 
 void pack(const void* x, Element element, int64_t x_stride, int64_t rows, int64_t count,
-          float* panel, int64_t width) {
+          float* panel, int64_t width, int64_t panel_stride) {
   if (element == Element::kFloat)
-    pack_elements<Float>((const float*)x, x_stride, rows, count, panel, width);
+    pack_elements<Float>((const float*)x, x_stride, rows, count, panel, width, panel_stride);
   else if (element == Element::kHalf)
-    pack_elements<Half>((const uint16_t*)x, x_stride, rows, count, panel, width);
+    pack_elements<Half>((const uint16_t*)x, x_stride, rows, count, panel, width, panel_stride);
   else
-    pack_elements<BFloat16>((const uint16_t*)x, x_stride, rows, count, panel, width);
+    pack_elements<BFloat16>((const uint16_t*)x, x_stride, rows, count, panel, width, panel_stride);
 }
 
-void copy(const void* from, Element element, int64_t stride, int64_t rows, int64_t columns,
-          float* to, int64_t to_stride) {
+void copy(const void* from, Element element, int64_t stride, int64_t step, int64_t rows,
+          int64_t columns, float* to, int64_t to_stride) {
   if (element == Element::kFloat)
-    copy_elements<Float>((const float*)from, stride, rows, columns, to, to_stride);
+    copy_elements<Float>((const float*)from, stride, step, rows, columns, to, to_stride);
   else if (element == Element::kHalf)
-    copy_elements<Half>((const uint16_t*)from, stride, rows, columns, to, to_stride);
+    copy_elements<Half>((const uint16_t*)from, stride, step, rows, columns, to, to_stride);
   else
-    copy_elements<BFloat16>((const uint16_t*)from, stride, rows, columns, to, to_stride);
+    copy_elements<BFloat16>((const uint16_t*)from, stride, step, rows, columns, to, to_stride);
 }
 
 // ---- products ----------------------------------------------------------------------------------
@@ -144,39 +161,91 @@ void multiply(const BsrStrip& strip, Element element, const float* panel, int wi
   }
 }
 
-// Of a strip of fewer outputs, Rows of them from `first` on, and 16 rows of x.
-template <int Rows>
-void multiply_outputs(const BsrStrip& strip, int first, const float* panel, float* sums) {
-  Vec total[Rows][kVectors] = {};
-  const float* w = (const float*)strip.values + first;
-  for (int64_t block = 0; block < strip.blocks; ++block) {
-    const float* x = panel + strip.columns[block] * strip.depth * kStrip;
-    for (int64_t k = 0; k < strip.depth; ++k, x += kStrip, w += strip.r) {
-      Vec items[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) items[v] = load(x + v * kLanes);
-#pragma GCC unroll 8
-      for (int i = 0; i < Rows; ++i) {
-        const Vec weight = broadcast(w + i);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v)
-          total[i][v] = add_products(total[i][v], items[v], weight);
-      }
-    }
-  }
-#pragma GCC unroll 8
+// Of Rows outputs and 16 rows of x, whose sums begin with `initial`. each(step) calls step for
+// every input, with its items of these rows; `w` has `stride` outputs of it.
+template <int Rows, typename Each>
+inline void multiply_outputs(const float* w, int64_t stride, const float* initial, float* sums,
+                             const Each& each) {
+  Vec total[Rows][kVectors];
+#pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums + (first + i) * kStrip + v * kLanes, total[i][v]);
+    for (int v = 0; v < kVectors; ++v) total[i][v] = broadcast(initial + i);
+  each([&](const Vec* items) {
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const Vec weight = broadcast(w + i);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) total[i][v] = add_products(total[i][v], items[v], weight);
+    }
+    w += stride;
+  });
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(sums + i * kStrip + v * kLanes, total[i][v]);
 }
+
+constexpr float kZeros[kStrip] = {};
 
 template <int Rows = kNarrowRows>
 void multiply_narrow(const BsrStrip& strip, const float* panel, float* sums) {
   if (strip.r >= Rows) {
     for (int first = 0; first < strip.r; first += Rows)
-      multiply_outputs<Rows>(strip, first, panel, sums);
+      multiply_outputs<Rows>((const float*)strip.values + first, strip.r, kZeros,
+                             sums + first * kStrip, [&](auto&& step) {
+                               for (int64_t block = 0; block < strip.blocks; ++block) {
+                                 const float* x =
+                                     panel + strip.columns[block] * strip.depth * kStrip;
+                                 for (int64_t k = 0; k < strip.depth; ++k, x += kStrip) {
+                                   Vec items[kVectors];
+#pragma GCC unroll 4
+                                   for (int v = 0; v < kVectors; ++v)
+                                     items[v] = load(x + v * kLanes);
+                                   step(items);
+                                 }
+                               }
+                             });
   } else if constexpr (Rows > 1) {
     multiply_narrow<Rows / 2>(strip, panel, sums);
+  }
+}
+
+typedef float Eight __attribute__((vector_size(kHalf * 4)));
+typedef float EightUnaligned __attribute__((vector_size(kHalf * 4), aligned(4), may_alias));
+
+template <int... I>
+inline Vec joined(Eight low, Eight high, Indices<I...>) {
+  return __builtin_shufflevector(low, high, I...);
+}
+
+inline void load_halves(const float* low, const float* high, Vec* items) {
+  if constexpr (kLanes > kHalf) {
+    items[0] = joined(*(const EightUnaligned*)low, *(const EightUnaligned*)high,
+                      typename UpTo<kStrip>::type());
+  } else {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      items[v] = load(v * kLanes < kHalf ? low + v * kLanes : high + (v * kLanes - kHalf));
+  }
+}
+
+template <int Rows = kNarrowRows>
+void multiply_pixels(const float* weights, int r, const int64_t* offsets, int64_t inputs,
+                     const float* const* pixels, const float* bias, float* sums) {
+  if (r >= Rows) {
+    const float *low = pixels[0], *high = pixels[1];
+    for (int first = 0; first < r; first += Rows)
+      multiply_outputs<Rows>(weights + first, r, bias + first, sums + first * kStrip,
+                             [&](auto&& step) {
+                               for (int64_t i = 0; i < inputs; ++i) {
+                                 Vec items[kVectors];
+                                 load_halves(low + offsets[i], high + offsets[i], items);
+                                 step(items);
+                               }
+                             });
+  } else if constexpr (Rows > 1) {
+    multiply_pixels<Rows / 2>(weights, r, offsets, inputs, pixels, bias, sums);
   }
 }
 
@@ -223,5 +292,13 @@ void finish(float* sums, const BsrFinish& how) {
 
 constexpr BsrLinearKernels kernels(const char* isa,
                                    void (*scale)(float*, int64_t, int64_t, const BsrScales&)) {
-  return {isa, kMostRows, pack, copy, multiply, multiply_narrow<>, scale, finish};
+  return {isa,
+          kMostRows,
+          pack,
+          copy,
+          multiply,
+          multiply_narrow<>,
+          kIntegers ? nullptr : multiply_pixels<>,
+          scale,
+          finish};
 }

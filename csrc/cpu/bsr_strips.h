@@ -79,16 +79,16 @@ inline BsrStrips cut_strips(const BsrLinearKernels& isa, const BsrBlocks& blocks
             const int64_t valid = std::min(ins, inputs - row_blocks[first + i] * ins);
             if (quad > 1) {
               // Whole quads, and then the zeros inside and behind the last.
-              isa.pack(corner, Element::kFloat, out_step / quad, strip, depth, to, strip);
+              isa.pack(corner, Element::kFloat, out_step / quad, strip, depth, to, strip, strip);
               char* quads = reinterpret_cast<char*>(to);
               for (int64_t k = valid; k < ins; ++k)
                 for (int o = 0; o < strip; ++o) quads[(k / quad * strip + o) * quad + k % quad] = 0;
               continue;
             }
             if (in_step == 1)
-              isa.pack(corner, element, out_step, strip, valid, to, strip);
+              isa.pack(corner, element, out_step, strip, valid, to, strip, strip);
             else
-              isa.copy(corner, element, in_step, valid, strip, to, strip);
+              isa.copy(corner, element, in_step, 1, valid, strip, to, strip);
             std::fill(to + valid * strip, to + items, 0.0f);
           }
         }

@@ -281,12 +281,8 @@ Tensor packed_weight(const Tensor& weight, const ConvShape& s) {
 ConvShape checked_shape(const Tensor& x, const Tensor& weight, int64_t K,
                         std::vector<int64_t> stride, std::vector<int64_t> padding,
                         std::vector<int64_t> dilation, int64_t groups) {
-  COMPRESSOPS_CHECK(
-      x.is_cpu() && x.dim() == 4 && x.size(1) >= 1 && x.size(2) >= 1 && x.size(3) >= 1, kOp, "x",
-      "a CPU tensor [N, C, H, W], empty in N alone", x);
-  check_pair(kOp, "stride", stride, 1);
-  check_pair(kOp, "padding", padding, 0);
-  check_pair(kOp, "dilation", dilation, 1);
+  check_image(kOp, x);
+  check_steps(kOp, stride, padding, dilation);
   COMPRESSOPS_CHECK(groups >= 1 && x.size(1) % groups == 0 && K % groups == 0, kOp, "groups",
                     "a divisor of " + std::to_string(x.size(1)) + " input and " +
                         std::to_string(K) + " output channels",
@@ -297,17 +293,10 @@ ConvShape checked_shape(const Tensor& x, const Tensor& weight, int64_t K,
   constexpr const char* kForm =
       "a CPU int8 tensor [K, C / groups, R, S] or as int8_conv2d_pack makes it";
   COMPRESSOPS_CHECK(form, kOp, "weight", kForm, weight);
-  const ConvShape s = {x.size(0),
-                       x.size(1),
-                       x.size(2),
-                       x.size(3),
-                       K,
-                       weight.size(first),
-                       weight.size(first + 1),
-                       std::move(stride),
-                       std::move(padding),
-                       std::move(dilation),
-                       groups};
+  const ConvShape s = {
+      {x.size(0), x.size(1), x.size(2), x.size(3), K, weight.size(first), weight.size(first + 1),
+       std::move(stride), std::move(padding), std::move(dilation)},
+      groups};
   std::vector<int64_t> expected = {K, s.group_C(), s.R, s.S};
   if (dims == 5) expected = {s.panels(), s.R, s.S, kConvColumns, 1};
   if (dims == 7) expected = {groups, s.panels(), s.R, s.S, s.blocks(), kConvColumns, kConvDepth};
@@ -318,8 +307,7 @@ ConvShape checked_shape(const Tensor& x, const Tensor& weight, int64_t K,
                     std::string(kForm) + " for K = " + std::to_string(K) +
                         ", C / groups = " + std::to_string(s.group_C()),
                     weight);
-  COMPRESSOPS_CHECK(s.out_h() >= 1 && s.out_w() >= 1, kOp, "x",
-                    "at least as large as the kernel, padding included", x);
+  check_reach(kOp, s, x);
   return s;
 }
 
@@ -360,11 +348,7 @@ Tensor int8_conv2d(const Tensor& x, const Tensor& weight, const Tensor& weight_s
   Tensor out = new_image(x, shape.N, K, shape.out_h(), shape.out_w(), channels_last);
   if (out.numel() == 0) return out;
 
-  // Swapped dimensions make channels last contiguous, and nothing is copied then.
-  const Tensor dense_x =
-      channels_last
-          ? as_contiguous(torch::stable::transpose(torch::stable::transpose(x, 1, 2), 2, 3))
-          : as_contiguous(x);
+  const Tensor dense_x = dense_image(x, channels_last);
   const Tensor panels = packed_weight(weight, shape);
   const Tensor scales = as_contiguous(weight_scales);
   const Tensor sums = as_contiguous(weight_sums);

@@ -4,20 +4,13 @@
 #include <algorithm>
 #include <vector>
 
+#include "conv.h"
 #include "int8_conv2d.h"
 
 namespace compressops::cpu {
 
-struct ConvShape {
-  int64_t N, C, H, W, K, R, S;
-  std::vector<int64_t> stride, padding, dilation;
+struct ConvShape : ConvSizes {
   int64_t groups;
-
-  // How far a kernel reaches.
-  int64_t reach_h() const { return (R - 1) * dilation[0] + 1; }
-  int64_t reach_w() const { return (S - 1) * dilation[1] + 1; }
-  int64_t out_h() const { return out_size(H + 2 * padding[0] - reach_h(), stride[0]); }
-  int64_t out_w() const { return out_size(W + 2 * padding[1] - reach_w(), stride[1]); }
 
   bool depthwise() const { return C == groups && K == groups && groups > 1; }
   int64_t group_C() const { return C / groups; }
@@ -31,9 +24,6 @@ struct ConvShape {
   int64_t panel_bytes() const {
     return R * S * kConvColumns * (depthwise() ? 1 : blocks() * kConvDepth);
   }
-
- private:
-  static int64_t out_size(int64_t room, int64_t step) { return room < 0 ? 0 : room / step + 1; }
 };
 
 // An image's codes, [rows][columns][pixel_bytes], with its padding. Of that no more is kept than a
