@@ -115,16 +115,6 @@ def test_conv2d(options: dict, block: tuple[int, int], residency: str) -> None:
     assert moved(x).is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("piece", [1, 9 * 6 * 20, 9 * 6 * 200])
-def test_conv2d_in_pieces(monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
-    layer = in_blocks(nn.Conv2d(6, 18, 3, padding=1), (16, 1))
-    module, x = BlockSparseConv2d.from_float(layer), torch.randn(5, 6, 7, 8)
-    with torch.no_grad():
-        whole = module(x)
-        monkeypatch.setattr("compressops.nn.block_sparse._PIECE", piece)
-        assert torch.equal(module(x), whole)
-
-
 @pytest.mark.parametrize("size", [(0, 6, 5, 5), (2, 6, 3, 3)])
 def test_conv2d_of_few_images(size: tuple[int, ...]) -> None:
     layer = in_blocks(nn.Conv2d(6, 18, 3), (16, 1))
@@ -235,7 +225,7 @@ def test_through_the_meta_device(which: int) -> None:
 def test_refused_weights() -> None:
     with pytest.raises(ValueError, match="bsr_linear needs a weight in the layout BlockSparse"):
         BlockSparseLinear.from_float(nn.Linear(8, 8), Dense())
-    with pytest.raises(ValueError, match="bsr_linear needs a weight in the layout BlockSparse"):
+    with pytest.raises(ValueError, match="bsr_conv2d needs a weight in the layout BlockSparse"):
         BlockSparseConv2d.from_float(nn.Conv2d(8, 8, 3), LowRank(2))
     with pytest.raises(ValueError, match=r"bsr_int8_linear needs Int\(bits=8.*got Int\(bits=4"):
         BlockSparseInt8Linear.from_float(nn.Linear(8, 8), number=Int(bits=4))

@@ -18,9 +18,6 @@ from compressops.nn.linear import KernelLinear
 from compressops.nn.weight import outside_graphs
 from compressops.ops.bsr import DTYPES
 
-# Inputs of the op that a convolution gathers at a time: 1 MB of float32, what a core's L2 holds.
-_PIECE = 1 << 18
-
 
 class BlockSparseWeight(KernelWeight):
     """A weight in the layout `BlockSparse`, of any number, for `ops.bsr_linear`.
@@ -56,11 +53,13 @@ class BlockSparseWeight(KernelWeight):
 
 
 class BlockSparseConvWeight(GroupedWeight, BlockSparseWeight):
-    """A convolution's weight in the layout `BlockSparse`, of any number, for `ops.bsr_linear`.
+    """A convolution's weight in the layout `BlockSparse`, of any number, for `ops.bsr_conv2d`.
 
     Its inputs are in the order kernel row, kernel column, channel, as an image of the memory format
     channels_last has them; each has blocks of its own, unless the kernel is 1×1.
     """
+
+    op = "bsr_conv2d"
 
     def _matrix(self, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
         rows, columns = self._block
@@ -169,9 +168,8 @@ class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
 class BlockSparseConv2d(_BlockSparse, ConvModule):
     """`torch.nn.Conv2d` on a block-sparse weight of any number.
 
-    Runs `ops.bsr_linear` on the windows of the input, which are gathered a megabyte at a time; a
-    1×1 kernel of stride 1 reads the input in place. All is fastest where images have the memory
-    format channels_last; the result has it where input or weight do. Blocks of one input, as
+    Runs `ops.bsr_conv2d`, which on a CPU reads windows of the input in place; the result has the
+    memory format channels_last where input or weight do. Blocks of one input, as
     ``BlockSparse(block=(16, 1))``, lose nothing here: of a larger kernel every input of a block is
     one of its own. As `BlockSparseLinear` in all else.
 
@@ -184,7 +182,7 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
     dimensions = 2
     weight_type = BlockSparseConvWeight
     layout = BlockSparse((16, 1))
-    op = "bsr_linear"
+    op = "bsr_conv2d"
 
     def __init__(self, module: nn.Module, weight: BlockSparseConvWeight) -> None:
         super().__init__(module, weight)
@@ -192,46 +190,24 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
 
     def forward(self, input: Tensor) -> Tensor:
         input = self.taken(input)
-        arguments = (*self.packed_weight.kernel(), self.out_channels, self.bias)
         images = input if input.dim() == 4 else input.unsqueeze(0)
-        last = self.packed_weight.channels_last or _is_channels_last(images)
-        windows = self._windows(images)
-        # So many images, or rows of one image, at a time.
-        row = max(1, math.prod(windows.shape[2:]))
-        rows = max(1, _PIECE // row)
-        count = max(1, rows // max(1, windows.shape[1]))
-        parts = [
-            _joined(
-                [ops.bsr_linear(piece.flatten(3), *arguments) for piece in group.split(rows, 1)],
-                1,
-            )
-            for group in windows.split(count)
-        ]
-        output = _joined(parts, 0).permute(0, 3, 1, 2)
-        output = output if last else output.contiguous()
-        return output if input.dim() == 4 else output.squeeze(0)
-
-    def _windows(self, images: Tensor) -> Tensor:
-        """``[N, H, W, kernel rows, kernel columns, channels]``: what each output sees, as a view of
-        the padded images."""
-        around = self._reversed_padding_repeated_twice
-        if any(around):
+        left, right, top, bottom = around = self._reversed_padding_repeated_twice
+        padding = (top, left)
+        if self.padding_mode != "zeros" or padding != (bottom, right):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            images = F.pad(images, around, mode=mode)
-        view = images.contiguous(memory_format=torch.channels_last)
-        for i in (0, 1):
-            size, stride, dilation = self.kernel_size[i], self.stride[i], self.dilation[i]
-            view = view.unfold(2 + i, (size - 1) * dilation + 1, stride)[..., ::dilation]
-        return view.permute(0, 2, 3, 4, 5, 1)
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
-
-
-def _is_channels_last(images: Tensor) -> bool:
-    """And not in both formats at once, as an image of one channel is."""
-    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+            images, padding = F.pad(images, around, mode=mode), (0, 0)
+        last = self.packed_weight.channels_last
+        if last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        output = ops.bsr_conv2d(
+            images,
+            *self.packed_weight.kernel(),
+            *(self.out_channels, self.kernel_size, self.bias),
+            *(self.stride, padding, self.dilation),
+        )
+        # Of one channel, the input is in both formats.
+        output = output.contiguous(memory_format=torch.channels_last) if last else output
+        return output if input.dim() == 4 else output.squeeze(0)
 
 
 def _blocks(

@@ -42,48 +42,59 @@ struct Job {
   int64_t bytes() const { return element_bytes(element); }
   int64_t area() const { return layout.out_h * layout.out_w; }
 
-  // The rows from `row` on of a channel, or of 16, of one view; c counts in steps of 16 where
-  // channels are last.
-  void copy_view(int64_t n, int64_t c, int64_t first, int64_t row_view, int64_t column_view,
-                 float* to) const {
+  // What of a view lies in the image: `columns` from `left` on of `rows` from `top` on, which are
+  // at `row` and `column` of the image.
+  struct Inside {
+    int64_t top, left, rows, columns, row, column;
+  };
+
+  Inside inside(int64_t first, int64_t row_view, int64_t column_view) const {
     const ConvViews &down = layout.down, &across = layout.across;
-    const int64_t width = layout.width(), start = across.starts[column_view];
-    // The columns of the view that lie in the image.
-    const int64_t left = start >= 0 ? 0 : std::min(width, ceil_div(-start, across.step));
-    const int64_t right = std::clamp<int64_t>(ceil_div(sizes.W - start, across.step), left, width);
-    const int64_t column = start + left * across.step;
-    if (left == right) return;
-    for (int64_t i = 0; i < layout.height(); ++i) {
-      const int64_t row = down.starts[row_view] + (first + i) * down.step;
-      if (row < 0 || row >= sizes.H) continue;
-      float* at = to + i * width + left;
-      if (channels_last) {
-        const int64_t channels = std::min<int64_t>(kStrip, sizes.C - c);
-        const int64_t pixel = (n * sizes.H + row) * sizes.W + column;
-        isa.pack(x + (pixel * sizes.C + c) * bytes(), element, sizes.C * across.step, right - left,
-                 channels, at, right - left, layout.plane());
-        continue;
-      }
-      // All rows that follow, in one go.
-      const int64_t rows =
-          down.step > 0 ? std::min(layout.height() - i, ceil_div(sizes.H - row, down.step)) : 1;
-      const int64_t pixel = ((n * sizes.C + c) * sizes.H + row) * sizes.W + column;
-      isa.copy(x + pixel * bytes(), element, sizes.W * down.step, across.step, rows, right - left,
-               at, width);
+    const auto range = [](int64_t start, int64_t step, int64_t length, int64_t size) {
+      const int64_t begin = start >= 0 ? 0 : std::min(length, ceil_div(-start, step));
+      const int64_t end = start >= size ? begin : std::min(length, ceil_div(size - start, step));
+      return std::pair(begin, std::max(begin, end));
+    };
+    const int64_t start = down.starts[row_view] + first * down.step;
+    const int64_t column = across.starts[column_view];
+    const auto [top, bottom] = range(start, down.step, layout.height(), sizes.H);
+    const auto [left, right] = range(column, across.step, layout.width(), sizes.W);
+    Inside in{top,
+              left,
+              bottom - top,
+              right - left,
+              start + top * down.step,
+              column + left * across.step};
+    // Rows without padding between them are one long one.
+    if (in.columns == layout.width() && in.columns == sizes.W && down.step == 1)
+      in.columns *= in.rows, in.rows = std::min<int64_t>(in.rows, 1);
+    return in;
+  }
+
+  // One view of all channels; the padding is there already.
+  void copy_view(int64_t n, const Inside& in, float* to) const {
+    const int64_t plane = layout.plane(), width = layout.width(), W = sizes.W, C = sizes.C;
+    const int64_t row_step = layout.down.step, column_step = layout.across.step;
+    if (in.rows == 0 || in.columns == 0) return;
+    to += in.top * width + in.left;
+    if (!channels_last) {
+      const char* from = x + ((n * C * sizes.H + in.row) * W + in.column) * bytes();
+      for (int64_t c = 0; c < C; ++c, from += sizes.H * W * bytes(), to += plane)
+        isa.copy(from, element, W * row_step, column_step, in.rows, in.columns, to, width);
       return;
+    }
+    for (int64_t i = 0; i < in.rows; ++i) {
+      const int64_t pixel = (n * sizes.H + in.row + i * row_step) * W + in.column;
+      isa.pack(x + pixel * C * bytes(), element, C * column_step, in.columns, C, to + i * width,
+               in.columns, plane);
     }
   }
 
   void copy_image(int64_t n, int64_t first, float* to) const {
-    const int64_t plane = layout.plane(), step = channels_last ? kStrip : 1;
-    for (int64_t c = 0; c < sizes.C; c += step) {
-      const int64_t channels = std::min(step, sizes.C - c);
-      std::fill(to + c * plane, to + (c + channels) * plane, 0.0f);
-      for (int64_t i = 0; i < layout.down.count(); ++i)
-        for (int64_t j = 0; j < layout.across.count(); ++j)
-          copy_view(n, c, first, i, j, to + c * plane + layout.view_place(i, j));
-    }
-    if (layout.zeros) std::fill(to + sizes.C * plane, to + (sizes.C + 1) * plane, 0.0f);
+    std::fill(to, to + layout.floats(), 0.0f);
+    for (int64_t i = 0; i < layout.down.count(); ++i)
+      for (int64_t j = 0; j < layout.across.count(); ++j)
+        copy_view(n, inside(first, i, j), to + layout.view_place(i, j));
   }
 
   // Where the inputs of the blocks [begin, end) lie, for output (0, 0).
@@ -115,7 +126,8 @@ struct Job {
         const int64_t at = run < kHalf ? 0 : std::min(w, run - kHalf);
         const int64_t row = first + h;
         const int64_t from = (layout.in_place ? row : h) * layout.width() + at;
-        halves->push_back({place + from, image, row * layout.out_w + at, std::min<int64_t>(run, kHalf)});
+        halves->push_back(
+            {place + from, image, row * layout.out_w + at, std::min<int64_t>(run, kHalf)});
       }
   }
 
