@@ -25,6 +25,18 @@ struct Half {
   int64_t from, image, pixel, count;
 };
 
+// Memory that is fetched into L2, `step` bytes by every tile: the images that come next, which
+// would come from L3 or farther when they are copied.
+struct Fetch {
+  const char *at, *end;
+  int64_t step;
+
+  void some() {
+    for (const char* stop = std::min(end, at + step); at < stop; at += 64)
+      __builtin_prefetch(at, 0, 2);
+  }
+};
+
 struct Job {
   const BsrLinearKernels& isa;
   const ConvSizes& sizes;
@@ -36,8 +48,9 @@ struct Job {
   char* y;
   const float* bias;  // of all groups
   Activation activation;
-  int64_t images;  // at a time
-  int64_t parts;   // of the outputs
+  int64_t images;   // at a time
+  int64_t parts;    // of the outputs
+  int64_t threads;  // that share the work
 
   int64_t bytes() const { return element_bytes(element); }
   int64_t area() const { return layout.out_h * layout.out_w; }
@@ -100,10 +113,11 @@ struct Job {
   // Where the inputs of the blocks [begin, end) lie, for output (0, 0).
   void place(int64_t begin, int64_t end, int64_t* offsets) const {
     const int64_t C = sizes.C, plane = layout.plane(), inputs = sizes.R * sizes.S * C;
+    const int64_t depth = weight.depth;
+    const int32_t* columns = weight.columns;
     int64_t first = 0, base = layout.tap_place(0, 0);
     for (int64_t b = begin; b < end; ++b)
-      for (int64_t k = 0; k < weight.depth; ++k) {
-        const int64_t column = weight.columns[b] * weight.depth + k;
+      for (int64_t column = columns[b] * depth, last = column + depth; column < last; ++column) {
         if (column >= inputs) {
           *offsets++ = C * plane;
           continue;
@@ -148,7 +162,8 @@ struct Job {
   }
 
   // The outputs of a group, of all halves.
-  void multiply(int64_t group, const float* from, const std::vector<Half>& halves) const {
+  void multiply(int64_t group, const float* from, const std::vector<Half>& halves,
+                Fetch* fetch) const {
     static thread_local Scratch own_offsets, own_weights;
     const int64_t strips = weight.strips_of_group(), begin = weight.first_block(group);
     const int64_t end = weight.first_block(group + 1), inputs = (end - begin) * weight.depth;
@@ -169,6 +184,7 @@ struct Job {
       const Half& low = halves[i];
       const Half& high = i + 1 < halves.size() ? halves[i + 1] : low;
       const float* pixels[] = {from + low.from, from + high.from};
+      fetch->some();
       for (int64_t s = first; s < last; ++s) {
         const int64_t before = (weight.starts[s] - begin) * weight.depth;
         isa.multiply_pixels(weights + before * weight.r, weight.r, offsets + before,
@@ -185,6 +201,17 @@ struct Job {
       finish(result, low, 0, joined ? low.count + high.count : low.count, group * kStrip);
       if (!joined && &high != &low) finish(result, high, 1, high.count, group * kStrip);
     }
+  }
+
+  // Those that this thread is likely to take after the images from `n` on.
+  Fetch next_images(int64_t n, int64_t halves) const {
+    if (layout.rows < layout.out_h || parts > 1) return {};
+    const int64_t first = std::min(n + images * threads, sizes.N);
+    const int64_t last = std::min(first + images, sizes.N);
+    const int64_t tiles = std::max<int64_t>(1, weight.groups() * ceil_div(halves, 2));
+    const int64_t image = sizes.C * sizes.H * sizes.W * bytes();
+    const int64_t step = ceil_div(ceil_div((last - first) * image, tiles), 64) * 64;
+    return {x + first * image, x + last * image, step};
   }
 
   void run_unit(int64_t unit, int64_t part) const {
@@ -208,14 +235,15 @@ struct Job {
     }
     for (int64_t i = 0; i < count; ++i) add_halves(n + i, i * floats, first, rows, &halves);
     const int64_t end = weight.part(part + 1, parts);
+    Fetch fetch = next_images(n, halves.size());
     for (int64_t group = weight.part(part, parts); group < end; ++group)
-      multiply(group, from, halves);
+      multiply(group, from, halves, &fetch);
   }
 
-  void run(bool alone) const {
+  void run() const {
     const int64_t units = ceil_div(sizes.N, images) * ceil_div(layout.out_h, layout.rows);
     const auto task = [&](int64_t i) { run_unit(i / parts, i % parts); };
-    if (!alone) return for_each(units * parts, task);
+    if (threads > 1) return for_each(units * parts, task);
     for (int64_t i = 0; i < units * parts; ++i) task(i);
   }
 };
@@ -227,7 +255,7 @@ void run(Job& job, BsrConvLayout& layout) {
   const int64_t vectors = job.weight.first_block(job.weight.groups()) * job.weight.depth *
                           job.weight.r / kStrip * N * job.area();
   const bool alone = threads == 1 || vectors < 50000;
-  job.images = 1, job.parts = 1;
+  job.images = 1, job.parts = 1, job.threads = alone ? 1 : threads;
   while (layout.rows > 1 && layout.floats() > kFloats) layout.rows = ceil_div(layout.rows, 2);
   if (layout.in_place) layout.rows = layout.out_h;
   if (layout.rows == layout.out_h)
@@ -236,17 +264,19 @@ void run(Job& job, BsrConvLayout& layout) {
     const auto units = [&] {
       return ceil_div(N, job.images) * ceil_div(layout.out_h, layout.rows);
     };
-    if (job.images > 1 && units() < 2 * threads)
-      job.images = std::max<int64_t>(1, ceil_div(N, ceil_div(N, 2 * threads) * 2 * threads));
+    if (units() < 2 * threads) job.images = std::min(job.images, ceil_div(N, 2 * threads));
     while (units() < threads && layout.rows > 1 && layout.rows * layout.out_w >= 2 * kLeast)
       layout.rows = ceil_div(layout.rows, 2);
-    job.parts = std::clamp<int64_t>(ceil_div(2 * threads, units()), 1,
-                                    std::max<int64_t>(1, job.weight.groups()));
-    if (units() % threads == 0) job.parts = 1;
+    // Each part makes a copy of its own.
+    if (units() < threads)
+      job.parts = ceil_div(threads, units());
+    else if (units() % threads != 0 && units() < 4 * threads)
+      job.parts = 2;
+    job.parts = std::clamp<int64_t>(job.parts, 1, std::max<int64_t>(1, job.weight.groups()));
   }
   // As evenly as the strips allow.
   layout.rows = ceil_div(layout.out_h, ceil_div(layout.out_h, layout.rows));
-  job.run(alone);
+  job.run();
 }
 
 Tensor bsr_conv2d(const Tensor& x, const Tensor& values, const Tensor& crow_indices,
@@ -313,6 +343,7 @@ Tensor bsr_conv2d(const Tensor& x, const Tensor& values, const Tensor& crow_indi
           static_cast<char*>(out.mutable_data_ptr()),
           biases.data(),
           parsed,
+          1,
           1,
           1};
   run(job, layout);

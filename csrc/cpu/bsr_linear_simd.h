@@ -172,6 +172,7 @@ inline void multiply_outputs(const float* w, int64_t stride, const float* initia
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) total[i][v] = broadcast(initial + i);
   each([&](const Vec* items) {
+    __builtin_prefetch((const char*)w + kAhead);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const Vec weight = broadcast(w + i);
