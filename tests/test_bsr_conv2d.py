@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
@@ -45,11 +44,10 @@ class Case:
     activation: str = "none"
 
     def __str__(self) -> str:
-        default = Case()
-        fields = [f.name for f in dataclasses.fields(self)]
-        told = {name: getattr(self, name) for name in fields}
-        told = {name: value for name, value in told.items() if value != getattr(default, name)}
-        return ",".join(f"{name}={value}" for name, value in told.items()).replace(" ", "") or "-"
+        told = ((f.name, getattr(self, f.name)) for f in fields(self))
+        defaults = {f.name: f.default for f in fields(self)}
+        told = (f"{name}={value}" for name, value in told if value != defaults[name])
+        return ",".join(told).replace(" ", "") or "-"
 
     @property
     def inputs(self) -> int:
@@ -120,7 +118,7 @@ def make(case: Case, device: torch.device, pack: bool = False, last: bool = Fals
     x = torch.randn(case.n, case.c, case.h, case.w, device=device).to(case.dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     like = Weight(1, case.inputs, case.k, case.block, case.density, case.dtype)
-    like = dataclasses.replace(like, values_dtype=case.values_dtype, bias=case.bias)
+    like = replace(like, values_dtype=case.values_dtype, bias=case.bias)
     _, *bsr, _, bias, _ = make_weight(like, device, pack)
     return x, *bsr, case.k, case.kernel, bias, *case.steps, case.activation
 
