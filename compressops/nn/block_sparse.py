@@ -17,6 +17,7 @@ from compressops.nn.kernel_weight import GroupedWeight, Int8Weight, KernelWeight
 from compressops.nn.linear import KernelLinear
 from compressops.nn.weight import outside_graphs
 from compressops.ops.bsr import DTYPES
+from compressops.ops.winograd_domain import memory_format
 
 
 class BlockSparseWeight(KernelWeight):
@@ -191,22 +192,22 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
     def forward(self, input: Tensor) -> Tensor:
         input = self.taken(input)
         images = input if input.dim() == 4 else input.unsqueeze(0)
+        wanted = memory_format(images)
+        if self.packed_weight.channels_last:
+            wanted = torch.channels_last
         left, right, top, bottom = around = self._reversed_padding_repeated_twice
         padding = (top, left)
         if self.padding_mode != "zeros" or padding != (bottom, right):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             images, padding = F.pad(images, around, mode=mode), (0, 0)
-        last = self.packed_weight.channels_last
-        if last:
-            images = images.contiguous(memory_format=torch.channels_last)
         output = ops.bsr_conv2d(
-            images,
+            images.contiguous(memory_format=wanted),
             *self.packed_weight.kernel(),
             *(self.out_channels, self.kernel_size, self.bias),
             *(self.stride, padding, self.dilation),
         )
         # Of one channel, the input is in both formats.
-        output = output.contiguous(memory_format=torch.channels_last) if last else output
+        output = output.contiguous(memory_format=wanted)
         return output if input.dim() == 4 else output.squeeze(0)
 
 
