@@ -252,9 +252,14 @@ struct Job {
 void run(Job& job, BsrConvLayout& layout) {
   constexpr int64_t kFloats = (512 << 10) / 4, kLeast = 4 * kStrip;
   const int64_t threads = torch::stable::get_num_threads(), N = job.sizes.N;
-  const int64_t vectors = job.weight.first_block(job.weight.groups()) * job.weight.depth *
-                          job.weight.r / kStrip * N * job.area();
-  const bool alone = threads == 1 || vectors < 50000;
+  const BsrWeight& weight = job.weight;
+  const int64_t products = weight.first_block(weight.groups()) * weight.depth * weight.r / kStrip;
+  // In products of a vector, which is what a cycle does: of a pixel and 16 outputs the last steps
+  // take as long as 6 of them, and an input takes two cycles to be copied.
+  const double work = double(N * job.area()) * double(products + 6 * weight.groups()) +
+                      2.0 * double(N * job.sizes.C) * double(job.sizes.H * job.sizes.W);
+  // A thread is worth starting for some 10 µs.
+  const bool alone = threads == 1 || work < 50000;
   job.images = 1, job.parts = 1, job.threads = alone ? 1 : threads;
   while (layout.rows > 1 && layout.floats() > kFloats) layout.rows = ceil_div(layout.rows, 2);
   if (layout.in_place) layout.rows = layout.out_h;
@@ -272,7 +277,7 @@ void run(Job& job, BsrConvLayout& layout) {
       job.parts = ceil_div(threads, units());
     else if (units() % threads != 0 && units() < 4 * threads)
       job.parts = 2;
-    job.parts = std::clamp<int64_t>(job.parts, 1, std::max<int64_t>(1, job.weight.groups()));
+    job.parts = std::clamp<int64_t>(job.parts, 1, std::max<int64_t>(1, weight.groups()));
   }
   // As evenly as the strips allow.
   layout.rows = ceil_div(layout.out_h, ceil_div(layout.out_h, layout.rows));
