@@ -111,7 +111,8 @@ def run_layer(
     for block, asked in cases:
         ours, density = best(block, asked), densities[block, asked]
         median, theirs = statistics.median(ours), statistics.median(dense)
-        row = {"threads": threads, "batch": batch, "layer": layer.name, "block": list(block)}
+        row = {"threads": threads, "batch": batch, "layer": layer.name}
+        row |= {"block": "×".join(map(str, block))}
         row |= {"density": asked, "µs": median * 1e6, "dense µs": theirs * 1e6}
         row |= {"× dense": median_ratio(dense, ours)}
         row |= {"η": density * row["× dense"]}
