@@ -79,7 +79,7 @@ struct Job {
               start + top * down.step,
               column + left * across.step};
     // Rows without padding between them are one long one.
-    if (in.columns == layout.width() && in.columns == sizes.W && down.step == 1)
+    if (in.columns == layout.width() && in.columns == sizes.W && down.step == 1 && across.step == 1)
       in.columns *= in.rows, in.rows = std::min<int64_t>(in.rows, 1);
     return in;
   }
@@ -218,9 +218,12 @@ struct Job {
     static thread_local Scratch own;
     static thread_local std::vector<Half> halves;
     const int64_t strips = ceil_div(layout.out_h, layout.rows);
-    const int64_t n = unit / strips * images, first = unit % strips * layout.rows;
+    // As evenly as the strips allow: none has so few rows that halves would reach beyond an image.
+    const int64_t n = unit / strips * images, strip = unit % strips;
+    const int64_t least = layout.out_h / strips, longer = layout.out_h % strips;
+    const int64_t first = strip * least + std::min(strip, longer);
+    const int64_t rows = least + (strip < longer ? 1 : 0);
     const int64_t count = std::min(images, sizes.N - n);
-    const int64_t rows = std::min(layout.rows, layout.out_h - first);
     const int64_t floats = layout.in_place ? sizes.C * layout.plane() : layout.floats();
     const float* from;
     halves.clear();
@@ -279,7 +282,7 @@ void run(Job& job, BsrConvLayout& layout) {
       job.parts = 2;
     job.parts = std::clamp<int64_t>(job.parts, 1, std::max<int64_t>(1, weight.groups()));
   }
-  // As evenly as the strips allow.
+  // Those of the largest strip.
   layout.rows = ceil_div(layout.out_h, ceil_div(layout.out_h, layout.rows));
   job.run();
 }
