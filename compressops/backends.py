@@ -260,7 +260,11 @@ def register(
     public = schema.public_op(op)
 
     def run(*args, **kwargs) -> torch.Tensor:
-        return choose(op, args[0].device.type)(*args, **kwargs)
+        try:
+            return choose(op, args[0].device.type)(*args, **kwargs)
+        except (AttributeError, RuntimeError):
+            _require_tensors(op, args)
+            raise
 
     # On every device: where no kernel was written for one, eager serves.
     schema.library(schema.PUBLIC).impl(op, run, "CompositeExplicitAutograd")
@@ -276,22 +280,38 @@ def register(
         # layer's kernel. Nobody who has no gradient to take and nothing to record needs it.
         if torch.compiler.is_compiling() or _is_watched(args):
             return public(*args)
-        # The device takes a quarter of a microsecond to name its type.
-        device = "cpu" if args[0].is_cpu else args[0].device.type
-        return _serving(op, device)[1](*args)
+        try:
+            # The device takes a quarter of a microsecond to name its type.
+            device = "cpu" if args[0].is_cpu else args[0].device.type
+            return _serving(op, device)[1](*args)
+        except (AttributeError, RuntimeError):
+            _require_tensors(op, args)
+            raise
 
     return call
 
 
+def _require_tensors(op: str, args: tuple) -> None:
+    """Of a call that failed: the dispatcher lets ``None`` pass as a tensor."""
+    for argument, value in zip(schema.public_op(op)._schema.arguments, args, strict=False):
+        if str(argument.type) == "Tensor" and not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{op}: argument '{argument.name}' must be a tensor, got {value!r}"
+            ) from None
+
+
 def _is_watched(args: tuple) -> bool:
-    """Whether autograd, a mode or a tensor's own class has a say in a call."""
+    """Whether autograd, a mode, a tracer or a value's own class has a say in a call."""
     if _len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return True
     if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
+    if torch._C._is_tracing():  # torch.jit.trace: the kernel's own op has no gradient
+        return True
     # Arguments that are all of these types are the rule, and isinstance takes longer.
+    # What torch.fx traces with is no tensor, and records a call like one.
     if not _ORDINARY.issuperset(map(type, args)) and any(
-        isinstance(value, torch.Tensor) and type(value) not in _PLAIN for value in args
+        type(value) not in _ORDINARY and hasattr(value, "__torch_function__") for value in args
     ):
         return True
     if torch.is_grad_enabled():

@@ -164,6 +164,42 @@ def test_calls_that_somebody_watches_take_the_dispatchers_way() -> None:
     assert any(node.target is schema.public_op("int8_linear") for node in graph.graph.nodes)
 
 
+def test_fx_records_a_call() -> None:
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return _watched_call(x)
+
+    traced, x = torch.fx.symbolic_trace(Model()), torch.randn(2, 4)
+    assert any(node.target is schema.public_op("int8_linear") for node in traced.graph.nodes)
+    assert torch.equal(traced(x), _watched_call(x))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_a_trace_has_the_op_that_has_a_gradient() -> None:
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        traced = torch.jit.trace(_watched_call, x)
+    x.requires_grad_()
+    grad, expected = (torch.autograd.grad(call(x).sum(), x)[0] for call in (traced, _watched_call))
+    assert torch.equal(grad, expected)
+
+
+@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("public", [False, True])
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_what_is_no_tensor_is_an_error_that_names_it(at: int, public: bool, name: str) -> None:
+    """The dispatcher takes None for a tensor, and a kernel would be asked for its device."""
+    call = torch.ops.compressops.int8_linear if public else co.ops.int8_linear
+    args = list(arguments())
+    args[at] = None
+    argument = ("x", "weight", "weight_scales", "weight_sums")[at]
+    with (
+        co.backend(name),
+        pytest.raises(ValueError, match=f"int8_linear: argument '{argument}' must be .* got None"),
+    ):
+        call(*args)
+
+
 def test_arguments_that_the_cuda_kernel_refuses_go_to_the_next_backend(monkeypatch) -> None:
     op = "bsr_linear"
     served = []
