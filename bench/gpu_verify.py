@@ -78,21 +78,23 @@ def kernels(op: str) -> list[str]:
 
 
 def parity(ops: list[str], chosen: list[str], small: bool, max_seconds: float) -> list[dict]:
-    """Largest difference from eager for each op and backend; raises where it is too large."""
+    """Largest difference from eager for each op and backend, over so many cases; raises where it is
+    too large."""
     rows, deadline = [], time.monotonic() + max_seconds
     for op in ops:
         names = [name for name in kernels(op) if name in chosen]
-        worst = dict.fromkeys(names, 0.0)
+        differences: dict[str, list[float]] = {name: [] for name in names}
         for case in CASES[op](small):
             if time.monotonic() > deadline:
-                print(f"parity of {op}: cut short by --max-seconds")
+                print(f"parity of {op}: cut short, its time is over")
                 break
             expected = case.run("eager")
             for name in set(names).difference(case.refused_by):
-                worst[name] = max(worst[name], case.compare(name, case.run(name), expected))
+                differences[name].append(case.compare(name, case.run(name), expected))
         rows += [
-            {"op": op, "backend": name, "largest difference": value}
-            for name, value in worst.items()
+            {"op": op, "backend": name, "cases": len(all_), "largest difference": max(all_)}
+            for name, all_ in differences.items()
+            if all_
         ]
     return rows
 
@@ -116,7 +118,7 @@ def sanitize(ops: list[str], max_seconds: float) -> None:
                 timeout=max(left, 1),
             )
         except subprocess.TimeoutExpired:
-            print(f"compute-sanitizer {tool}: cut short by --max-seconds, not finished")
+            print(f"compute-sanitizer {tool}: cut short, its time is over; not finished")
         else:
             print(f"compute-sanitizer {tool}: no errors")
 
@@ -300,7 +302,7 @@ def until(rows: Iterable[dict], deadline: float, name: str) -> Iterator[dict]:
     for row in rows:
         yield row
         if time.monotonic() > deadline:
-            print(f"{name}: cut short by --max-seconds after {row['case']}")
+            print(f"{name}: cut short, its time is over, after {row['case']}")
             return
 
 
@@ -321,6 +323,8 @@ def figures(arguments, rounds: int, limit: dict, deadline: float) -> None:
         for backend, op in itertools.product(arguments.backends, arguments.ops)
         if op in FIGURES and (op, DEVICE.type, backend, None) in backends.table()
     ]
+    if not served:
+        sys.exit(f"gpu_verify.py: no kernel of {', '.join(arguments.ops)} serves on this GPU")
     for done, (op, backend) in enumerate(served):
         # What others leave may be used: most take less than their part.
         name, left = f"{op} on {backend}", deadline - time.monotonic()
@@ -331,9 +335,8 @@ def figures(arguments, rounds: int, limit: dict, deadline: float) -> None:
         for row in until(FIGURES[op](backend, rounds), time.monotonic() + part, name):
             rows.append(judged(row, limit["copy GB/s"]))
         write(title, merged(rows, arguments, ("op", "backend", "case")), arguments)
-    if not rows:
-        sys.exit(f"gpu_verify.py: no kernel of {', '.join(arguments.ops)} serves on this GPU")
-    report(title, rows, _quiet(arguments))
+    if rows:
+        report(title, rows, _quiet(arguments))
 
 
 def options() -> argparse.ArgumentParser:
@@ -351,6 +354,10 @@ def options() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = options().parse_args()
     deadline = time.monotonic() + arguments.total_seconds
+
+    def step_seconds() -> float:
+        return min(arguments.max_seconds, deadline - time.monotonic())
+
     torch.manual_seed(0)
     for op in arguments.ops:
         if not kernels(op):
@@ -360,15 +367,16 @@ def main() -> None:
         return
     chosen = arguments.backends if GPU else ["cpu", *arguments.backends]
     if "parity" in arguments.steps or arguments.smoke:
-        seconds = float("inf") if arguments.smoke else arguments.max_seconds
+        seconds = float("inf") if arguments.smoke else step_seconds()
         rows = parity(arguments.ops, chosen, arguments.smoke, seconds)
-        report("Parity with eager", rows, _quiet(arguments))
+        if rows:
+            report("Parity with eager", rows, _quiet(arguments))
     if arguments.smoke:
         return
     if not GPU:
         sys.exit("gpu_verify.py: torch sees no CUDA device; --smoke runs what this machine can")
     if "sanitize" in arguments.steps:
-        sanitize(arguments.ops, arguments.max_seconds)
+        sanitize(arguments.ops, step_seconds())
     if "time" in arguments.steps:
         rounds = max(15, arguments.rounds)
         limit = limits(rounds)

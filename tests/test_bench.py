@@ -36,6 +36,15 @@ def test_gpu_verify_runs_its_parity_on_what_is_there() -> None:
             assert op in done.stdout
 
 
+def test_gpu_verify_says_nothing_of_cases_that_did_not_run() -> None:
+    command = [sys.executable, str(BENCH / "gpu_verify.py"), "--ops", "int8_linear"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command += ["--steps", "parity", "--total-seconds", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert "parity of int8_linear: cut short" in done.stdout, done.stderr
+    assert "largest difference" not in done.stdout
+
+
 def test_the_table_shows_every_row() -> None:
     command = [sys.executable, str(BENCH / "cifarnet_table.py"), "show"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
