@@ -19,6 +19,43 @@ IN_PLACE = pytest.mark.skipif(
 
 
 @ALL_KERNELS
+@pytest.mark.parametrize("pack", [False, True])
+def test_what_lies_beyond_the_edges_is_ignored(kernel: torch.device, pack: bool) -> None:
+    """Also where x holds what no product may meet."""
+    case = Case(c=3, k=50, block=(16, 16), density=1.0)  # 27 inputs
+    x, values, crow, col, k, *rest = make(case, kernel)
+    for bad in (0.0, torch.nan):
+        x[:, 0, 0, 0] = bad
+        whole = co.ops.bsr_conv2d(x, values, crow, col, k, *rest)
+        spoilt = values.clone()
+        spoilt[col == 1, :, 11:] = torch.nan
+        spoilt[-2:, 2:] = torch.nan
+        bsr = (spoilt, crow, col)
+        bsr = co.ops.bsr_linear_pack(*bsr, k, 27) if pack else bsr
+        found = co.ops.bsr_conv2d(x, *bsr, k, *rest)
+        assert torch.allclose(found, whole, rtol=0, atol=0, equal_nan=True)
+        assert not whole[:, :, 3:, 3:].isnan().any()
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_outputs_whose_blocks_they_meet(
+    kernel: torch.device, bad: float
+) -> None:
+    """Outputs 0 to 15 see channel 0 at the upper left, 16 to 31 channel 1 at the lower right."""
+    keep = torch.zeros(2, 18, dtype=torch.bool, device=kernel)
+    keep[0, 0] = keep[1, 17] = True
+    bsr = co.ops.bsr_from_dense(torch.rand(32, 18, device=kernel) + 1, (16, 1), keep)
+    x = torch.randn(2, 2, 6, 7, device=kernel)
+    sound = co.ops.bsr_conv2d(x, *bsr, 32, 3, None, 1, 1)
+    x[1, 1, 3, 4] = bad
+    y = co.ops.bsr_conv2d(x, *bsr, 32, 3, None, 1, 1)
+    expected = sound.clone()
+    expected[1, 16:, 2, 3] = bad
+    assert torch.allclose(y, expected, equal_nan=True)
+
+
+@ALL_KERNELS
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("block", [(16, 16), (16, 1)])
 @pytest.mark.parametrize("geometry", [(3, 2, 1), (3, 1, 1), (1, 1, 0), (2, 1, 0)])

@@ -214,3 +214,11 @@ def test_bad_arguments_are_named_with_their_value(kernel: torch.device, name: st
             with pytest.raises(ValueError, match=f"{op.__name__}: argument '") as error:
                 call({**good, name: bad})
             assert "got" in str(error.value)
+
+
+def test_bias_has_a_gradient_beyond_float16() -> None:
+    weight = co.ops.bsr_from_dense(torch.randn(16, 2), (16, 1))
+    bias = torch.randn(16, requires_grad=True)
+    y = co.ops.bsr_linear(torch.randn(70001, 2).half(), *weight, 16, bias)
+    (found,) = torch.autograd.grad(y, bias, torch.ones_like(y))
+    assert torch.equal(found, torch.full((16,), 70001.0))

@@ -231,7 +231,7 @@ def _backward(ctx, grad):
         pairs = ((g, _windows(each, *geometry).flatten(3)) for each, g in parts)
         grad_values = values_gradient(OP, pairs, values, *indices)
     if bias is not None and needs_bias:
-        grad_bias = grad.sum((0, 2, 3)).to(bias.dtype)
+        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
     return grad_x, grad_values, None, None, None, None, grad_bias, None, None, None, None
 
 
@@ -243,11 +243,12 @@ def _folded(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> torch.Tensor:
-    """``[N, OH, OW, R · S · C]`` added up where the windows lie in an image like ``like``."""
+    """``[N, OH, OW, R · S · C]`` added up, in float32, where the windows lie in an image like
+    ``like``."""
     # [N, OH · OW, R · S, C], to the order of fold.
     taps = windows.flatten(1, 2).unflatten(2, (-1, like.shape[1])).permute(0, 3, 2, 1)
     options = (list(kernel_size), list(dilation), list(padding), list(stride))
-    return F.fold(taps.flatten(1, 2), like.shape[2:], *options)
+    return F.fold(taps.flatten(1, 2).float(), like.shape[2:], *options).to(like.dtype)
 
 
 _call = register(

@@ -226,7 +226,7 @@ def _backward(ctx, grad):
     if needs_values:
         grad_values = values_gradient(OP, [(grad, x)], values, crow_indices, col_indices)
     if bias is not None and needs_bias:
-        grad_bias = bsr.rows_of(grad).sum(0).to(bias.dtype)
+        grad_bias = bsr.rows_of(grad).sum(0, dtype=torch.float32).to(bias.dtype)
     return grad_x, grad_values, None, None, None, grad_bias, None
 
 
