@@ -26,10 +26,17 @@ from compressops.formats import (
     Ternary,
 )
 from compressops.nn import (
+    BlockSparseConv2d,
+    BlockSparseInt8Linear,
+    BlockSparseLinear,
+    Int4Linear,
+    Int8Conv2d,
+    Int8Linear,
     PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
     PackedLinear,
+    TernaryLinear,
 )
 
 
@@ -143,6 +150,31 @@ def test_a_bad_residency_is_named() -> None:
 def test_a_wrong_layer_is_named() -> None:
     with pytest.raises(TypeError, match=r"replaces a Conv2d, got a Linear"):
         PackedConv2d.from_float(nn.Linear(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        (Int8Linear, Int(8)),
+        (Int4Linear, Int(4)),
+        (TernaryLinear, Ternary()),
+        (BlockSparseLinear, Float()),
+        (BlockSparseInt8Linear, Int(8)),
+        (Int8Conv2d, Int(8)),
+        (BlockSparseConv2d, Float()),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_input_of_too_few_or_many_features_is_refused(kind, number) -> None:
+    """The kernels' weights are padded, so that their ops would take a few less."""
+    convolves = kind.source is nn.Conv2d
+    module = nn.Conv2d(12, 16, 3) if convolves else nn.Linear(12, 16)
+    layer, space = kind.from_float(module, number=number), (5, 5) if convolves else ()
+    assert layer(torch.randn(2, 12, *space)).shape[:2] == (2, 16)
+    name = "in_channels" if convolves else "in_features"
+    for features in (11, 13):
+        with pytest.raises(ValueError, match=rf"input must have {name} = 12 .*\[2, {features}"):
+            layer(torch.randn(2, features, *space))
 
 
 def test_max_norm_is_refused() -> None:

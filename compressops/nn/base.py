@@ -26,7 +26,8 @@ class PackedModule(nn.Module):
     """
 
     source: ClassVar[type[nn.Module]]
-    options: ClassVar[tuple[str, ...]]
+    options: ClassVar[tuple[str, ...]]  # first the features of an input, where an op runs
+    dimensions: ClassVar[int] = 0  # of an input, after its features
     # How to run, of JSON values. Keyword arguments of the constructor, from_float, from_module;
     # one that is not given is the replaced module's, or None.
     settings: ClassVar[tuple[str, ...]] = ()
@@ -238,7 +239,18 @@ class PackedModule(nn.Module):
 
     def taken(self, input: Tensor) -> Tensor:
         """``input`` as an op is to take it: through the layer's quantizer, and cast as autocast,
-        where it is on, casts the arguments of torch's own kernel: float64 stays."""
+        where it is on, casts the arguments of torch's own kernel: float64 stays.
+
+        Raises:
+            ValueError: it has not as many features as the layer. An op cannot tell: its weight is
+                padded.
+        """
+        at, name = -1 - self.dimensions, self.options[0]
+        if input.dim() > self.dimensions and input.shape[at] != getattr(self, name):
+            raise ValueError(
+                f"input must have {name} = {getattr(self, name)} at dimension {at}, got shape "
+                f"{list(input.shape)}"
+            )
         input = self.quantize_input(input)
         kind = input.device.type
         if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):

@@ -28,7 +28,6 @@ class ConvModule(PackedModule):
         "groups",
         "padding_mode",
     )
-    dimensions: ClassVar[int]
 
     def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
         super().__init__(module, weight)
