@@ -29,8 +29,9 @@ from compressops.zoo.cifarnet import CifarNet
 LAYERS = "features.[147]"
 LOGITS = co.LogitsKD(temperature=4.0)
 ACTIVATIONS = co.ActivationKD(LAYERS)
-# Of the reference code's form β is 10³, as there.
-MAPS = {m: co.AttentionMapKD(LAYERS, m=m, form="mse", weight=1000.0) for m in (1.0, 2.0)}
+# The reference code's form. Its β of 10³ is for hundreds of epochs: in 1.5 it ends below cross
+# entropy alone (77.48 against 79.55 %).
+MAPS = {m: co.AttentionMapKD(LAYERS, m=m, form="mse", weight=100.0) for m in (1.0, 2.0)}
 STUDENT = {
     "ce": (),
     "logits": (LOGITS,),

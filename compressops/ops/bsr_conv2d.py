@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from ..backends import register
 from . import bsr
 from .bsr_linear import bsr_linear, bsr_linear_grad_x, check_weight, refusal, values_gradient
-from .checks import require
+from .checks import bias_gradient, require
 from .conv import MOST, check_pair, check_reach, check_steps, output_size, pair
 from .winograd_domain import memory_format
 
@@ -231,7 +231,7 @@ def _backward(ctx, grad):
         pairs = ((g, _windows(each, *geometry).flatten(3)) for each, g in parts)
         grad_values = values_gradient(OP, pairs, values, *indices)
     if bias is not None and needs_bias:
-        grad_bias = grad.sum((0, 2, 3), dtype=torch.float32).to(bias.dtype)
+        grad_bias = bias_gradient(grad, (0, 2, 3), bias)
     return grad_x, grad_values, None, None, None, None, grad_bias, None, None, None, None
 
 

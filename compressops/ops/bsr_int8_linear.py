@@ -7,7 +7,7 @@ import torch
 from ..backends import register
 from . import bsr
 from .bsr_linear import bsr_linear_grad_x
-from .checks import activate, require
+from .checks import activate, bias_gradient, require
 from .int8_linear import check_quantization, max_terms, quantize_x
 
 OP = "bsr_int8_linear"
@@ -186,7 +186,7 @@ def _backward(ctx, grad):
         grad_x = bsr_linear_grad_x(scaled, codes, crow_indices, col_indices, ctx.in_features)
     # Compiled graphs leave out arguments at the end that have their default.
     if bias is not None and any(ctx.needs_input_grad[6:7]):
-        grad_bias = bsr.rows_of(grad).sum(0).to(bias.dtype)
+        grad_bias = bias_gradient(bsr.rows_of(grad), 0, bias)
     return grad_x, *(None,) * 5, grad_bias, None, None, None, None
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from ..backends import register
 from . import bsr
-from .checks import activate, require
+from .checks import activate, bias_gradient, require
 
 OP = "bsr_linear"
 GRAD_X = "bsr_linear_grad_x"
@@ -226,7 +226,7 @@ def _backward(ctx, grad):
     if needs_values:
         grad_values = values_gradient(OP, [(grad, x)], values, crow_indices, col_indices)
     if bias is not None and needs_bias:
-        grad_bias = bsr.rows_of(grad).sum(0, dtype=torch.float32).to(bias.dtype)
+        grad_bias = bias_gradient(bsr.rows_of(grad), 0, bias)
     return grad_x, grad_values, None, None, None, grad_bias, None
 
 

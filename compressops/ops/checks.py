@@ -1,4 +1,4 @@
-"""What the ops share: argument checks and the fused activations."""
+"""What the ops share: argument checks, the fused activations, the gradient of a bias."""
 
 from __future__ import annotations
 
@@ -31,3 +31,11 @@ def activate(y: torch.Tensor, activation: str) -> torch.Tensor:
     if activation == "relu":
         return y.relu()
     return F.gelu(y) if activation == "gelu" else y
+
+
+def bias_gradient(grad: torch.Tensor, dims: int | tuple[int, ...], bias: torch.Tensor):
+    """The sum of ``grad`` over ``dims`` as ``bias`` is, added up in float32 or wider: a sum may be
+    more than float16 holds.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    return grad.sum(dims, dtype=wide).to(bias.dtype)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backends import register
-from .checks import ACTIVATIONS, activate, message, require
+from .checks import ACTIVATIONS, activate, bias_gradient, message, require
 from .conv import check_reach, check_steps, output_size, pair
 from .int8_linear import check_quantization, max_terms, quantize_x
 from .winograd_domain import memory_format
@@ -292,7 +292,7 @@ def _backward(ctx, grad):
             [True, False, False],
         )[0]
     if bias is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.sum((0, 2, 3)).to(bias.dtype)
+        grad_bias = bias_gradient(grad, (0, 2, 3), bias)
     return (grad_x, None, None, None, grad_bias, *(None,) * 8)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backends import register
-from .checks import ACTIVATIONS, activate, message, require
+from .checks import ACTIVATIONS, activate, bias_gradient, message, require
 from .huge_pages import on_huge_pages
 
 # |sum| ≤ 127·128·K must fit in an int32; with zero points it is 255·128·K.
@@ -264,7 +264,7 @@ def _backward(ctx, grad):
         dequantized = rows.to(grad.dtype) * weight_scales.to(grad.dtype)[:, None]
         grad_x = grad @ dequantized
     if bias is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(bias.dtype)
+        grad_bias = bias_gradient(grad.reshape(-1, grad.shape[-1]), 0, bias)
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .. import backends
 from ..backends import register
 from . import winograd_domain as domain
-from .checks import ACTIVATIONS, require
+from .checks import ACTIVATIONS, bias_gradient, require
 from .winograd_conv2d_grad import winograd_conv2d_weight_grad
 from .winograd_model import choose_tile
 from .winograd_transform import SUPPORTED
@@ -307,7 +307,7 @@ def _backward(ctx, grad):
             x, grad, weight.shape[2:], ctx.padding, ctx.groups, ctx.tile
         )
     if bias is not None and ctx.needs_input_grad[3]:
-        grad_bias = grad.sum((0, 2, 3)).to(bias.dtype)
+        grad_bias = bias_gradient(grad, (0, 2, 3), bias)
     return grad_x, grad_weight, None, grad_bias, None, None, None, None
 
 
