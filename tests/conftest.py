@@ -1,11 +1,14 @@
-"""Shared by all tests: few threads, fixed seeds, and the grids of backends and instruction sets."""
+"""Shared by all tests: few threads, fixed seeds, the grids of backends and instruction sets, and
+times that are made up.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,7 @@ os.environ.setdefault("COMPRESSOPS_KEEP_MEMORY", "0")
 
 from hypothesis import settings
 
-from compressops import backends
+from compressops import backends, kernels
 
 settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("suite")
@@ -98,3 +101,36 @@ def kernel(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     """Of an indirect ``kernel_params`` parameter: see `serving`."""
     with serving(*request.param) as device:
         yield device
+
+
+@pytest.fixture
+def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], list]:
+    """Sets what `convert` measures of Winograd layers: ``speed(layer, tile)`` is how many times
+    faster than direct, in all rounds or in each. Gives the list of what was measured."""
+
+    def set_speeds(speed: Callable[[str, int], float | list[float]]) -> list[tuple[str, int]]:
+        seen: list[tuple[str, int]] = []
+        direct_seconds = 100e-6
+
+        def fake(
+            model: torch.nn.Module,
+            layers: Mapping[str, torch.nn.Module],
+            variants: Mapping[str, Sequence[Callable]],
+            inputs: Any,
+        ) -> dict[str, list[list[float]]]:
+            out = {}
+            for name, (direct, ours) in variants.items():
+                tile = ours.__self__.winograd.tile
+                assert getattr(direct.__self__, "winograd", None) is None
+                seen.append((name, tile))
+                factor = speed(name, tile)
+                factors = factor if isinstance(factor, list) else [factor] * 8
+                out[name] = [[direct_seconds] * len(factors), [direct_seconds / f for f in factors]]
+            return out
+
+        monkeypatch.setattr(kernels, "times_in_place", fake)
+        return seen
+
+    # Also where no library is compiled.
+    monkeypatch.setattr("compressops.backends.name", lambda op, device: "cpu")
+    return set_speeds

@@ -6,9 +6,8 @@ No test here depends on how fast anything is: the times are made up.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,9 +23,6 @@ from compressops.formats import DynamicFixedPoint, Huffman, Int
 from compressops.nn import PackedConv2d, WinogradConv1d, WinogradConv2d
 from compressops.report import report
 from compressops.serialize import inspect, load, save, verify
-
-DIRECT = 100e-6
-SPEED = Callable[[str, int], "float | list[float]"]
 
 
 class Net(nn.Module):
@@ -47,38 +43,6 @@ class Net(nn.Module):
 
 
 X = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def speeds(monkeypatch: pytest.MonkeyPatch) -> Callable[[SPEED], list]:
-    """Sets what is measured: ``speed(layer, tile)`` is how many times faster than direct, in all
-    rounds or in each. Gives the list of what was measured."""
-
-    def set_speeds(speed: SPEED) -> list[tuple[str, int]]:
-        seen: list[tuple[str, int]] = []
-
-        def fake(
-            model: nn.Module,
-            layers: Mapping[str, nn.Module],
-            variants: Mapping[str, Sequence[Callable]],
-            inputs: Any,
-        ) -> dict[str, list[list[float]]]:
-            out = {}
-            for name, (direct, ours) in variants.items():
-                tile = ours.__self__.winograd.tile
-                assert getattr(direct.__self__, "winograd", None) is None
-                seen.append((name, tile))
-                factor = speed(name, tile)
-                factors = factor if isinstance(factor, list) else [factor] * 8
-                out[name] = [[DIRECT] * len(factors), [DIRECT / f for f in factors]]
-            return out
-
-        monkeypatch.setattr(kernels, "times_in_place", fake)
-        return seen
-
-    # Also where no library is compiled.
-    monkeypatch.setattr("compressops.backends.name", lambda op, device: "cpu")
-    return set_speeds
 
 
 def close(actual: Tensor, expected: Tensor) -> None:

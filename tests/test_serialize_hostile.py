@@ -11,7 +11,8 @@ import torch
 from test_serialize import rewrite, small
 
 import compressops.formats.container as container
-from compressops.formats import BlockSparse, DynamicFixedPoint, PackedTensor
+from compressops.formats import BlockSparse, DynamicFixedPoint, PackedTensor, Ternary
+from compressops.formats.container import build_header
 from compressops.serialize import (
     CorruptFileError,
     UnsupportedFormatError,
@@ -164,3 +165,22 @@ def test_many_tensors_are_bounded_together(tmp_path):
             check(path)
     assert len(read(path, {"a": 4096 * 3072}).packed) == 2
     inspect(path)
+
+
+def test_the_digest_is_found_whatever_tensors_are_called(tmp_path):
+    zeros = '"compressops_digest":"' + "0" * 16 + '"'
+    write(tmp_path / "file", {zeros: torch.zeros(1), "0" * 16: torch.ones(1)})
+    assert set(read(tmp_path / "file").tensors) == {zeros, "0" * 16}
+    assert build_header([], {}) == build_header([], {})
+
+
+def test_reading_a_large_weight_that_was_asked_for(tmp_path):
+    path = tmp_path / "file"
+    u = PackedTensor.pack(torch.ones(4000, 1), number=Ternary())
+    v = PackedTensor.pack(torch.ones(1, 12_000), number=Ternary())
+    write(path, {"w": PackedTensor.from_factors([u, v], (4000, 12_000), torch.float32)})
+    limited = r"tensor 'w': .* takes 48000000 entries in memory, more than the"
+    for check in (verify, read):
+        with pytest.raises(CorruptFileError, match=limited):
+            check(path, {"w": 100})
+    assert read(path, {"w": 48_000_000}).packed["w"].shape == (4000, 12_000)

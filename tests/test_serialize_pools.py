@@ -1,6 +1,8 @@
-"""Small tensors of a file: pooled under one pair of hashes, deflated or coded where it pays."""
+"""What a file writes once: small tensors under one pair of hashes, options that modules share."""
 
 from __future__ import annotations
+
+import zlib
 
 import pytest
 import torch
@@ -83,3 +85,15 @@ def test_names_of_pooled_tensors_can_be_aliases(tmp_path):
     contents = read(tmp_path / "file")
     assert contents.aliases == {"tied": "0.weight"}
     assert "tied" not in contents.tensors
+
+
+def test_options_that_modules_share_are_written_once(tmp_path):
+    options = {"stride": [1, 1], "padding_mode": "zeros", "bias": False}
+    modules = {str(i): {"type": "Conv", "channels": i, **options} for i in range(9)}
+    modules["3"] = {"type": "Conv", "channels": 3, "stride": [2, 2], "bias": False, "extra": None}
+    modules["other"] = {"type": "Linear", "channels": 4}
+    write(tmp_path / "file", {}, modules)
+    assert read(tmp_path / "file").modules == inspect(tmp_path / "file").modules == modules
+    data = (tmp_path / "file").read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    assert zlib.decompress(data[size:], -15).count(b"stride") == 2

@@ -5,13 +5,6 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;
-#endif
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-
 // Latency times throughput of FMA units is below 12 on every x86 so far.
 constexpr int kChains = 12;
 

@@ -1,9 +1,16 @@
-// The timing of the peaks: `work(steps)` on every thread at once.
+// The timing of the peaks: `work(steps)` on every thread at once. And the widest vector of floats.
 #pragma once
 
 #include <omp.h>
 
 #include <chrono>
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
 
 // Billions of operations a second of `threads` threads, the best of some tries.
 template <typename Work>

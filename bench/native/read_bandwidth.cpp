@@ -9,12 +9,6 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16;
-#else
-constexpr int kLanes = 8;
-#endif
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
 constexpr int kChains = 8;
 
 }  // namespace

@@ -11,7 +11,10 @@ ACTIVATIONS = ("none", "relu", "gelu")
 def message(op: str, argument: str, requirement: str, value: object) -> str:
     """The text of a ``ValueError``: op, argument, what it must be, and what it is."""
     if isinstance(value, torch.Tensor):
-        value = f"a tensor of dtype {value.dtype}, shape {list(value.shape)} on {value.device}"
+        text = f"a tensor of dtype {value.dtype}, shape {list(value.shape)} on {value.device}"
+        if value.layout == torch.strided and not value.is_contiguous():
+            text += f", strides {list(value.stride())}"
+        value = text
     return f"{op}: argument '{argument}' must be {requirement}, got {value}"
 
 

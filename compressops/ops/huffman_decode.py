@@ -6,6 +6,9 @@ import torch
 
 from ..backends import register
 from ..formats.huffman import MAX_CHUNK_SIZE, huffman_decode_reference
+from .checks import require
+
+OP = "huffman_decode"
 
 
 def huffman_decode(
@@ -37,8 +40,8 @@ def huffman_decode(
     """
     if out is None:
         return _call(stream, offsets, lengths, num_symbols, chunk_size)
-    if out.dim() != 1 or out.numel() != num_symbols:
-        _fail("out", f"a vector of {num_symbols} symbols", list(out.shape))
+    fits = out.dim() == 1 and out.numel() == num_symbols
+    require(fits, OP, "out", f"a vector of {num_symbols} symbols", out)
     huffman_decode_out(stream, offsets, lengths, chunk_size, out)
     return out
 
@@ -60,23 +63,20 @@ def _check(stream, offsets, lengths, num_symbols, chunk_size) -> None:
         ("offsets", offsets, torch.int64),
         ("lengths", lengths, torch.uint8),
     ):
-        if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous():
-            _fail(name, f"a contiguous {dtype} vector", f"{tensor.dtype} {list(tensor.shape)}")
-        if tensor.device != stream.device:
-            _fail(name, f"on {stream.device}, as stream is", tensor.device)
-    if lengths.numel() > 256:
-        _fail("lengths", "at most 256 long", lengths.numel())
-    if not 1 <= chunk_size <= MAX_CHUNK_SIZE:
-        _fail("chunk_size", f"from 1 to {MAX_CHUNK_SIZE}", chunk_size)
-    if not 0 <= num_symbols <= 8 * stream.numel():
-        _fail("num_symbols", f"between 0 and the {8 * stream.numel()} bits of stream", num_symbols)
-    chunks = -(-num_symbols // chunk_size)
-    if offsets.numel() != chunks + 1:
-        _fail("offsets", f"of {chunks + 1} entries (one a chunk, and the end)", offsets.numel())
-
-
-def _fail(argument: str, requirement: str, value: object) -> None:
-    raise ValueError(f"huffman_decode: argument '{argument}' must be {requirement}, got {value}")
+        fits = tensor.dtype == dtype and tensor.dim() == 1 and tensor.is_contiguous()
+        require(fits, OP, name, f"a contiguous {dtype} vector", tensor)
+        require(
+            tensor.device == stream.device, OP, name, f"on {stream.device}, as stream is", tensor
+        )
+    require(lengths.numel() <= 256, OP, "lengths", "at most 256 long", lengths.numel())
+    fits = 1 <= chunk_size <= MAX_CHUNK_SIZE
+    require(fits, OP, "chunk_size", f"from 1 to {MAX_CHUNK_SIZE}", chunk_size)
+    bits = 8 * stream.numel()
+    fits = 0 <= num_symbols <= bits
+    require(fits, OP, "num_symbols", f"between 0 and the {bits} bits of stream", num_symbols)
+    entries = -(-num_symbols // chunk_size) + 1
+    form = f"of {entries} entries (one a chunk, and the end)"
+    require(offsets.numel() == entries, OP, "offsets", form, offsets.numel())
 
 
 def _fake(stream, offsets, lengths, num_symbols, chunk_size) -> torch.Tensor:
@@ -92,10 +92,9 @@ def _eager(stream, offsets, lengths, num_symbols, chunk_size) -> torch.Tensor:
 
 def _check_out(stream, offsets, lengths, chunk_size, out) -> None:
     _check(stream, offsets, lengths, out.numel(), chunk_size)
-    if out.dtype != torch.uint8 or out.dim() != 1 or not out.is_contiguous():
-        _fail("out", "a contiguous torch.uint8 vector", f"{out.dtype} {list(out.shape)}")
-    if out.device != stream.device:
-        _fail("out", f"on {stream.device}, as stream is", out.device)
+    fits = out.dtype == torch.uint8 and out.dim() == 1 and out.is_contiguous()
+    require(fits, OP, "out", "a contiguous torch.uint8 vector", out)
+    require(out.device == stream.device, OP, "out", f"on {stream.device}, as stream is", out)
 
 
 def _fake_out(stream, offsets, lengths, chunk_size, out) -> None:
@@ -106,5 +105,5 @@ def _eager_out(stream, offsets, lengths, chunk_size, out) -> None:
     out.copy_(_eager(stream, offsets, lengths, out.numel(), chunk_size))
 
 
-_call = register("huffman_decode", eager=_eager, fake=_fake, check=_check)
+_call = register(OP, eager=_eager, fake=_fake, check=_check)
 _call_out = register("huffman_decode_out", eager=_eager_out, fake=_fake_out, check=_check_out)

@@ -8,6 +8,9 @@ import torch
 
 from ..backends import register
 from ..formats.planes import merge_planes_reference
+from .checks import require
+
+OP = "merge_planes"
 
 
 def merge_planes(out: torch.Tensor, planes: Sequence[torch.Tensor], turned: bool = False) -> None:
@@ -30,31 +33,21 @@ def merge_planes(out: torch.Tensor, planes: Sequence[torch.Tensor], turned: bool
 
 def _check(out, planes, turned=False) -> None:
     del turned
-    if out.dim() != 1 or not out.is_contiguous() or out.dtype not in DTYPES:
-        _fail("out", "a contiguous vector of 2 or 4 bytes an element", _shown(out))
-    if len(planes) != out.element_size():
-        _fail("planes", f"{out.element_size()} tensors for {out.dtype}", len(planes))
+    fits = out.dim() == 1 and out.is_contiguous() and out.dtype in DTYPES
+    require(fits, OP, "out", "a contiguous vector of 2 or 4 bytes an element", out)
+    needed = f"{out.element_size()} tensors for {out.dtype}"
+    require(len(planes) == out.element_size(), OP, "planes", needed, len(planes))
+    form = f"contiguous torch.uint8 {list(out.shape)} on {out.device}"
     for plane in planes:
-        fits = plane.dtype == torch.uint8 and plane.shape == out.shape
-        if not fits or not plane.is_contiguous() or plane.device != out.device:
-            form = f"contiguous torch.uint8 {list(out.shape)} on {out.device}"
-            _fail("planes", form, _shown(plane))
+        fits = plane.dtype == torch.uint8 and plane.shape == out.shape and plane.is_contiguous()
+        require(fits and plane.device == out.device, OP, "planes", form, plane)
 
 
 DTYPES = {torch.int16, torch.int32, torch.bfloat16, torch.float16, torch.float32}
-
-
-def _shown(tensor: torch.Tensor) -> str:
-    contiguous = "" if tensor.is_contiguous() else ", not contiguous"
-    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{contiguous}"
-
-
-def _fail(argument: str, requirement: str, value: object) -> None:
-    raise ValueError(f"merge_planes: argument '{argument}' must be {requirement}, got {value}")
 
 
 def _fake(out, planes, turned=False) -> None:
     del out, planes, turned
 
 
-_call = register("merge_planes", eager=merge_planes_reference, fake=_fake, check=_check)
+_call = register(OP, eager=merge_planes_reference, fake=_fake, check=_check)
