@@ -1,4 +1,4 @@
-"""What distillation is worth on CIFAR-10: a student of half width, and the 4-bit network.
+"""What distillation is worth on CIFAR-10: a half-width student, the 4-bit and the pruned network.
 
     python bench/distill_cifar10.py run                  # all rows; goes on where it stopped
     python bench/distill_cifar10.py run ce logits --seeds 0 1 2
@@ -40,7 +40,13 @@ STUDENT = {
     "attention_m2": (MAPS[2.0],),
     "all": (LOGITS, ACTIVATIONS, MAPS[2.0]),
 }
-FOUR_BITS = {"dfp4": (), "dfp4_distilled": (LOGITS, MAPS[2.0])}
+COMPRESSED = {
+    "dfp4": (),
+    "dfp4_distilled": (LOGITS, MAPS[2.0]),
+    "pruned10": (),
+    "pruned10_distilled": (LOGITS, MAPS[2.0]),
+}
+ROWS = {**STUDENT, **COMPRESSED}
 
 
 def stages(row: str, arguments: argparse.Namespace) -> tuple[torch.nn.Module, list]:
@@ -60,15 +66,20 @@ def stages(row: str, arguments: argparse.Namespace) -> tuple[torch.nn.Module, li
                 **schedule,
             )
         ]
+    if row.startswith("dfp4"):
+        lossy = [co.Equalize(), co.Quantize(co.DynamicFixedPoint(bits=4, overflow=0.05))]
+        epochs, lr = arguments.quantized_epochs, 0.02
+    else:
+        lossy = [co.Prune(0.1, scope="global", score="lamp", schedule="cubic", ends=0.4)]
+        epochs, lr = arguments.pruned_epochs, 0.03
     return teacher(), [
-        co.Equalize(),
-        co.Quantize(co.DynamicFixedPoint(bits=4, overflow=0.05)),
+        *lossy,
         co.Retrain(
-            epochs=arguments.quantized_epochs,
-            lr=0.02,
+            epochs=epochs,
+            lr=lr,
             other_lr=0.01,
             image_sizes=((28, 0.5), (32, 0.5)),
-            distill=FOUR_BITS[row],
+            distill=COMPRESSED[row],
             **schedule,
         ),
     ]
@@ -84,19 +95,20 @@ def run(arguments: argparse.Namespace) -> None:
     train, test = cifar10.datasets(test_images=arguments.test_images)
     schedule = {
         name: getattr(arguments, name)
-        for name in ("epochs", "quantized_epochs", "batch_size", "test_images")
+        for name in ("epochs", "quantized_epochs", "pruned_epochs", "batch_size", "test_images")
     }
     found = {**context(arguments), "schedule": schedule, "rows": []}
     if arguments.out.exists():
         before = json.loads(arguments.out.read_text())
-        if before["schedule"] != schedule:
+        # A kind of rows that an older file knows nothing of has no schedule there yet.
+        if schedule | before["schedule"] != schedule:
             raise SystemExit(
                 f"{arguments.out} holds rows of the schedule {before['schedule']}, not {schedule}"
             )
         found["rows"] = before["rows"]
     done = {(row["row"], row["seed"]) for row in found["rows"]}
     for seed in arguments.seeds:
-        for name in arguments.rows or [*STUDENT, *FOUR_BITS]:
+        for name in arguments.rows or ROWS:
             if (name, seed) in done:
                 continue
             torch.manual_seed(seed)
@@ -110,7 +122,7 @@ def run(arguments: argparse.Namespace) -> None:
                     "row": name,
                     "seed": seed,
                     "losses": [str(loss) for loss in chain[-1].distill],
-                    "commit": found["commit"],
+                    **{key: found[key] for key in ("commit", "command")},
                     "top1": last.top1,
                     "top5": last.top5,
                     "seconds": last.seconds,
@@ -128,7 +140,7 @@ def show(arguments: argparse.Namespace) -> None:
     print(f"schedule: {found['schedule']}\n\n| row | losses | seeds | top-1 | top-5 |")
     print("|---|---|---|---|---|")
     means = {}
-    for name in (*STUDENT, *FOUR_BITS):
+    for name in ROWS:
         rows = [row for row in found["rows"] if row["row"] == name]
         if rows:
             top1, top5 = (statistics.mean(row[key] for row in rows) for key in ("top1", "top5"))
@@ -161,10 +173,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
     runner = commands.add_parser("run")
-    runner.add_argument("rows", nargs="*", help=f"of {', '.join((*STUDENT, *FOUR_BITS))}")
+    runner.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)}")
     runner.add_argument("--seeds", type=int, nargs="+", default=[0])
     runner.add_argument("--epochs", type=float, default=16.0, help="of the student")
     runner.add_argument("--quantized-epochs", type=float, default=3.0)
+    runner.add_argument("--pruned-epochs", type=float, default=3.0)
     runner.add_argument("--batch-size", type=int, default=250)
     runner.add_argument("--test-images", type=int, default=None, help="default: all 10,000")
     runner.add_argument("--workdir", type=Path, default=ROOT / "runs" / "distill")
@@ -177,8 +190,8 @@ def main() -> None:
     if arguments.command == "show":
         return show(arguments)
     for name in arguments.rows:
-        if name not in (*STUDENT, *FOUR_BITS):
-            parser.error(f"unknown row {name!r}; there are {', '.join((*STUDENT, *FOUR_BITS))}")
+        if name not in ROWS:
+            parser.error(f"unknown row {name!r}; there are {', '.join(ROWS)}")
     keep_freed_memory()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
