@@ -20,7 +20,7 @@ from compressops.nn import (
     Int8Linear,
     IntEmbedding,
     LowRankConv2d,
-    LowRankInt8Linear,
+    LowRankIntegerLinear,
     LowRankLinear,
     PackedConv1d,
     PackedConv2d,
@@ -217,18 +217,18 @@ def _refuses_low_rank(target: type[PackedModule]) -> Callable[[Plan], str | None
     return refuses
 
 
-def _refuses_low_rank_int8(plan: Plan) -> str | None:
+def _refuses_low_rank_integer(plan: Plan) -> str | None:
     """What refuses factors at all is said of `LowRankLinear`."""
     if _refuses_low_rank(LowRankLinear)(plan) is not None:
         return ""
     numbers = [each.number for _, each in plan.factors] or [plan.number]
-    if not all(map(_many_bits, numbers)):
+    if not all(isinstance(number, (Int, Ternary)) for number in numbers):
         return ""
     if plan.asked:
-        why = LowRankInt8Linear.weight_type.refusal(plan.layout, numbers, plan.shape)
+        why = LowRankIntegerLinear.weight_type.refusal(plan.layout, numbers, plan.shape)
     else:
         why = f"it rounds activations, and training did not; config={numbers[0]} asks for it"
-    return why and f"LowRankInt8Linear not used: {why}"
+    return why and f"LowRankIntegerLinear not used: {why}"
 
 
 def _in_blocks(target: type[PackedModule]) -> Callable[[Plan], str | None]:
@@ -272,7 +272,7 @@ register(nn.Conv2d, BlockSparseConv2d, refuses=_in_blocks(BlockSparseConv2d), ru
 register(nn.Conv2d, Int8Conv2d, refuses=_refuses_int8_conv, runs_dense=False)
 for _source, _target in ((nn.Linear, LowRankLinear), (nn.Conv2d, LowRankConv2d)):
     register(_source, _target, refuses=_refuses_low_rank(_target), runs_dense=False)
-register(nn.Linear, LowRankInt8Linear, refuses=_refuses_low_rank_int8, runs_dense=False)
+register(nn.Linear, LowRankIntegerLinear, refuses=_refuses_low_rank_integer, runs_dense=False)
 register(WinogradConv1d, PackedConv1d)
 register(WinogradConv2d, PackedConv2d)
 register(nn.Embedding, PackedEmbedding)

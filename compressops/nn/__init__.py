@@ -13,7 +13,7 @@ from compressops.nn.fused import Fused
 from compressops.nn.int8_conv import Int8Conv2d
 from compressops.nn.linear import PackedLinear
 from compressops.nn.lowrank import LowRankConv2d, LowRankLinear
-from compressops.nn.lowrank_int8 import LowRankInt8Linear
+from compressops.nn.lowrank_integer import LowRankIntegerLinear
 from compressops.nn.quantized_linear import Int4Linear, Int8Linear, TernaryLinear
 from compressops.nn.weight import PackedWeight
 from compressops.nn.winograd import Winograd
@@ -30,7 +30,7 @@ __all__ = [
     "Int8Linear",
     "IntEmbedding",
     "LowRankConv2d",
-    "LowRankInt8Linear",
+    "LowRankIntegerLinear",
     "LowRankLinear",
     "PackedConv1d",
     "PackedConv2d",

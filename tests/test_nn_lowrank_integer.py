@@ -1,4 +1,5 @@
-"""`LowRankInt8Linear`: both factors multiply as integers, and `convert` takes it where asked."""
+"""`LowRankIntegerLinear`: both factors multiply as integers, each by the op of its own number, and
+`convert` takes it where asked."""
 
 from __future__ import annotations
 
@@ -11,10 +12,17 @@ from torch import Tensor, nn
 
 from compressops import backend, convert, load, save
 from compressops.compress import Encode, Factorize, Quantize, Recipe, compress
-from compressops.formats import Huffman, Int, LowRank, PackedTensor
-from compressops.nn import LowRankInt8Linear, LowRankLinear
+from compressops.formats import FixedPoint, Huffman, Int, LowRank, Number, PackedTensor, Ternary
+from compressops.nn import LowRankIntegerLinear, LowRankLinear
 
 INT8 = Int(bits=8)
+NUMBERS = [
+    (INT8, INT8),
+    (Int(bits=4), Int(bits=4, group_size=16, symmetric=False)),
+    (Ternary(), Ternary(granularity="group", group_size=16)),
+    (INT8, Ternary()),
+    (Int(bits=2), INT8),
+]
 
 
 def rounded(x: Tensor) -> Tensor:
@@ -23,7 +31,7 @@ def rounded(x: Tensor) -> Tensor:
     return (x / scale).round().clamp(-127, 127) * scale
 
 
-def reference(layer: LowRankInt8Linear, x: Tensor) -> Tensor:
+def reference(layer: LowRankIntegerLinear, x: Tensor) -> Tensor:
     u, v = (factor.unpack().double() for factor in layer.packed_weight.packed().factors())
     inner = rounded(x) @ v.T
     # The op gives float32 in between.
@@ -31,6 +39,20 @@ def reference(layer: LowRankInt8Linear, x: Tensor) -> Tensor:
     return product if layer.bias is None else product + layer.bias.double()
 
 
+def layer_of(
+    linear: nn.Linear, rank: int, numbers: tuple[Number, Number], residency: str = "decoded"
+) -> LowRankIntegerLinear:
+    """A layer of random factors, u and v of these numbers."""
+    rows, columns = linear.weight.shape
+    factors = [
+        PackedTensor.pack(torch.randn(size), number=number, lossy=True)
+        for size, number in zip(((rows, rank), (rank, columns)), numbers, strict=True)
+    ]
+    packed = PackedTensor.from_factors(factors, (rows, columns), torch.float32)
+    return LowRankIntegerLinear.from_module(linear, packed, residency)
+
+
+@pytest.mark.parametrize("numbers", NUMBERS, ids=str)
 @pytest.mark.parametrize("residency", ["decoded", "packed"])
 @pytest.mark.parametrize(
     ("out", "inputs", "rank", "rows", "bias"),
@@ -40,11 +62,16 @@ def reference(layer: LowRankInt8Linear, x: Tensor) -> Tensor:
     ],
 )
 def test_two_products_of_integers(
-    out: int, inputs: int, rank: int, rows: tuple[int, ...], bias: bool, residency: str
+    out: int,
+    inputs: int,
+    rank: int,
+    rows: tuple[int, ...],
+    bias: bool,
+    residency: str,
+    numbers: tuple[Number, Number],
 ) -> None:
     torch.manual_seed(out)
-    linear = nn.Linear(inputs, out, bias=bias)
-    layer = LowRankInt8Linear.from_float(linear, LowRank(rank), INT8, residency=residency)
+    layer = layer_of(nn.Linear(inputs, out, bias=bias), rank, numbers, residency)
     x = torch.randn(*rows, 2 * inputs)[..., ::2]
     expected = reference(layer, x.double())
     # A code of the inner rows that lies between two may fall to either.
@@ -58,7 +85,7 @@ def test_two_products_of_integers(
 
 
 def test_rows_that_are_not_numbers_stay_apart() -> None:
-    layer = LowRankInt8Linear.from_float(nn.Linear(12, 8), LowRank(3), INT8)
+    layer = LowRankIntegerLinear.from_float(nn.Linear(12, 8), LowRank(3), INT8)
     x = torch.randn(3, 12)
     x[1, 4] = torch.nan
     found = layer(x)
@@ -66,10 +93,12 @@ def test_rows_that_are_not_numbers_stay_apart() -> None:
     assert torch.equal(found[::2], layer(x[::2]))
 
 
-def test_moving_casting_copying_compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("numbers", NUMBERS, ids=str)
+def test_moving_casting_copying_compiling(
+    monkeypatch: pytest.MonkeyPatch, numbers: tuple[Number, Number]
+) -> None:
     monkeypatch.delenv("CXX", raising=False)
-    linear = nn.Linear(16, 12)
-    layer = LowRankInt8Linear.from_float(linear, LowRank(3), INT8)
+    layer = layer_of(nn.Linear(16, 12), 3, numbers)
     x = torch.randn(4, 16)
     before = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), before)
@@ -78,10 +107,11 @@ def test_moving_casting_copying_compiling(monkeypatch: pytest.MonkeyPatch) -> No
     cast = copy.deepcopy(layer).half()
     assert cast(x.half()).dtype == torch.float16
     for mine, its in zip(cast.packed_weight.kernels()[0], kernels, strict=False):
-        assert torch.equal(mine, its)
+        assert mine is its is None or torch.equal(mine, its)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-    other = LowRankInt8Linear.from_float(nn.Linear(16, 12), LowRank(5), INT8)
+    # Of other numbers, too.
+    other = layer_of(nn.Linear(16, 12), 5, (INT8, Int(bits=4, group_size=16, symmetric=False)))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), before)
     assert other.packed_weight.layout == LowRank(3)
@@ -94,18 +124,19 @@ def test_moving_casting_copying_compiling(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_other_numbers_are_refused() -> None:
     linear = nn.Linear(16, 12)
-    for number in (Int(bits=4), Int(bits=8, symmetric=False), None):
-        with pytest.raises(ValueError, match=r"weight: int8_linear needs Int\(bits=8.* factor u"):
-            LowRankInt8Linear.from_float(linear, LowRank(3), number)
-    u, v = torch.randn(12, 3), torch.randn(3, 16)
-    mixed = [
-        PackedTensor.pack(factor, number=number, lossy=True)
-        for factor, number in ((u, INT8), (v, Int(bits=6)))
-    ]
+    for number, why in (
+        (Int(bits=8, symmetric=False), r"int8_linear needs Int\(bits=8.* factor u"),
+        (Int(bits=4, group_size=2), r"int4_linear needs a group_size .* factor u"),
+        (
+            FixedPoint(bits=8, integer_bits=2),
+            r"it needs Int or Ternary, got Fixed.* of factor u",
+        ),
+        (None, r"it needs Int or Ternary, got Float.* of factor u"),
+    ):
+        with pytest.raises(ValueError, match=f"weight: {why}"):
+            LowRankIntegerLinear.from_float(linear, LowRank(3), number)
     with pytest.raises(ValueError, match=r"got Int\(bits=6\) of factor v"):
-        LowRankInt8Linear.from_module(
-            linear, PackedTensor.from_factors(mixed, (12, 16), torch.float32)
-        )
+        layer_of(linear, 3, (INT8, Int(bits=6)))
 
 
 def test_convert_takes_it_where_the_number_is_asked_for(tmp_path: Path) -> None:
@@ -116,13 +147,15 @@ def test_convert_takes_it_where_the_number_is_asked_for(tmp_path: Path) -> None:
     plain = convert(trained)
     assert [type(plain[i]) for i in (0, 2)] == [LowRankLinear] * 2
     why = plain.conversion_notes["0"].why
-    assert "LowRankInt8Linear not used: it rounds activations, and training did not" in why
+    assert "LowRankIntegerLinear not used: it rounds activations, and training did not" in why
     new = convert(trained, INT8)
-    assert [type(new[i]) for i in (0, 2)] == [LowRankInt8Linear] * 2
+    assert [type(new[i]) for i in (0, 2)] == [LowRankIntegerLinear] * 2
     assert "fewer multiply-accumulates" in new.conversion_notes["0"].why
     # Of a plain model, factorized and quantized at once.
-    assert type(convert(model, (LowRank(8), INT8))[0]) is LowRankInt8Linear
-    for number in (Int(bits=4), Int(bits=8, group_size=16)):
+    assert type(convert(model, (LowRank(8), INT8))[0]) is LowRankIntegerLinear
+    for number in (Int(bits=4), Ternary()):
+        assert type(convert(model, (LowRank(8), number))[0]) is LowRankIntegerLinear
+    for number in (Int(bits=6), Int(bits=8, group_size=16), FixedPoint(bits=8, integer_bits=2)):
         assert type(convert(model, (LowRank(8), number))[0]) is LowRankLinear
     x = torch.randn(6, 64)
     assert torch.equal(new[0].weight, plain[0].weight)
@@ -131,7 +164,7 @@ def test_convert_takes_it_where_the_number_is_asked_for(tmp_path: Path) -> None:
     save(new, tmp_path / "net.safetensors")
     for residency in ("decoded", "packed"):
         again = load(tmp_path / "net.safetensors", model, residency)
-        assert type(again[2]) is LowRankInt8Linear
+        assert type(again[2]) is LowRankIntegerLinear
         assert torch.equal(again(x), new(x))
 
 
@@ -140,5 +173,5 @@ def test_convert_measures_it() -> None:
     new = convert(model, (LowRank(64), INT8), example_inputs=torch.randn(64, 512))
     why = new.conversion_notes["0"].why
     assert "LowRankLinear" in why
-    assert "LowRankInt8Linear" in why
+    assert "LowRankIntegerLinear" in why
     assert why.count("measured") >= 2
