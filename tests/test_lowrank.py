@@ -111,6 +111,50 @@ def test_calibrated_factors_are_the_whitened_optimum(rows: int, columns: int) ->
         assert ours < (plain @ inputs).norm()
 
 
+def root(matrix: Tensor) -> Tensor:
+    squares, vectors = torch.linalg.eigh(matrix)
+    return vectors * squares.sqrt() @ vectors.mT
+
+
+@pytest.mark.parametrize(("out", "inputs", "h", "w"), [(5, 3, 3, 3), (2, 7, 3, 2), (4, 4, 1, 5)])
+def test_calibrated_spatial_factors(out: int, inputs: int, h: int, w: int) -> None:
+    """The error of outputs whose columns see K ⊗ C: their formula, and the least of a rank."""
+    torch.manual_seed(0)
+    weight = torch.randn(out, inputs, h, w, dtype=torch.float64)
+    c, k = (torch.randn(n, n, dtype=torch.float64) for n in (inputs * h, w))
+    c, k = c @ c.mT, k @ k.mT
+    spectrum = Spectrum.of_columns(weight, c, k)
+
+    def error(found: Tensor) -> float:
+        columns = [unfolded("spatial", weight - found).view(out, w, -1)[:, a] for a in range(w)]
+        return sum(
+            (k[a, b] * (columns[a] @ c @ columns[b].mT).trace()).item()
+            for a in range(w)
+            for b in range(w)
+        )
+
+    whole = error(torch.zeros_like(weight))
+    sides = torch.kron(torch.eye(out, dtype=torch.float64), root(k)), root(c)
+    for rank in range(1, LowRank.largest("spatial", tuple(weight.shape))):
+        layout = LowRank(rank, "spatial")
+        found = layout.compose(decompose(layout, weight, spectrum), tuple(weight.shape))
+        best = torch.linalg.svdvals(sides[0] @ unfolded("spatial", weight) @ sides[1])[rank:]
+        assert error(found) == pytest.approx(best.square().sum().item(), rel=1e-6, abs=1e-9 * whole)
+        assert spectrum.errors()[rank].item() == pytest.approx(error(found) / whole, abs=1e-9)
+        plain = layout.compose(decompose(layout, weight), tuple(weight.shape))
+        assert error(found) <= error(plain) * (1 + 1e-9)
+
+
+def test_columns_that_see_the_same_are_no_obstacle() -> None:
+    weight = torch.randn(3, 4, 3, 3, dtype=torch.float64)
+    ones = torch.ones(3, 3, dtype=torch.float64)
+    spectrum = Spectrum.of_columns(weight, torch.eye(12, dtype=torch.float64), ones)
+    layout = LowRank(3, "spatial")
+    found = layout.compose(decompose(layout, weight, spectrum), tuple(weight.shape))
+    # Only the sum over the columns counts, which three directions give.
+    torch.testing.assert_close(found.sum(3), weight.sum(3), rtol=1e-4, atol=1e-4)
+
+
 def test_a_singular_moment_is_no_obstacle() -> None:
     weight, inputs = torch.randn(8, 20).double(), torch.randn(20, 3).double()
     outputs = weight @ inputs

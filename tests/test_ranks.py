@@ -173,11 +173,77 @@ def test_calibrated_layers_are_optimal(bias: bool, inputs: int, outputs: int) ->
     torch.testing.assert_close((model(x) - linear(x)).norm(), best, rtol=1e-3, atol=1e-6)
 
 
+OPTIONS = [
+    {"padding": 1},
+    {"stride": (2, 1), "padding": (0, 2)},
+    {"dilation": (1, 2), "padding": "same", "padding_mode": "circular"},
+    {"stride": 2, "padding": 1, "padding_mode": "reflect", "bias": False},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_what_columns_of_a_kernel_see(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 5, (3, 2), **options), torch.randn(4, 3, 9, 11) + 0.5
+    seen = watch(conv, {("", "spatial"): conv}, [x[:3], x[3]])["", "spatial"]
+    # The convolution of each entry of the kernel alone gives what lies below it.
+    probe, y = copy.deepcopy(conv).double(), conv(x)
+    probe.bias, below = None, []
+    for a in range(2):
+        entries = []
+        for i, row in itertools.product(range(3), range(3)):
+            probe.weight.data.zero_()[0, i, row, a] = 1
+            entries.append(probe(x.double())[:, 0].flatten())
+        below.append(torch.stack(entries))
+    patches = sum(part @ part.mT for part in below)
+    torch.testing.assert_close(seen.patches, patches, rtol=1e-5, atol=1e-4)
+    shifts = torch.stack([torch.stack([(p * q).sum() for q in below]) for p in below])
+    torch.testing.assert_close(seen.shifts, shifts, rtol=1e-5, atol=1e-4)
+    mean = sum(part.mean(1) for part in below) / 2
+    torch.testing.assert_close(seen.mean(), mean, rtol=1e-4, atol=1e-5)
+    assert (seen.positions, seen.samples) == (y[0, 0].numel(), 4)
+    with pytest.raises(ValueError, match=r"layer '': calibration: .* NaN"):
+        watch(conv, {("", "spatial"): conv}, [x * torch.nan])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_spatial_factors_keep_outputs(bias: bool) -> None:
+    """Of images that vary in few directions, and along the columns by a factor alone."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular", bias=bias).double()
+    x = torch.einsum("ij,njhw->nihw", torch.randn(6, 2), torch.randn(40, 2, 6, 7)).double()
+    # A mean is one more direction, unless a bias takes it up.
+    x = x + 2 * bias
+    exact, errors = conv(x), {}
+    for calibration in (0, 1):
+        model = nn.Sequential(copy.deepcopy(conv))
+        Factorize("spatial", rank=6, calibration=calibration).apply(model, [x] * calibration)
+        errors[calibration] = (model(x) - exact).norm()
+        if bias and calibration:
+            means = [y.mean((0, 2, 3)) for y in (model(x), exact)]
+            torch.testing.assert_close(*means, rtol=1e-6, atol=1e-6)
+    # Two channels' worth of patches: 6 directions are all that there are.
+    assert errors[1] < 0.02 * exact.norm()
+    assert errors[1] < 0.1 * errors[0]
+
+
+def test_few_positions_leave_the_rest_to_the_weight() -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(16, 8, 3, padding=1), torch.randn(64, 16, 5, 5)
+    exact, errors = conv(x), []
+    for batches in ([], [x[:1]]):
+        model = nn.Sequential(copy.deepcopy(conv))
+        Factorize("spatial", rank=8, calibration=len(batches)).apply(model, batches)
+        errors.append((model(x) - exact).norm() / exact.norm())
+    # White inputs: nothing is to be learnt from them, and 25 positions teach the wrong thing.
+    assert errors[1] < 1.1 * errors[0]
+
+
 def test_what_is_seen_of_convolutions() -> None:
     model, x = network(), images()
-    seen = watch(model[:3], {"2": model[2]}, [x, x[0]])["2"]
+    seen = watch(model[:3], {("2", "matrix"): model[2]}, [x, x[0]])["2", "matrix"]
     y = model[:3](torch.cat([x, x[:1]])).transpose(0, 1).flatten(1).double()
     torch.testing.assert_close(seen.moment, y @ y.mT, rtol=1e-4, atol=1e-4)
     assert (seen.positions, seen.samples) == (16, 17)
     with pytest.raises(ValueError, match=r"layer '2': calibration: .* NaN"):
-        watch(model, {"2": model[2]}, [x * torch.nan])
+        watch(model, {("2", "matrix"): model[2]}, [x * torch.nan])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressops.compress import checks
-from compressops.compress.outputs import Outputs, sensitivities, watch
+from compressops.compress.outputs import Columns, Outputs, sensitivities, watch
 from compressops.compress.parametrizations import Factors, register
 from compressops.compress.ranks import Options, Point, allocate, points
 from compressops.compress.search import search_ranks
@@ -24,6 +24,8 @@ from compressops.formats.lowrank import FORMS, LowRank
 
 # "auto" takes the cheaper of these, layer by layer.
 _AUTO = ("matrix", "spatial")
+# The forms whose factors can be fitted to what layers put out.
+_CALIBRATED = ("matrix", "spatial")
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ class Factorize(Stage):
             measured on the first batch, one layer at a time.
         search: trials of optuna that weigh the layers' errors for the budget, judged by the error
             of the model's output on the first batch; 0: none. Each takes a run of the model.
-        calibration: batches of training data: factors of the form ``"matrix"`` then keep the
-            layer's outputs on them, ``‖(W − U V) X‖`` least, and not the weight. A layer that has a
-            bias takes the mean of what is lost into it.
+        calibration: batches of training data: factors of the forms ``"matrix"`` and ``"spatial"``
+            then keep the layer's outputs on them, ``‖(W − U V) X‖`` least (of ``"spatial"`` nearly,
+            see `Spectrum.of_columns`), and not the weight. A layer that has a bias takes the mean
+            of what is lost into it.
         layers, exclude: globs over the names of the layers.
 
     A budget is shared out greedily by error for what is saved, which for these errors is optimal
@@ -130,14 +133,19 @@ class Factorize(Stage):
         groups = self._selected(model)
         layers = {name: group[0] for name, group in groups.items()}
         batches = list(batches)
-        seen = watch(model, layers, batches) if batches else {}
-        spectra = {name: found for name, one in seen.items() if (found := one.spectrum())}
+        forms = {(n, form): m for n, m in layers.items() for form in self._forms(n, m)}
+        seen = watch(model, forms, batches) if batches else {}
+        spectra = {
+            key: found
+            for key, one in seen.items()
+            if key[1] in _CALIBRATED and (found := one.spectrum())
+        }
         chosen = self._choose(model, layers, seen, spectra, batches)
         if not chosen:
             raise ValueError(f"{self}: no selected layer ({', '.join(layers)}) gets smaller by it")
         for name, layout in chosen.items():
-            spectrum = spectra.get(name) if layout.form == "matrix" else None
-            _factorize(groups[name], layout, spectrum, seen.get(name))
+            key = name, layout.form
+            _factorize(groups[name], layout, spectra.get(key), seen.get(key))
         ranks = tuple((name, layout.form, layout.rank) for name, layout in chosen.items())
         none = dict.fromkeys(("rank", "energy", "macs", "params"))
         return dataclasses.replace(self, **none, ranks=ranks, sensitivity=False, search=0)
@@ -146,8 +154,8 @@ class Factorize(Stage):
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        seen: Mapping[str, Outputs],
-        spectra: Mapping[str, Spectrum],
+        seen: Mapping[tuple[str, str], Outputs | Columns],
+        spectra: Mapping[tuple[str, str], Spectrum],
         batches: list[Any],
     ) -> dict[str, LowRank]:
         """The layout of each layer that is to be factorized."""
@@ -162,10 +170,10 @@ class Factorize(Stage):
                 if match is not None:
                     found[name] = match[1:]
             return self._named(found, layers)
+        positions = {name: one.positions for (name, _), one in seen.items()}
         options = {
             name: Options(
-                [_dense(module), *self._points(module, spectra.get(name))],
-                seen[name].positions if name in seen else 1.0,
+                [_dense(module), *self._points(name, module, spectra)], positions.get(name, 1.0)
             )
             for name, module in layers.items()
         }
@@ -195,18 +203,24 @@ class Factorize(Stage):
     def _form(self, module: nn.Module) -> str:
         return self.form if _kernel(module) else "matrix"
 
-    def _points(self, module: nn.Module, spectrum: Spectrum | None) -> list[Point]:
-        """Those of all forms that the layer may take, whose errors are of one kind."""
+    def _forms(self, name: str, module: nn.Module) -> tuple[str, ...]:
+        """Those that a layer may get."""
+        if self.ranks:
+            match = next((form for glob, form, _ in self.ranks if fnmatchcase(name, glob)), None)
+            form = match if _kernel(module) else match and "matrix"
+            return () if form is None else (form,)
         form = self._form(module)
-        if form == "auto" and spectrum is not None:
-            # Errors of outputs and of weights cannot be compared.
-            form = "matrix"
+        return _AUTO if form == "auto" else (form,)
+
+    def _points(
+        self, name: str, module: nn.Module, spectra: Mapping[tuple[str, str], Spectrum]
+    ) -> list[Point]:
+        """Those of all forms that the layer may take."""
+        weight, stride = module.weight.detach(), _stride(module)
         return [
             point
-            for one in (_AUTO if form == "auto" else (form,))
-            for point in points(
-                one, module.weight.detach(), _stride(module), spectrum if one == "matrix" else None
-            )
+            for form in self._forms(name, module)
+            for point in points(form, weight, stride, spectra.get((name, form)))
         ]
 
     def _named(
@@ -318,7 +332,7 @@ def _weighed(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     options: Mapping[str, Options],
-    spectra: Mapping[str, Spectrum],
+    spectra: Mapping[tuple[str, str], Spectrum],
     batches: list[Any],
 ) -> dict[str, Options]:
     """The options with the sensitivity of each layer, measured where it keeps half its products."""
@@ -332,8 +346,7 @@ def _weighed(
     weights: dict[str, Tensor] = {}
     for name, point in probes.items():
         weight = layers[name].weight.detach()
-        spectrum = spectra.get(name) if point.layout.form == "matrix" else None
-        factors = decompose(point.layout, weight, spectrum)
+        factors = decompose(point.layout, weight, spectra.get((name, point.layout.form)))
         weights[name] = point.layout.compose(factors, tuple(weight.shape))
     probed = {name: layers[name] for name in probes}
     measured = sensitivities(model, probed, weights, batches[0])
@@ -347,15 +360,17 @@ def _weighed(
 
 @torch.no_grad()
 def _factorize(
-    group: list[nn.Module], layout: LowRank, spectrum: Spectrum | None, seen: Outputs | None
+    group: list[nn.Module],
+    layout: LowRank,
+    spectrum: Spectrum | None,
+    seen: Outputs | Columns | None,
 ) -> None:
     weight = group[0].weight.detach()
     factors = decompose(layout, weight, spectrum)
     if spectrum is not None:
-        kept = spectrum.basis[:, : layout.rank]
         for module in group:
             if module.bias is not None:
-                module.bias.copy_(seen.bias(module.bias, kept))
+                module.bias.copy_(seen.bias(module.bias, spectrum, layout.rank))
     computed = Factors(layout, factors, weight.shape)
     for module in group:
         register(module, computed)

@@ -1,4 +1,4 @@
-"""What layers put out on data, for factors that keep the outputs and not the weights."""
+"""What layers see and put out on data, for factors that keep the outputs and not the weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops.formats.decompose import Spectrum
+from compressops.formats.decompose import Spectrum, unfolded
 from compressops.measure import call, evaluating
 
 
@@ -66,11 +67,10 @@ class Outputs:
         mean = self.total / max(1, self.rows)
         return self.module.weight.detach().double() @ mean if self.of_inputs else mean
 
-    def bias(self, bias: Tensor, kept: Tensor) -> Tensor:
-        """The bias that takes up what the mean of the outputs loses, where they are projected on
-        the columns of ``kept``."""
-        mean = self.mean()
-        return bias + (mean - kept @ (kept.mT @ mean)).to(bias)
+    def bias(self, bias: Tensor, spectrum: Spectrum, rank: int) -> Tensor:
+        """The bias that takes up what the mean of the outputs loses at a rank."""
+        mean, (p, q) = self.mean(), spectrum.projection(rank)
+        return bias + (mean - p @ (q @ mean)).to(bias)
 
     def spectrum(self) -> Spectrum | None:
         """Of the outputs; of what varies in them where a bias can take up the mean. ``None``: the
@@ -89,27 +89,112 @@ class Outputs:
         return Spectrum.of(self.module.weight.detach().double() @ root)
 
 
+@dataclass
+class Columns:
+    """Sums over what a convolution sees of data below each column of its kernel, for factors of
+    the form ``"spatial"``: see `Spectrum.of_columns`.
+
+    ``P_a`` is what lies below column a at each output position, ``[I·h, positions]``.
+    """
+
+    module: nn.Conv2d
+    samples: int = 0
+    rows: int = 0
+    total: Tensor | None = None
+    patches: Tensor | None = field(default=None, repr=False)
+    shifts: Tensor | None = None
+
+    @torch.no_grad()
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """One call's input and output.
+
+        Raises:
+            ValueError: the input holds NaN or infinities.
+        """
+        module = self.module
+        mode = {} if module.padding_mode == "zeros" else {"mode": module.padding_mode}
+        (h, w), (sh, sw), (dh, dw) = module.kernel_size, module.stride, module.dilation
+        for image in x if x.dim() == 4 else x[None]:
+            padded = F.pad(image[None].float(), module._reversed_padding_repeated_twice, **mode)
+            tall = F.unfold(padded, (h, 1), (dh, 1), stride=(sh, 1))[0]
+            tall = tall.view(len(tall), -1, padded.shape[-1])
+            span = sw * (y.shape[-1] - 1) + 1
+            below = [tall[..., a * dw : a * dw + span : sw].flatten(1) for a in range(w)]
+            patches = sum((part @ part.mT).double() for part in below)
+            shifts = torch.stack(
+                [torch.stack([(p * q).sum(dtype=torch.float64) for q in below]) for p in below]
+            )
+            total = sum(part.sum(1, dtype=torch.float64) for part in below)
+            if not bool(torch.isfinite(shifts).all()):
+                raise ValueError("calibration: its inputs hold NaN or infinite values")
+            first = self.patches is None
+            self.patches = patches if first else self.patches + patches
+            self.shifts = shifts if first else self.shifts + shifts
+            self.total = total if first else self.total + total
+            self.rows += y.shape[-2] * y.shape[-1]
+            self.samples += 1
+
+    @property
+    def positions(self) -> float:
+        """Output positions of a sample."""
+        return self.rows / max(1, self.samples)
+
+    def mean(self) -> Tensor:
+        """Of the patches below all columns, float64 ``[I·h]``."""
+        return self.total / max(1, self.rows * len(self.shifts))
+
+    def bias(self, bias: Tensor, spectrum: Spectrum, rank: int) -> Tensor:
+        """The bias that takes up what the mean of the outputs loses at a rank."""
+        p, q = spectrum.projection(rank)
+        mean = unfolded("spatial", self.module.weight).double() @ self.mean()
+        return bias + (mean - p @ (q @ mean)).view(len(bias), -1).sum(1).to(bias)
+
+    def spectrum(self) -> Spectrum | None:
+        """Of the outputs, see `Outputs.spectrum`."""
+        if not self.rows:
+            return None
+        patches, shifts = self.patches, self.shifts
+        if self.module.bias is not None:
+            mean = self.mean()
+            patches = patches - self.rows * len(shifts) * torch.outer(mean, mean)
+            shifts = shifts - self.rows * mean.square().sum()
+        # As many positions more as a patch has entries, alike in all directions: few positions say
+        # little of so many directions, and what they miss is left to the weight.
+        patches = patches + patches.trace() / self.rows * torch.eye(len(patches)).to(patches)
+        # One of the two has the scale of the sums, and the other one that of 1.
+        return Spectrum.of_columns(
+            self.module.weight.detach(), patches, shifts / shifts.trace().clamp(min=1e-30)
+        )
+
+
 def watch(
-    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Any]
-) -> dict[str, Outputs]:
+    model: nn.Module, layers: Mapping[tuple[str, str], nn.Module], batches: Iterable[Any]
+) -> dict[tuple[str, str], Outputs | Columns]:
     """Run ``model``, in eval mode, on ``batches`` (each a tensor, or a tuple or dict of arguments)
-    and sum up what ``layers`` put out.
+    and sum up what is to be known of ``layers``.
+
+    Args:
+        layers: by name and the form of the factors that they are to have.
 
     Raises:
         ValueError: NaN or infinities, naming the layer.
     """
-    found = {name: Outputs(module) for name, module in layers.items()}
+    found = {
+        (name, form): Columns(module) if form == "spatial" else Outputs(module)
+        for (name, form), module in layers.items()
+    }
 
-    def hook(name: str):
+    def hook(key: tuple[str, str]):
         def look(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             try:
-                found[name].add(args[0], output)
+                found[key].add(args[0], output)
             except ValueError as error:
+                name = key[0]
                 raise ValueError(f"layer {name!r}: {error}") from error
 
         return look
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in layers.items()]
+    handles = [module.register_forward_hook(hook(key)) for key, module in layers.items()]
     try:
         with evaluating(model):
             for batch in batches:

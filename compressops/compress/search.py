@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressops.compress.outputs import Outputs, output_error, output_of
+from compressops.compress.outputs import Columns, Outputs, output_error, output_of
 from compressops.compress.ranks import Options, Point, allocate
 from compressops.formats.decompose import Spectrum, decompose
 from compressops.formats.lowrank import LowRank
@@ -24,8 +24,8 @@ def search_ranks(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     options: Mapping[str, Options],
-    seen: Mapping[str, Outputs],
-    spectra: Mapping[str, Spectrum],
+    seen: Mapping[tuple[str, str], Outputs | Columns],
+    spectra: Mapping[tuple[str, str], Spectrum],
     batch: Any,
     cost: str,
     part: float,
@@ -40,7 +40,8 @@ def search_ranks(
     fixed seed.
 
     Args:
-        layers, options, seen, spectra: by name.
+        layers, options: by name.
+        seen, spectra: by name and form.
         batch: the model's arguments, that the output is measured on.
         cost, part: see `allocate`.
         trials: how many.
@@ -56,11 +57,11 @@ def search_ranks(
         """The layer's tensors, and what they would be."""
         if (name, layout) not in made:
             module, own = layers[name], layers[name].weight.detach()
-            spectrum = spectra.get(name) if layout.form == "matrix" else None
+            spectrum = spectra.get((name, layout.form))
             weight = layout.compose(decompose(layout, own, spectrum), tuple(own.shape))
             made[name, layout] = [(module.weight, weight)]
             if spectrum is not None and module.bias is not None:
-                bias = seen[name].bias(module.bias, spectrum.basis[:, : layout.rank])
+                bias = seen[name, layout.form].bias(module.bias, spectrum, layout.rank)
                 made[name, layout].append((module.bias, bias))
         return made[name, layout]
 

@@ -13,19 +13,24 @@ from compressops.formats.number import matrix_shape
 # Alternating steps at most; both stop before, where the error falls no more.
 _TUCKER_STEPS = 50
 _CP_STEPS = 200
+# Of the largest eigenvalue of what columns of a kernel see, the least that is believed.
+_LEAST_SHIFT = 1e-6
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """An orthonormal basis of a matrix's columns, the best for each rank first.
+    """A basis of a matrix's columns, the best for each rank first. It is orthonormal, unless
+    ``dual`` says what it is orthonormal to.
 
     Attributes:
         basis: float64 ``[rows, n]``.
         values: float64 ``[n]``, falling: rank r leaves the error ``values[r:].square().sum()``.
+        dual: float64 ``[rows, n]``, ``dual.T @ basis`` is 1; ``None``: the basis.
     """
 
     basis: Tensor
     values: Tensor
+    dual: Tensor | None = None
 
     @classmethod
     def of(cls, matrix: Tensor) -> Spectrum:
@@ -42,6 +47,40 @@ class Spectrum:
         """Of outputs ``Y [rows, samples]`` with the second moment ``Y @ Y.T`` ``[rows, rows]``."""
         squares, basis = torch.linalg.eigh(moment.detach().double())
         return cls(basis.flip(1), squares.flip(0).clamp(min=0).sqrt())
+
+    @classmethod
+    def of_columns(cls, weight: Tensor, patches: Tensor, shifts: Tensor) -> Spectrum:
+        """Of the outputs that ``unfolded("spatial", weight)`` gives.
+
+        An output is a sum over the kernel's columns a, of M_a times the patch of the input below
+        a. Where the second moment of the patches of columns a and b is K_ab · C, the squared error
+        of the outputs is ‖(K^½ ⊗ 1) (M − U V) C^½‖², of which a truncated singular value
+        decomposition is the least: the basis B of (K^½ ⊗ 1) M C^½ gives U = (K^-½ ⊗ 1) B and
+        V = Bᵀ (K^½ ⊗ 1) M.
+
+        Args:
+            weight: ``[O, I, h, w]``.
+            patches: C ``[I·h, I·h]``.
+            shifts: K ``[w, w]``.
+        """
+        squares, vectors = torch.linalg.eigh(shifts.detach().double())
+        # Columns that see the same (of constant images) have no inverse.
+        squares = squares.clamp(min=squares[-1].clamp(min=1e-30) * _LEAST_SHIFT)
+        roots = [vectors * squares.pow(power) @ vectors.mT for power in (0.5, -0.5)]
+        out, columns = weight.shape[0], len(shifts)
+
+        def mixed(root: Tensor, matrix: Tensor) -> Tensor:
+            parts = matrix.view(out, columns, -1)
+            return torch.einsum("ab,obn->oan", root, parts).reshape(out * columns, -1)
+
+        matrix = mixed(roots[0], unfolded("spatial", weight).double().contiguous())
+        found = cls.of_outputs(matrix @ patches.double() @ matrix.mT)
+        return cls(mixed(roots[1], found.basis), found.values, mixed(roots[0], found.basis))
+
+    def projection(self, rank: int) -> tuple[Tensor, Tensor]:
+        """``P [rows, rank]``, ``Q [rank, rows]``: ``P @ Q @ matrix`` is the best of that rank."""
+        dual = self.basis if self.dual is None else self.dual
+        return self.basis[:, :rank], dual[:, :rank].mT
 
     def errors(self) -> Tensor:
         """Relative squared error of each rank from 0 to n, ``[n + 1]``."""
@@ -71,7 +110,7 @@ def decompose(layout: LowRank, weight: Tensor, spectrum: Spectrum | None = None)
         weight: float, a matrix or ``[O, I, h, w]``.
         spectrum: of ``unfolded(form, weight)``, or of the layer's outputs: the factors are then the
             best for those, ``‖(W − U V) X‖`` least, because ``U = basis`` and ``V = basis.T @ W``
-            project the outputs. ``None``: of the weight.
+            project the outputs (``V = dual.T @ W`` where there is a dual). ``None``: of the weight.
 
     Raises:
         ImportError: ``"tucker"`` and ``"cp"`` need tensorly.
@@ -85,8 +124,8 @@ def decompose(layout: LowRank, weight: Tensor, spectrum: Spectrum | None = None)
     else:
         matrix = unfolded(layout.form, weight).double()
         spectrum = spectrum or Spectrum.of(matrix)
-        u = spectrum.basis[:, : layout.rank].to(matrix.device)
-        factors = _balanced(u, u.mT @ matrix)
+        u, v = spectrum.projection(layout.rank)
+        factors = _balanced(u.to(matrix.device), v.to(matrix.device) @ matrix)
         if layout.form == "spatial":
             o, r, _, w = shapes["u"]
             factors[0] = factors[0].view(o, w, r).transpose(1, 2)
