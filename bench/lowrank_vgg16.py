@@ -1,0 +1,162 @@
+"""The convolutions of VGG16 factorized, and distilled from themselves: how far the error falls.
+
+    python bench/lowrank_vgg16.py --workdir RUNS
+
+`compressops/zoo/vgg16.py` says what to install. The forms share half of the multiply-accumulates
+out over the layers; factors of these ranks are fitted to the weights, and to the outputs on crops
+of three photographs ("calibrated"). Of the form ``--form`` these are then trained, without labels,
+for what the float network gives after each of its five groups of layers (mean squared differences,
+each over the mean square), on crops of photographs and on images of CIFAR-10, alone and side by
+side, 64×64. Untrained, it is measured at other budgets, too.
+
+Errors are of two other photographs at 224×224, those of `bench_lowrank.py`: relative to the last
+output's norm, and of the five groups; "perceptual" is the mean squared difference of their features
+of unit length (Zhang et al. 2018, arXiv 1801.03924, without the learned weights), summed over the
+five. A run that was killed goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from bench_lowrank import CALIBRATION, HELD_OUT, errors, multiply_accumulates
+from common import merged, parser, write
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+import compressops as co
+from compressops.train.memory import keep_freed_memory
+from compressops.zoo import cifar10, vgg16
+
+# The last ReLU of each group.
+GROUPS = ("3", "8", "15", "22", "29")
+PHOTOGRAPHS = (
+    *("china.jpg", "flower.jpg", "chelsea.png", "coffee.png", "motorcycle_left.png"),
+    *("china.jpg", "flower.jpg", "retina.jpg", "camera.png", "hubble_deep_field.jpg"),
+)
+
+
+def small_images(count: int, generator: torch.Generator) -> Tensor:
+    """Of CIFAR-10, one enlarged or four side by side, normalised ``[count, 3, 64, 64]``."""
+    images = cifar10.load().train_images
+    chosen = images[torch.randint(len(images), (count, 4), generator=generator)].float() / 255
+    four = chosen.view(count, 2, 2, 3, 32, 32).permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 64, 64)
+    one = F.interpolate(chosen[:, 0], size=64, mode="bicubic").clamp(0, 1)
+    return vgg16.normalised(torch.where(torch.arange(count).view(-1, 1, 1, 1) % 2 > 0, one, four))
+
+
+def training_images(photographs: int, others: int) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    images = torch.cat(
+        [
+            vgg16.crops(PHOTOGRAPHS, photographs, 64, seed=3),
+            small_images(others, generator),
+        ]
+    )
+    return TensorDataset(images, torch.zeros(len(images), dtype=torch.int64))
+
+
+def features(model: nn.Sequential, x: Tensor) -> list[Tensor]:
+    found = []
+    for name, module in model.named_children():
+        x = module(x)
+        if name in GROUPS:
+            found.append(x.clone())
+    return found
+
+
+def measured(dense: nn.Sequential, ours: nn.Sequential, x: Tensor) -> dict:
+    theirs, mine = features(dense, x), features(ours, x)
+    whole, layer = errors(dense, ours, x)
+    distances = [
+        (F.normalize(b, dim=1) - F.normalize(a, dim=1)).square().sum(1).mean()
+        for a, b in zip(theirs, mine, strict=True)
+    ]
+    return {
+        "× fewer MACs": multiply_accumulates(dense, x) / multiply_accumulates(ours, x),
+        "output error": whole,
+        "output error squared": whole**2,
+        "groups": [((b - a).norm() / a.norm()).item() for a, b in zip(theirs, mine, strict=True)],
+        "layer error": layer,
+        "perceptual": sum(distances).item(),
+    }
+
+
+def retrain(scales: list[float], steps: int, lr: float, arguments: Namespace) -> co.Retrain:
+    return co.Retrain(
+        steps=steps,
+        batch_size=arguments.batch_size,
+        optimizer=arguments.optimizer,
+        lr=lr,
+        schedule="constant",
+        ce_weight=0.0,
+        convolutions="winograd",
+        checkpoint_seconds=1e9,
+        distill=tuple(
+            co.ActivationKD(name, weight=1 / scale)
+            for name, scale in zip(GROUPS, scales, strict=True)
+        ),
+    )
+
+
+def main() -> None:
+    out = parser(__doc__, "lowrank_vgg16")
+    out.add_argument("--forms", nargs="+", default=["matrix", "spatial", "auto"])
+    out.add_argument("--form", default="spatial", help="one of them, to train")
+    out.add_argument("--macs", type=float, default=0.5)
+    out.add_argument("--budgets", type=float, nargs="*", default=[0.9, 0.8, 0.7, 0.6])
+    out.add_argument("--calibration", type=int, default=24, help="crops of 224×224")
+    out.add_argument("--photographs", type=int, default=3000, help="crops of 64×64")
+    out.add_argument("--others", type=int, default=3000, help="images of CIFAR-10")
+    out.add_argument("--steps", type=int, nargs="*", default=[50] * 6, help="of each --lr")
+    out.add_argument("--batch-size", type=int, default=16)
+    out.add_argument("--optimizer", default="adamw")
+    out.add_argument("--lr", type=float, nargs="*", default=[1e-4] * 3 + [5e-5] * 2 + [2e-5])
+    out.add_argument("--merge", action="store_true", help="keep the rows that the file has")
+    out.add_argument("--workdir", type=Path, required=True)
+    arguments = out.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(arguments.threads[0])
+    dense, held = vgg16.load(), vgg16.crops(HELD_OUT, 4, seed=2)
+    crops = vgg16.crops(CALIBRATION, arguments.calibration, seed=1).split(4)
+    rows, cut = [], {}
+
+    def note(row: dict, model: nn.Sequential) -> None:
+        with torch.no_grad():
+            rows.append(row | measured(dense, model, held))
+        print(rows[-1], flush=True)
+        write("VGG16 factorized and trained", merged(rows, arguments, tuple(row)), arguments)
+
+    for macs in arguments.budgets:
+        model = copy.deepcopy(dense)
+        co.Factorize(arguments.form, macs=macs, calibration=len(crops)).apply(model, crops)
+        note({"form": arguments.form, "budget": macs, "calibrated": True, "steps": 0}, model)
+    for form in arguments.forms:
+        cut[form], plain = copy.deepcopy(dense), copy.deepcopy(dense)
+        stage = co.Factorize(form, macs=arguments.macs, calibration=len(crops))
+        stage = stage.apply(cut[form], crops)
+        # The same ranks, and no data.
+        dataclasses.replace(stage, calibration=0).attach(plain)
+        for calibrated, model in ((False, plain), (True, cut[form])):
+            row = {"form": form, "budget": arguments.macs, "calibrated": calibrated, "steps": 0}
+            note(row, model)
+    if not arguments.steps:
+        return
+    data, model = training_images(arguments.photographs, arguments.others), cut[arguments.form]
+    row = {"form": arguments.form, "budget": arguments.macs, "calibrated": True}
+    with torch.no_grad():
+        scales = [f.square().mean().item() for f in features(dense, data.tensors[0][::100])]
+    stages: list[co.Retrain] = []
+    for steps, lr in zip(arguments.steps, arguments.lr, strict=True):
+        stages.append(retrain(scales, steps, lr, arguments))
+        run = co.compress(model, co.Recipe(stages), data, teacher=dense, workdir=arguments.workdir)
+        note(row | {"steps": sum(stage.steps for stage in stages)}, run.model)
+
+
+if __name__ == "__main__":
+    main()
