@@ -17,6 +17,7 @@ from compressops.compress import Factorize, search
 from compressops.compress.outputs import output_error, watch
 from compressops.compress.parametrizations import Factors, find
 from compressops.compress.ranks import Options, Point, allocate, hull, points
+from compressops.formats.decompose import Spectrum
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_factorize import factorized, images, network
@@ -184,7 +185,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_what_columns_of_a_kernel_see(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    conv, x = nn.Conv2d(3, 5, (3, 2), **options), torch.randn(4, 3, 9, 11) + 0.5
+    conv, x = nn.Conv2d(3, 5, (3, 2), **options), torch.randn(4, 3, 9, 11) + 3
     seen = watch(conv, {("", "spatial"): conv}, [x[:3], x[3]])["", "spatial"]
     # The convolution of each entry of the kernel alone gives what lies below it.
     probe, y = copy.deepcopy(conv).double(), conv(x)
@@ -202,6 +203,14 @@ def test_what_columns_of_a_kernel_see(options: dict[str, Any]) -> None:
     mean = sum(part.mean(1) for part in below) / 2
     torch.testing.assert_close(seen.mean(), mean, rtol=1e-4, atol=1e-5)
     assert (seen.positions, seen.samples) == (y[0, 0].numel(), 4)
+    if conv.bias is not None:
+        # A bias takes up the mean, which is one for all columns.
+        below = [part - mean[:, None] for part in below]
+        patches = sum(part @ part.mT for part in below)
+        shifts = torch.stack([torch.stack([(p * q).sum() for q in below]) for p in below])
+    patches = patches + patches.trace() / seen.rows * torch.eye(9)
+    expected = Spectrum.of_columns(conv.weight, patches, shifts / shifts.trace())
+    torch.testing.assert_close(seen.spectrum().values, expected.values, rtol=0.02, atol=1e-2)
     with pytest.raises(ValueError, match=r"layer '': calibration: .* NaN"):
         watch(conv, {("", "spatial"): conv}, [x * torch.nan])
 
