@@ -22,6 +22,7 @@ NUMBERS = [
     (Ternary(), Ternary(granularity="group", group_size=16)),
     (INT8, Ternary()),
     (Int(bits=2), INT8),
+    (Ternary(), Int(bits=3)),
 ]
 
 
@@ -110,7 +111,7 @@ def test_moving_casting_copying_compiling(
         assert mine is its is None or torch.equal(mine, its)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
-    # Of other numbers, too.
+    # Of other numbers, too, and with zero points that must not stay.
     other = layer_of(nn.Linear(16, 12), 5, (INT8, Int(bits=4, group_size=16, symmetric=False)))
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(x), before)
