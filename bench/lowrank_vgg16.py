@@ -6,8 +6,8 @@
 out over the layers; factors of these ranks are fitted to the weights, and to the outputs on crops
 of three photographs ("calibrated"). Of the form ``--form`` these are then trained, without labels,
 for what the float network gives after each of its five groups of layers (mean squared differences,
-each over the mean square), on crops of photographs and on images of CIFAR-10, alone and side by
-side, 64×64. Untrained, it is measured at other budgets, too.
+each over the mean square), on crops of photographs and on images of CIFAR-10, side by side,
+128×128. Untrained, it is measured at other budgets, too.
 
 Errors are of two other photographs at 224×224, those of `bench_lowrank.py`: relative to the last
 output's norm, and of the five groups; "perceptual" is the mean squared difference of their features
@@ -35,6 +35,7 @@ from compressops.zoo import cifar10, vgg16
 
 # The last ReLU of each group.
 GROUPS = ("3", "8", "15", "22", "29")
+SIZE = 128
 PHOTOGRAPHS = (
     *("china.jpg", "flower.jpg", "chelsea.png", "coffee.png", "motorcycle_left.png"),
     *("china.jpg", "flower.jpg", "retina.jpg", "camera.png", "hubble_deep_field.jpg"),
@@ -42,23 +43,29 @@ PHOTOGRAPHS = (
 
 
 def small_images(count: int, generator: torch.Generator) -> Tensor:
-    """Of CIFAR-10, one enlarged or four side by side, normalised ``[count, 3, 64, 64]``."""
-    images = cifar10.load().train_images
-    chosen = images[torch.randint(len(images), (count, 4), generator=generator)].float() / 255
-    four = chosen.view(count, 2, 2, 3, 32, 32).permute(0, 3, 1, 4, 2, 5).reshape(count, 3, 64, 64)
-    one = F.interpolate(chosen[:, 0], size=64, mode="bicubic").clamp(0, 1)
-    return vgg16.normalised(torch.where(torch.arange(count).view(-1, 1, 1, 1) % 2 > 0, one, four))
+    """Of CIFAR-10, four enlarged or sixteen side by side, normalised ``[count, 3, 128, 128]``."""
+    images, found = cifar10.load().train_images, []
+    for index in range(count):
+        side = 64 if index % 2 else 32
+        n = SIZE // side
+        chosen = images[torch.randint(len(images), (n * n,), generator=generator)].float() / 255
+        chosen = F.interpolate(chosen, size=side, mode="bicubic").clamp(0, 1)
+        tiles = chosen.view(n, n, 3, side, side).permute(2, 0, 3, 1, 4)
+        found.append(tiles.reshape(1, 3, SIZE, SIZE))
+    return vgg16.normalised(torch.cat(found))
 
 
 def training_images(photographs: int, others: int) -> TensorDataset:
-    generator = torch.Generator().manual_seed(3)
-    images = torch.cat(
-        [
-            vgg16.crops(PHOTOGRAPHS, photographs, 64, seed=3),
-            small_images(others, generator),
-        ]
-    )
-    return TensorDataset(images, torch.zeros(len(images), dtype=torch.int64))
+    """The quarters of crops of twice the size, which show things as large as where errors are
+    measured, and small images."""
+    crops = vgg16.crops(PHOTOGRAPHS, photographs // 4, 2 * SIZE, seed=3)
+    quarters = crops.unfold(2, SIZE, SIZE).unfold(3, SIZE, SIZE).permute(0, 2, 3, 1, 4, 5)
+    images = [
+        quarters.reshape(-1, 3, SIZE, SIZE),
+        small_images(others, torch.Generator().manual_seed(3)),
+    ]
+    count = sum(map(len, images))
+    return TensorDataset(torch.cat(images), torch.zeros(count, dtype=torch.int64))
 
 
 def features(model: nn.Sequential, x: Tensor) -> list[Tensor]:
@@ -111,10 +118,10 @@ def main() -> None:
     out.add_argument("--macs", type=float, default=0.5)
     out.add_argument("--budgets", type=float, nargs="*", default=[0.9, 0.8, 0.7, 0.6])
     out.add_argument("--calibration", type=int, default=24, help="crops of 224×224")
-    out.add_argument("--photographs", type=int, default=3000, help="crops of 64×64")
-    out.add_argument("--others", type=int, default=3000, help="images of CIFAR-10")
+    out.add_argument("--photographs", type=int, default=1600, help="crops of 128×128")
+    out.add_argument("--others", type=int, default=800, help="images of CIFAR-10")
     out.add_argument("--steps", type=int, nargs="*", default=[50] * 6, help="of each --lr")
-    out.add_argument("--batch-size", type=int, default=16)
+    out.add_argument("--batch-size", type=int, default=4)
     out.add_argument("--optimizer", default="adamw")
     out.add_argument("--lr", type=float, nargs="*", default=[1e-4] * 3 + [5e-5] * 2 + [2e-5])
     out.add_argument("--merge", action="store_true", help="keep the rows that the file has")
