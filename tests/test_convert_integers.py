@@ -20,6 +20,7 @@ from compressops.nn import (
     Int4Linear,
     Int8Linear,
     IntEmbedding,
+    LowRankIntegerLinear,
     LowRankLinear,
     PackedEmbedding,
     PackedLinear,
@@ -112,9 +113,11 @@ def test_what_no_integer_kernel_takes_is_said(config: object, why: str, prefer: 
 
 def test_low_rank_integers_run_as_factors() -> None:
     packed = convert(Net(), {"hidden": (LowRank(2), Int(bits=4))})
+    assert type(packed.hidden) is LowRankIntegerLinear
+    packed = convert(Net(), {"hidden": (LowRank(2), Int(bits=6))})
     assert type(packed.hidden) is LowRankLinear
     note = packed.conversion_notes["hidden"].why
-    assert "Int4Linear not used: int4_linear needs a weight of one matrix" in note
+    assert "LowRankIntegerLinear not used: int8_linear needs Int(bits=8" in note
 
 
 def test_other_numbers_are_not_excused() -> None:
