@@ -9,7 +9,8 @@
 weights that MKL packed): what of the dense efficiency is left. "break-even" is the density at which
 ours would take as long. Peers: torch's BSR, SciPy's at one row, where it is installed (one thread),
 and deepsparse where `deepsparse_peer.py` finds one. "GB/s of blocks" are stored bytes a second, and
-"of read GB/s" their part of what this machine reads of as many bytes, which only one row can reach.
+"of read GB/s" their part of what this machine reads of as many bytes, which only one row can reach;
+"µs of no block" is a call of the same shape without any, and "less that" the part without it.
 """
 
 from __future__ import annotations
@@ -54,6 +55,10 @@ def contestants(
         values, crow, col = plain
         theirs = torch.sparse_bsr_tensor(crow.long(), col.long(), values, (size, size))
         calls["torch BSR"] = lambda: theirs @ x.t()
+    if M == 1:
+        hollow = co.ops.bsr_from_dense(weight, (block, block), torch.zeros_like(keep))
+        empty = co.ops.bsr_linear_pack(*hollow, size, size)
+        calls["no block"] = lambda: co.ops.bsr_linear(x, *empty, size)
     try:
         if M == 1 and size % block == 0:
             scipy = imported("scipy.sparse")
@@ -139,6 +144,10 @@ def row(
     found["int8 × fp32 blocks"] = median_ratio(times["ours"], times["ours int8"])
     found["GB/s of blocks"] = speed = 4 * stored / medians["ours"] / 1e9
     found["of read GB/s"] = speed / bandwidth if bandwidth else None
+    call = medians.get("no block")
+    found["µs of no block"] = call * 1e6 if call else None
+    rest = 4 * stored / (medians["ours"] - call) / 1e9 if call else None
+    found["less that"] = rest / bandwidth if call and bandwidth else None
     return found | {"FMA peak GFLOP/s": peak}
 
 

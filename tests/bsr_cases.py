@@ -45,6 +45,9 @@ CASES = [
     *(Case(m, 40, 50, activation=name) for m in (1, 20) for name in ("relu", "gelu")),
     Case(3, 40, 24, bias=False),
     Case(5, 40, 50, dtype=torch.bfloat16, activation="gelu"),
+    # More strips of a single row than are multiplied at once.
+    *(Case(1, 90, 587, activation=name) for name in ("none", "relu", "gelu")),
+    Case(1, 90, 587, dtype=torch.bfloat16, activation="gelu"),
 ]
 # Triton's interpreter is slow, and takes its time by the program.
 INTERPRETED = [

@@ -21,6 +21,7 @@ CASES = [
     *(Case(7, 64, 64, (32, 16), density) for density in (0.0, 1.0)),
     *(Case(3, 70, 50, dtype=dtype) for dtype in (torch.float16, torch.bfloat16)),
     *(Case(3, 40, 50, activation=name) for name in ("relu", "gelu")),
+    Case(1, 90, 587, activation="gelu"),  # more strips than are multiplied at once
     Case(3, 40, 24, bias=False),
     Case(130, 519, 231, (32, 32), 0.2),
 ]

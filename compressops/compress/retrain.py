@@ -48,6 +48,11 @@ class Retrain(Stage):
         convolutions: ``"winograd"`` runs 3×3 convolutions as F(4×4, 3×3) while training on a CPU in
             float32, the teacher's too: less time, other rounding
             (`compressops.train.convolutions`). ``"direct"`` leaves them.
+        blocks: ``"sparse"`` runs linear layers that are pruned in blocks on the blocks that are
+            left, forward and backward, while training on a CPU: less time, sums in another order
+            (`compressops.train.blocks`). While a schedule moves masks, those of the moment count;
+            layers that still keep more than two fifths of their blocks, or let some come back, run
+            densely. ``"dense"`` multiplies all weights under their masks, as convolutions do.
         checkpoint_seconds: time between checkpoints within an epoch; each epoch makes one too.
         workers: processes that load data; 0 loads in the training process.
     """
@@ -72,6 +77,7 @@ class Retrain(Stage):
     image_sizes: tuple[tuple[int, float], ...] = ()
     mixed_precision: str | None = None
     convolutions: str = "direct"
+    blocks: str = "dense"
     checkpoint_seconds: float = 60.0
     workers: int = 0
 
@@ -105,6 +111,7 @@ class Retrain(Stage):
         checks.number("ema", self.ema, 0, 1, open_high=True)
         checks.choice("mixed_precision", self.mixed_precision, (None, "no", "bf16", "fp16"))
         checks.choice("convolutions", self.convolutions, ("direct", "winograd"))
+        checks.choice("blocks", self.blocks, ("dense", "sparse"))
         checks.number("checkpoint_seconds", self.checkpoint_seconds, 0)
         checks.integer("workers", self.workers)
         losses = (self.distill,) if isinstance(self.distill, DistillLoss) else self.distill

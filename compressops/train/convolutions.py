@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops.ops import winograd_conv2d
+from compressops.train.overrides import overridden
 
 # Fewer channels do not pay for the transforms.
 _LEAST_CHANNELS = 16
@@ -31,19 +32,12 @@ def winograd_convolutions(*models: nn.Module | None) -> Iterator[list[str]]:
     Yields:
         The names of the modules concerned.
     """
-    changed: list[nn.Conv2d] = []
-    names = []
-    try:
-        for model in filter(None, models):
-            for name, module in model.named_modules():
-                if _eligible(module) and "_conv_forward" not in vars(module):
-                    module._conv_forward = functools.partial(_forward, module)
-                    changed.append(module)
-                    names.append(name)
+
+    def replacement(module: nn.Module) -> Callable[..., Tensor] | None:
+        return functools.partial(_forward, module) if _eligible(module) else None
+
+    with overridden(filter(None, models), "_conv_forward", replacement) as names:
         yield names
-    finally:
-        for module in changed:
-            del module._conv_forward
 
 
 def _eligible(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from compressops.distill.capture import logits_of
 from compressops.distill.distiller import Distiller
 from compressops.train import checkpoint as checkpoints
 from compressops.train import data
+from compressops.train.blocks import sparse_linears
 from compressops.train.convolutions import winograd_convolutions
 from compressops.train.optim import Ema, build_optimizer, learning_rate
 from compressops.train.progress import Progress
@@ -102,6 +103,7 @@ def train(
     by_winograd = options.convolutions == "winograd"
     with (
         winograd_convolutions(run.model, teacher) if by_winograd else contextlib.nullcontext(),
+        sparse_linears(run.model) if options.blocks == "sparse" else contextlib.nullcontext(),
         torch.random.fork_rng(),
         run.distiller or contextlib.nullcontext(),
         Progress(

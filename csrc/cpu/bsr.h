@@ -57,10 +57,15 @@ inline void check_indices(const char* op, const BsrBlocks& blocks) {
     COMPRESSOPS_CHECK(starts[i + 1] >= starts[i], op, "crow_indices", form, int64_t{starts[i + 1]});
   COMPRESSOPS_CHECK(starts[blocks.rows] == blocks.nnz, op, "crow_indices", form,
                     int64_t{starts[blocks.rows]});
-  // A negative one is above all others as an unsigned number.
-  const uint64_t columns = blocks.columns;
-  bool outside = false;
-  for (int64_t b = 0; b < blocks.nnz; ++b) outside |= static_cast<uint32_t>(where[b]) >= columns;
+  // The sign of one that is negative, or of what is left up to the last: quicker than comparisons,
+  // which every call of few rows would notice.
+  const uint32_t last = static_cast<uint32_t>(std::min<int64_t>(blocks.columns - 1, INT32_MAX));
+  uint32_t signs = 0;
+  for (int64_t b = 0; b < blocks.nnz; ++b) {
+    const uint32_t column = static_cast<uint32_t>(where[b]);
+    signs |= column | (last - column);
+  }
+  const bool outside = signs >> 31 != 0;
   for (int64_t b = 0; outside && b < blocks.nnz; ++b)
     COMPRESSOPS_CHECK(where[b] >= 0 && where[b] < blocks.columns, op, "col_indices",
                       "from 0 to " + std::to_string(blocks.columns - 1), int64_t{where[b]});
@@ -166,6 +171,18 @@ struct BsrPanels {
   }
 };
 
+// Strips of a single row that are multiplied at a time: between them no other code lets the stream
+// of blocks wait.
+constexpr int64_t kStripsOfRow = 32;
+
+// sums [strip][16] of a single row and some groups of one strip each.
+inline void multiply_row(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t group,
+                         int64_t count, const float* row, float* sums) {
+  BsrStrip strips[kStripsOfRow];
+  for (int64_t i = 0; i < count; ++i) strips[i] = weight.strip(group + i);
+  isa.multiply_row(strips, count, weight.element, row, sums);
+}
+
 // sums [m][16] of a panel's rows and a group's outputs.
 inline void multiply_group(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t group,
                            const float* panel, int64_t width, float* sums) {
@@ -190,7 +207,8 @@ inline void multiply_group(const BsrLinearKernels& isa, const BsrWeight& weight,
 
 // Multiplies M rows of x by a weight. pack(m, rows, begin, end, panel, width) makes the items
 // [begin, end) of a panel of the rows from m on; `x`, if not null, is the one panel already.
-// finish(m, rows, n, columns, sums) takes the sums of `columns` outputs from n on.
+// finish(m, rows, n, columns, sums) takes the sums of `columns` outputs from n on, more than 16
+// only of one row.
 //
 // A thread packs the panels that it multiplies, so that they come from its L2. Where there are few
 // panels, all threads pack them, and share the groups of strips.
@@ -199,9 +217,10 @@ void bsr_multiply(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t 
                   Pack&& pack, Finish&& finish) {
   constexpr int64_t kPiece = 512;  // items that are packed as one task
   const int64_t threads = torch::stable::get_num_threads(), groups = weight.groups();
-  // A thread is worth starting for some 10 µs.
-  const int64_t vectors = weight.first_block(groups) * weight.depth * weight.r / kStrip * M;
-  const bool alone = threads == 1 || vectors < 50000;
+  // A thread is worth starting for some 10 µs. A vector of the weight is multiplied with a row in a
+  // cycle, and takes 3 to come from L3.
+  const int64_t vectors = weight.first_block(groups) * weight.depth * weight.r / kStrip;
+  const bool alone = threads == 1 || vectors * std::max<int64_t>(M, 3) < 50000;
   const BsrPanels few(isa, weight, M);
   const bool own = alone || few.count >= kPanelsOfThread * threads;
   const BsrPanels panels = own && !alone ? BsrPanels(isa, weight, M, threads) : few;
@@ -213,12 +232,17 @@ void bsr_multiply(const BsrLinearKernels& isa, const BsrWeight& weight, int64_t 
          to + begin * width, width);
   };
   const auto multiply = [&](int64_t panel, const float* items, int64_t group, int64_t end) {
-    alignas(64) float sums[2 * kStrip * kStrip];
+    alignas(64) float sums[kStripsOfRow * kStrip];
     const int64_t width = panels.width_of(panel, weight);
-    for (; group < end; ++group) {
-      multiply_group(isa, weight, group, items, width, sums);
+    const int64_t most = weight.r == kStrip && width == 1 ? kStripsOfRow : 1;
+    for (int64_t count; group < end; group += count) {
+      count = std::min(most, end - group);
+      if (most > 1)
+        multiply_row(isa, weight, group, count, items, sums);
+      else
+        multiply_group(isa, weight, group, items, width, sums);
       finish(panel * panels.width, panels.rows(panel), group * kStrip,
-             std::min<int64_t>(kStrip, weight.outputs - group * kStrip), sums);
+             std::min(count * kStrip, weight.outputs - group * kStrip), sums);
     }
   };
   static thread_local Scratch scratch;

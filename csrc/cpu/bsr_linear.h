@@ -64,6 +64,9 @@ struct BsrLinearKernels {
   // sums[m][16], the products of a strip of 16 with a panel.
   void (*multiply)(const BsrStrip& strip, Element element, const float* panel, int width,
                    float* sums);
+  // sums[strip][16] of one row and `count` strips of 16.
+  void (*multiply_row)(const BsrStrip* strips, int64_t count, Element element, const float* row,
+                       float* sums);
   // sums[n][16] for the r outputs of a strip of fewer, with 16 rows of a panel as wide as that.
   void (*multiply_narrow)(const BsrStrip& strip, const float* panel, float* sums);
 
@@ -74,7 +77,8 @@ struct BsrLinearKernels {
 
   // sums[m][16] of integers to floats, in place; null of floats.
   void (*scale)(float* sums, int64_t rows, int64_t columns, const BsrScales& how);
-  // sums[m][16] of floats to y, by way of sums.
+  // sums[m][16] of floats to y, by way of sums. Of one row, columns may be those of many strips; so
+  // they may of `scale`.
   void (*finish)(float* sums, const BsrFinish& how);
 };
 

@@ -13,8 +13,11 @@
 // broadcast weights would be as fast, but leave the sums transposed.
 
 constexpr int kVectors = kStrip / kLanes;
-// The next blocks of a strip come from L3 or memory, in runs too short for the hardware to see.
+// The next blocks of a strip come from L3 or memory. Strips follow each other there, so that up to
+// kFewRows rows, which leave the loads no time, are served better by the processor's own
+// prefetchers alone; more rows read too slowly for those.
 constexpr int64_t kAhead = 3072;
+constexpr int kFewRows = 2;
 
 template <int... I>
 inline Vec broadcast(const float* item, Indices<I...>) {
@@ -103,44 +106,59 @@ void copy(const void* from, Element element, int64_t stride, int64_t step, int64
 
 // ---- products ----------------------------------------------------------------------------------
 
-// Of a strip of 16 outputs and Rows rows of x.
-template <typename E, int Rows>
-void multiply_rows(const BsrStrip& strip, const float* panel, float* sums) {
-  // A sum takes the next product only after the latency of one, 4 cycles.
-  constexpr int kChains = Rows * kVectors >= 4 ? 1 : Rows * kVectors >= 2 ? 2 : 4;
-  Vec partial[kChains][Rows][kVectors] = {};
-  const auto* w = (const typename E::Storage*)strip.values;
-  const int64_t depth = strip.depth;
-  const auto step = [&](Vec(&to)[Rows][kVectors], const float* x) {
-    Vec weights[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) weights[v] = E::get(w + v * kLanes);
-    __builtin_prefetch((const char*)w + kAhead);
-#pragma GCC unroll 24
-    for (int i = 0; i < Rows; ++i) {
-      const Vec item = broadcast(x + i);
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) to[i][v] = add_products(to[i][v], item, weights[v]);
-    }
-    w += kStrip;
-  };
-  for (int64_t block = 0; block < strip.blocks; ++block) {
-    const float* x = panel + strip.columns[block] * depth * Rows;
-    int64_t k = 0;
+// step(chain) `count` times, of alternating chains: a sum takes the next product only after the
+// latency of one, 4 cycles.
+template <int Chains, typename Step>
+inline void in_chains(int64_t count, const Step& step) {
+  int64_t i = 0;
 #pragma GCC unroll 2
-    for (; k + kChains <= depth; k += kChains, x += kChains * Rows)
+  for (; i + Chains <= count; i += Chains)
 #pragma GCC unroll 4
-      for (int chain = 0; chain < kChains; ++chain) step(partial[chain], x + chain * Rows);
-    for (; k < depth; ++k, x += Rows) step(partial[0], x);
-  }
+    for (int chain = 0; chain < Chains; ++chain) step(chain);
+  for (; i < count; ++i) step(0);
+}
+
+// Chains that `sums` vectors of sums need.
+constexpr int chains(int sums) { return sums >= 4 ? 1 : sums >= 2 ? 2 : 4; }
+
+// The chains together.
+template <int Chains, int Rows>
+inline void store_sums(const Vec (&partial)[Chains][Rows][kVectors], float* sums) {
 #pragma GCC unroll 24
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Vec sum = partial[0][i][v];
-      for (int chain = 1; chain < kChains; ++chain) sum = add_sums(sum, partial[chain][i][v]);
+      for (int chain = 1; chain < Chains; ++chain) sum = add_sums(sum, partial[chain][i][v]);
       store(sums + i * kStrip + v * kLanes, sum);
     }
+}
+
+// Of a strip of 16 outputs and Rows rows of x.
+template <typename E, int Rows>
+void multiply_rows(const BsrStrip& strip, const float* panel, float* sums) {
+  constexpr int kChains = chains(Rows * kVectors);
+  Vec partial[kChains][Rows][kVectors] = {};
+  const auto* w = (const typename E::Storage*)strip.values;
+  const int64_t depth = strip.depth;
+  for (int64_t block = 0; block < strip.blocks; ++block) {
+    const float* x = panel + strip.columns[block] * depth * Rows;
+    in_chains<kChains>(depth, [&](int chain) {
+      Vec weights[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) weights[v] = E::get(w + v * kLanes);
+      if constexpr (Rows > kFewRows) __builtin_prefetch((const char*)w + kAhead);
+#pragma GCC unroll 24
+      for (int i = 0; i < Rows; ++i) {
+        const Vec item = broadcast(x + i);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v)
+          partial[chain][i][v] = add_products(partial[chain][i][v], item, weights[v]);
+      }
+      w += kStrip, x += Rows;
+    });
+  }
+  store_sums(partial, sums);
 }
 
 template <typename E, int Rows = kMostRows>
@@ -161,30 +179,46 @@ void multiply(const BsrStrip& strip, Element element, const float* panel, int wi
   }
 }
 
-// Of Rows outputs and 16 rows of x, whose sums begin with `initial`. each(step) calls step for
-// every input, with its items of these rows; `w` has `stride` outputs of it.
+template <typename E>
+void multiply_strips(const BsrStrip* strips, int64_t count, const float* row, float* sums) {
+  for (int64_t i = 0; i < count; ++i) multiply_rows<E, 1>(strips[i], row, sums + i * kStrip);
+}
+
+void multiply_row(const BsrStrip* strips, int64_t count, Element element, const float* row,
+                  float* sums) {
+  if (kIntegers || element == Element::kFloat)
+    return multiply_strips<Float>(strips, count, row, sums);
+  if constexpr (!kIntegers) {
+    if (element == Element::kHalf)
+      multiply_strips<Half>(strips, count, row, sums);
+    else
+      multiply_strips<BFloat16>(strips, count, row, sums);
+  }
+}
+
+// Of Rows outputs and 16 rows of x, whose sums begin with `initial`. each(step) calls
+// step(chain, items) for every input, with its items of these rows; `w` has `stride` outputs of it.
 template <int Rows, typename Each>
 inline void multiply_outputs(const float* w, int64_t stride, const float* initial, float* sums,
                              const Each& each) {
-  Vec total[Rows][kVectors];
+  constexpr int kChains = chains(Rows * kVectors);
+  Vec partial[kChains][Rows][kVectors] = {};
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) total[i][v] = broadcast(initial + i);
-  each([&](const Vec* items) {
+    for (int v = 0; v < kVectors; ++v) partial[0][i][v] = broadcast(initial + i);
+  each([&](int chain, const Vec* items) {
     __builtin_prefetch((const char*)w + kAhead);
 #pragma GCC unroll 16
     for (int i = 0; i < Rows; ++i) {
       const Vec weight = broadcast(w + i);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) total[i][v] = add_products(total[i][v], items[v], weight);
+      for (int v = 0; v < kVectors; ++v)
+        partial[chain][i][v] = add_products(partial[chain][i][v], items[v], weight);
     }
     w += stride;
   });
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(sums + i * kStrip + v * kLanes, total[i][v]);
+  store_sums(partial, sums);
 }
 
 constexpr float kZeros[kStrip] = {};
@@ -198,13 +232,13 @@ void multiply_narrow(const BsrStrip& strip, const float* panel, float* sums) {
                                for (int64_t block = 0; block < strip.blocks; ++block) {
                                  const float* x =
                                      panel + strip.columns[block] * strip.depth * kStrip;
-                                 for (int64_t k = 0; k < strip.depth; ++k, x += kStrip) {
+                                 in_chains<chains(Rows * kVectors)>(strip.depth, [&](int chain) {
                                    Vec items[kVectors];
 #pragma GCC unroll 4
                                    for (int v = 0; v < kVectors; ++v)
                                      items[v] = load(x + v * kLanes);
-                                   step(items);
-                                 }
+                                   step(chain, items), x += kStrip;
+                                 });
                                }
                              });
   } else if constexpr (Rows > 1) {
@@ -239,11 +273,12 @@ void multiply_pixels(const float* weights, int r, const int64_t* offsets, int64_
     for (int first = 0; first < r; first += Rows)
       multiply_outputs<Rows>(weights + first, r, bias + first, sums + first * kStrip,
                              [&](auto&& step) {
-                               for (int64_t i = 0; i < inputs; ++i) {
+                               const int64_t* at = offsets;
+                               in_chains<chains(Rows * kVectors)>(inputs, [&](int chain) {
                                  Vec items[kVectors];
-                                 load_halves(low + offsets[i], high + offsets[i], items);
-                                 step(items);
-                               }
+                                 load_halves(low + *at, high + *at, items);
+                                 step(chain, items), ++at;
+                               });
                              });
   } else if constexpr (Rows > 1) {
     multiply_pixels<Rows / 2>(weights, r, offsets, inputs, pixels, bias, sums);
@@ -280,7 +315,7 @@ void finish(float* sums, const BsrFinish& how) {
                        nullptr,  Element::kFloat, sums,     kStrip};
       finish_elements<Float>(sums, biased);
     }
-    how.gelu(sums, how.rows * kStrip);
+    how.gelu(sums, (how.rows - 1) * kStrip + (how.columns + kStrip - 1) / kStrip * kStrip);
     rest.bias = nullptr;
   }
   if (how.element == Element::kFloat)
@@ -298,6 +333,7 @@ constexpr BsrLinearKernels kernels(const char* isa,
           pack,
           copy,
           multiply,
+          multiply_row,
           multiply_narrow<>,
           kIntegers ? nullptr : multiply_pixels<>,
           scale,
