@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import bsr_gpu
 import gpu_cases
+import huffman_gpu
 import torch
 import torch.nn.functional as F
 from common import merged, parser, report, write
@@ -37,7 +38,6 @@ from gpu_cases import (
     DEVICE,
     GPU,
     conv_arguments,
-    huffman_arguments,
     int8_arguments,
     packed_arguments,
 )
@@ -49,7 +49,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 SHAPES = [
     (m, k, n) for k, n in ((768, 3072), (4096, 4096), (8192, 8192)) for m in (1, 16, 256, 4096)
 ]
-CASES = gpu_cases.INTEGER_CASES | bsr_gpu.CASES | gpu_cases.OTHER_CASES
+CASES = gpu_cases.INTEGER_CASES | bsr_gpu.CASES | huffman_gpu.CASES | gpu_cases.OTHER_CASES
 STEPS = ("parity", "sanitize", "time")
 BACKENDS = ("cuda", "triton")
 # By op and case, what has to be reached: percent of the bandwidth of a copy, and times the peer.
@@ -252,19 +252,6 @@ def int4_rows(backend: str, rounds: int) -> Iterator[dict]:
         yield from packed_rows("int4_linear", quantize_x, backend, rounds)
 
 
-def huffman_rows(backend: str, rounds: int) -> Iterator[dict]:
-    for bits in (4, 6, 8):
-        arguments = huffman_arguments(32_000_000, 4096, bits)
-        with co.backend(backend):
-            ours = event_seconds(lambda args=arguments: co.ops.huffman_decode(*args), rounds)
-        traffic = arguments[0].numel() + arguments[3]
-        yield {
-            **{"op": "huffman_decode", "backend": backend, "case": f"32M symbols of {bits} bits"},
-            **{"µs": ours * 1e6, "TOP/s": 0.0, "GB/s": traffic / ours / 1e9, "× peer": 0.0},
-            "peer": "-",
-        }
-
-
 def winograd_rows(backend: str, rounds: int) -> Iterator[dict]:
     """Against cuDNN with benchmark=True, channels last; the kernels that it chose are the peer."""
     import winograd_gpu
@@ -290,7 +277,7 @@ FIGURES: dict[str, Callable[[str, int], Iterator[dict]]] = {
     "int8_conv2d": conv_rows,
     "int4_linear": int4_rows,
     "ternary_linear": functools.partial(packed_rows, "ternary_linear", True),
-    "huffman_decode": huffman_rows,
+    **huffman_gpu.figures(event_seconds),
     "winograd_conv2d": winograd_rows,
     **{op: bsr_gpu.rows(op, graph_seconds) for op in bsr_gpu.LINEAR},
     "bsr_conv2d": bsr_gpu.conv_rows(graph_seconds),

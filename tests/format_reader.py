@@ -195,33 +195,48 @@ def stream(parts, name, count, bits, coding) -> np.ndarray:
     if f"{name}_lengths" not in parts:
         return raw(parts[name], count, bits)
     lengths = raw(parts[f"{name}_lengths"], 2 * len(parts[f"{name}_lengths"]), 4)
-    codes, code = {}, 0
-    for length in range(1, 13):
-        code *= 2
-        for symbol in np.flatnonzero(lengths == length):
-            codes[length, code] = int(symbol)
-            code += 1
+    groups = prefixes(lengths)
     sizes = np.frombuffer(parts[f"{name}_sizes"], "<u2")
     symbols, position = [], 0
     for i, size in enumerate(sizes):
         chunk = parts[name][position : position + size]
         position += size
         assert zlib.crc32(chunk[4:]) == struct.unpack("<I", chunk[:4])[0]
-        assert chunk[4] == 1
+        assert chunk[4] == 2
         left = np.unpackbits(np.frombuffer(chunk[5:], np.uint8), bitorder="little")
         symbol = np.full(min(coding["chunk_size"], count - i * coding["chunk_size"]), -1)
-        length, code = 0, np.zeros(len(symbol), np.int64)
+        length, prefix = 0, np.zeros(len(symbol), np.int64)
         while (symbol < 0).any():
             going_on = np.flatnonzero(symbol < 0)
-            order = going_on[np.argsort(code[going_on], kind="stable")]
-            code[order] = 2 * code[order] + left[: len(order)]
-            left, length = left[len(order) :], length + 1
-            for j in order:
-                symbol[j] = codes.get((length, code[j]), -1)
+            for j in going_on[np.argsort(prefix[going_on], kind="stable")]:
+                group = groups.get((length, prefix[j]))
+                width = 1 if group is None else len(group).bit_length() - 1
+                value, left = left[:width] @ (1 << np.arange(width)), left[width:]
+                if group is None:
+                    prefix[j] = 2 * prefix[j] + value
+                else:
+                    symbol[j] = group[value]
+            length += 1
         assert len(left) < 8
         assert not left.any()
         symbols += symbol.tolist()
     return np.array(symbols, np.int64)
+
+
+def prefixes(lengths: np.ndarray) -> dict[tuple[int, int], np.ndarray]:
+    """Length and value of each prefix, to the symbols of its group."""
+    groups = []
+    for length in range(1, 13):
+        symbols = np.flatnonzero(lengths == length)
+        for bits in range(8, -1, -1):
+            if len(symbols) & 1 << bits:
+                groups.append((length - bits, length, symbols[: 1 << bits]))
+                symbols = symbols[1 << bits :]
+    found, prefix, previous = {}, 0, 0
+    for length, _, symbols in sorted(groups, key=lambda group: group[:2]):
+        prefix <<= length - previous
+        found[length, prefix], prefix, previous = symbols, prefix + 1, length
+    return found
 
 
 def raw(data: bytes, count: int, bits: int) -> np.ndarray:

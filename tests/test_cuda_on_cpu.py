@@ -329,7 +329,7 @@ def test_huffman_single_faults(huffman_library):
     flipped[5] ^= 1
     assert decode(flipped, [1, 1], 4) == (0, CHECKSUM)
     other = framed("1010")
-    other[4] = 2
+    other[4] = 1
     assert decode(seal(other), [1, 1], 4) == (0, CODEC)
 
 

@@ -169,11 +169,11 @@ CONV8_PLANTS = {
 }
 HUFFMAN_PLANTS = {
     "off by one": (
-        Plant(HUFFMAN, "const int words = bytes / 8 + 1;", "const int words = bytes / 8;"),
+        Plant(HUFFMAN, "const int words = bytes / 8 + 2;", "const int words = bytes / 8;"),
         'shared array "dynamic".* never written|wrong result',
     ),
     "off by one in the output": (
-        Plant(HUFFMAN, "first + 16 <= count)", "first < count)"),
+        Plant(HUFFMAN, "min(16, count - first)", "16"),
         'global array "output".* out of bounds',
     ),
     "missing __syncthreads": (
@@ -186,6 +186,10 @@ HUFFMAN_PLANTS = {
     ),
     "wrong power": (
         Plant(HUFFMAN, "kHuffmanPowers + behind]", "kHuffmanPowers + behind + 1]"),
+        "wrong result",
+    ),
+    "a number's bits taken for one": (
+        Plant(HUFFMAN, "node.start + place * width", "node.start + place"),
         "wrong result",
     ),
     "wrong place": (

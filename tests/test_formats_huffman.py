@@ -138,7 +138,7 @@ def test_a_corrupt_stream_is_an_error_or_symbols(data: st.DataObject):
         ({"chunks": ["0010", "10111"]}, "chunk 1 is corrupt: its codes end 5 bits before"),
         ({"chunks": ["0010", "10"]}, None),
         ({"flip": 2}, "chunk 0 is corrupt: its CRC is [0-9a-f]{8}, not the"),
-        ({"codec": 2}, "chunk 0 has codec 2; there is only 1"),
+        ({"codec": 1}, "chunk 0 has codec 1; there is only 2"),
         ({"num_symbols": -1}, "num_symbols must not be negative, got -1"),
         ({"chunk_size": 0}, "chunk_size must be 1 to 32768, got 0"),
         ({"chunk_size": 32769}, "chunk_size must be 1 to 32768, got 32769"),
@@ -148,7 +148,7 @@ def test_errors_name_chunk_and_value(change, message):
     # Codes 0, 10 and 11, chunks of three: a a b | c a.
     change = {"chunks": ["0010", "101"], "offsets": [0, 6, 12], "lengths": [1, 2, 2]} | change
     first, second = map(framed, change.pop("chunks"))
-    first[4] = change.pop("codec", 1)
+    first[4] = change.pop("codec", 2)
     stream = np.concatenate([seal(first), second])
     if "flip" in change:
         stream[change.pop("flip")] ^= 16

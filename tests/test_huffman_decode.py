@@ -235,6 +235,22 @@ def test_large_stream() -> None:
     assert torch.equal(co.ops.huffman_decode(*args), symbols)
 
 
+@FAST_KERNELS
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("count", [1, 9, 64, 131, 4001])
+def test_groups_behind_any_number_of_bits(kernel: torch.device, bits: int, count: int) -> None:
+    # Half of the symbols have numbers of so many bits, which begin where the others' bit ends.
+    lengths = torch.full((2**bits + 1,), bits + 1, dtype=torch.uint8)
+    lengths[0] = 1
+    if bits == 8:
+        lengths = torch.full((256,), 8, dtype=torch.uint8)
+    symbols = torch.randint(0, len(lengths), (count,)) * torch.randint(0, 2, (count,))
+    symbols = symbols.to(torch.uint8)
+    stream, offsets = huffman_encode_reference(symbols, lengths, 999)
+    args = (*(t.to(kernel) for t in (stream, offsets, lengths)), count, 999)
+    assert torch.equal(co.ops.huffman_decode(*args).cpu(), symbols)
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     [

@@ -151,16 +151,21 @@ for capability in (80, 90):
             capability, bsr_linear_grad_values.bsr_grad_values_kernel,
             {"grad": f"*{x}", "x": f"*{x}", **types}, constants,
             ("grad", "x", "result", "N", "K", "grad_stride", "x_stride"), **options)
-    types = {"stream": "*u8", "ones_before": "*i64", "starts": "*i64", "ranks": "*i64",
-             "children": "*i32", "output": "*u8", "nodes": "i32", "levels": "i32",
-             "num_symbols": "i64", "chunk_size": "i32"}
-    results[f"huffman {capability}"] = build(
-        capability, huffman_decode.huffman_decode_kernel, types, {"BLOCK": 1024}, num_warps=4)
+    stream = {"stream": "*u8", "ones_before": "*i64", "starts": "*i64", "ranks": "*i64",
+              "links": "*i32", "symbols": "*u8"}
     ones = dict.fromkeys(("nodes", "levels", "num_symbols", "chunk_size"), 1)
-    types = {name: type_ for name, type_ in types.items() if name not in ones}
-    results[f"huffman of one symbol {capability}"] = build(
-        capability, huffman_decode.huffman_decode_kernel, types, {"BLOCK": 1, **ones},
-        num_warps=4)
+    for code, planes, coded, raw, begun, fixed in (
+        ("u8", 1, 0, 0, False, {}), ("u8", 1, 0, 0, False, ones), ("i16", 2, 1, 1, False, {}),
+        ("i32", 4, 3, 7, False, {}), ("i32", 4, 1, 0, True, {})
+    ):
+        types = {**stream, "output": f"*{code}", **{f"plane_{p}": "*u8" for p in range(4)},
+                 "root": "i32", "nodes": "i32", "levels": "i32", "num_symbols": "i64",
+                 "chunk_size": "i32"}
+        types = {name: type_ for name, type_ in types.items() if name not in fixed}
+        constants = {"PLANES": planes, "CODED": coded, "RAW": raw, "BEGUN": begun,
+                     "TURNED": planes > 1, "BLOCK": 1 if fixed else 1024, **fixed}
+        results[f"huffman {planes} {coded} {raw} {len(fixed)} {capability}"] = build(
+            capability, huffman_decode.huffman_decode_kernel, types, constants, num_warps=4)
     types = {"stream": "*u8", "offsets": "*i64", "table": "*i32", "powers": "*i32",
              "crcs": "*i32"}
     for segment_bytes in (1, 64):

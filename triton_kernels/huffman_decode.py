@@ -1,4 +1,4 @@
-"""huffman_decode in Triton: every symbol goes down the code's tree on its own.
+"""huffman_decode in Triton: every symbol goes down the tree of the codes' prefixes on its own.
 
 Where each node's bits are is found by PyTorch, level by level for all chunks at once, from sums of
 ones over the stream's bytes. Stream format and semantics:
@@ -8,18 +8,20 @@ ones over the stream's bytes. Stream format and semantics:
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 from .checks import require
+from .huffman_tree import MAX_LENGTH, build_tree
+from .merge_planes import merged
 
 OP = "huffman_decode"
-MAX_LENGTH = 12
 MAX_CHUNK_SIZE = 32768
 HEADER_BYTES: tl.constexpr = tl.constexpr(5)
-CODEC = 1
+CODEC = 2
 POLYNOMIAL = 0xEDB88320
 # A chunk's CRC is made of those of its segments, each times a power of x for what follows it.
 SEGMENTS = 1024
@@ -73,29 +75,49 @@ def huffman_decode_kernel(
     ones_before,
     starts,
     ranks,
-    children,
+    links,
+    symbols,
     output,
+    plane_0,
+    plane_1,
+    plane_2,
+    plane_3,
+    root,
     nodes,
     levels,
     num_symbols,
     chunk_size,
+    PLANES: tl.constexpr,
+    CODED: tl.constexpr,
+    RAW: tl.constexpr,
+    BEGUN: tl.constexpr,
+    TURNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Decodes BLOCK symbols of a chunk. ones_before [B]: ones in the stream before a byte; starts,
-    ranks [chunks, nodes]: the bit where a node begins, and the ones before it; children [nodes, 2]:
-    a node, or a symbol s as -1 - s."""
+    """Decodes BLOCK symbols of a chunk to the bytes CODED of the codes that output [num_symbols]
+    has, of PLANES bytes each; it reads those that are BEGUN. ones_before [B]: ones in the stream
+    before a byte; starts, ranks [chunks, nodes]: the bit where a node begins, and the ones before
+    it; links [nodes, 3]: 0 and an inner node's children, each a node or a symbol s as -1 - s; or
+    the bits of a group's numbers, and where in symbols it begins. root: 0, or the lone symbol; the
+    planes: `merged`'s."""
     chunk = tl.program_id(0).to(tl.int64)
     inside = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target = chunk * chunk_size + inside
     wanted = (inside < chunk_size) & (target < num_symbols)
     place = inside.to(tl.int64)
-    node = tl.zeros([BLOCK], tl.int32)
+    node = tl.zeros([BLOCK], tl.int32) + root
     for _ in range(levels):
         walks = wanted & (node >= 0)
         at = chunk * nodes + node
-        bit = tl.load(starts + at, mask=walks, other=0) + place
+        width = tl.load(links + 3 * node, mask=walks, other=0)
+        first = tl.load(links + 3 * node + 1, mask=walks, other=0)
+        group = walks & (width > 0)
+        bit = tl.load(starts + at, mask=walks, other=0) + place * tl.maximum(width, 1)
         byte = tl.load(stream + (bit >> 3), mask=walks, other=0).to(tl.int32)
         shift = (bit & 7).to(tl.int32)
+        more = group & (shift + width > 8)
+        byte |= tl.load(stream + (bit >> 3) + 1, mask=more, other=0).to(tl.int32) << 8
+        number = (byte >> shift) & ((1 << width) - 1)
         below = byte & ((1 << shift) - 1)
         below = below - ((below >> 1) & 0x55)
         below = (below & 0x33) + ((below >> 2) & 0x33)
@@ -104,36 +126,17 @@ def huffman_decode_kernel(
         ones -= tl.load(ranks + at, mask=walks, other=0)
         taken = (byte >> shift) & 1
         place = tl.where(taken != 0, ones, place - ones)
-        child = tl.load(children + 2 * node + taken, mask=walks, other=0)
-        node = tl.where(walks, child, node)
-    tl.store(output + target, (-1 - node).to(tl.uint8), mask=wanted)
-
-
-def build_tree(lengths: torch.Tensor, num_symbols: int) -> tuple[list[list[int]], list[int], int]:
-    """The children of the inner nodes, in the order of their bits; how many nodes each level has;
-    and the lone symbol, or -1. In the order of their codes a level's leaves come first.
-
-    Raises:
-        ValueError: the lengths are no complete prefix code of at most 12 bits.
-    """
-    of_symbol = lengths.tolist()
-    longest = max(of_symbol, default=0)
-    require(longest <= MAX_LENGTH, OP, "lengths", "code lengths of at most 12 bits", longest)
-    used = [s for s, length in enumerate(of_symbol) if length]
-    kraft = sum(1 << (MAX_LENGTH - of_symbol[s]) for s in used)
-    lone = len(used) == 1 and longest == 1
-    complete = kraft == 1 << MAX_LENGTH or lone or (num_symbols == 0 and not used)
-    require(complete, OP, "lengths", "a complete prefix code (Kraft sum of 4096/4096)", kraft)
-    places: list[int] = []
-    sizes: list[int] = []
-    inner = 0 if lone or not used else 1
-    while inner:
-        leaves = [s for s in used if of_symbol[s] == len(sizes) + 1]
-        sizes.append(inner)
-        inner = 2 * inner - len(leaves)
-        places += [-1 - s for s in leaves] + list(range(sum(sizes), sum(sizes) + inner))
-    children = [places[i : i + 2] for i in range(0, len(places), 2)]
-    return children, sizes, used[0] if lone else -1
+        one_child = tl.load(links + 3 * node + 2, mask=walks, other=0)
+        child = tl.where(taken != 0, one_child, first)
+        symbol = tl.load(symbols + first + number, mask=group, other=0).to(tl.int32)
+        node = tl.where(walks, tl.where(group, -1 - symbol, child), node)
+    code = (-1 - node) << (8 * CODED)
+    if BEGUN:
+        code |= tl.load(output + target, mask=wanted, other=0).to(tl.int32)
+    code = merged(
+        code, plane_0, plane_1, plane_2, plane_3, target, wanted, PLANES, RAW=RAW, TURNED=TURNED
+    )
+    tl.store(output + target, code.to(output.dtype.element_ty), mask=wanted)
 
 
 def times_x(value: int) -> int:
@@ -213,23 +216,102 @@ class _Ranks:
         return self.before[byte] + sum(below >> i & 1 for i in range(8))
 
 
-def _place_nodes(ranks, children, sizes, counts, begin, end, errors):
+def _place_nodes(ranks, tree, counts, begin, end, errors):
     """Where each node begins, ``[chunks, nodes]``, and where all end, ``[chunks]``; in bits."""
     starts, at = [], 8 * (begin + HEADER_BYTES.value)
     below = counts[:, None]
     first = 0
-    for size in sizes:
-        starts.append(at[:, None] + below.cumsum(1) - below)
-        after = starts[-1] + below
+    for size in tree.sizes:
+        links = tree.links[first : first + size]
+        group_bits = torch.tensor([link[0] for link in links], device=below.device)
+        bits = below * group_bits.clamp(min=1)
+        starts.append(at[:, None] + bits.cumsum(1) - bits)
+        after = starts[-1] + bits
         at = after[:, -1]
         _find(at > 8 * end, 5, errors)
         limit = (8 * end)[:, None]
         ones = ranks(after.minimum(limit)) - ranks(starts[-1].minimum(limit))
-        both = torch.stack([below - ones, ones], 2).flatten(1)
-        inner = [c >= 0 for pair in children[first : first + size] for c in pair]
-        below = both[:, torch.tensor(inner, device=both.device)]
+        both = torch.stack([below - ones, ones], 2)[:, group_bits == 0].flatten(1)
+        inner = [child >= 0 for link in links if not link[0] for child in link[1:]]
+        below = both[:, torch.tensor(inner, dtype=torch.bool, device=both.device)]
         first += size
     return torch.cat(starts, 1), at
+
+
+def decode_stream(
+    op: str,
+    stream: torch.Tensor,
+    offsets: torch.Tensor,
+    lengths: torch.Tensor,
+    chunk_size: int,
+    out: torch.Tensor,
+    *,
+    coded: int = 0,
+    planes: Sequence[torch.Tensor | None] = (None,),
+    begun: bool = False,
+    turned: bool = False,
+) -> None:
+    """Decode ``out.numel()`` symbols to the bytes ``coded`` of ``out``, and put the planes that are
+    there to the others. ``begun``: other bytes are in ``out`` already. ``turned``: rotate the codes
+    right by one bit. Raises as :func:`huffman_decode_out`."""
+    for name, tensor, dtype in (
+        ("stream", stream, torch.uint8),
+        ("offsets", offsets, torch.int64),
+        ("lengths", lengths, torch.uint8),
+    ):
+        vector = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype == dtype
+        here = tensor.device == out.device
+        require(vector and here, op, name, f"a contiguous {dtype} vector on {out.device}", tensor)
+    require(lengths.numel() <= 256, op, "lengths", "at most 256 long", lengths.numel())
+    sizes_allowed = f"from 1 to {MAX_CHUNK_SIZE}"
+    require(1 <= chunk_size <= MAX_CHUNK_SIZE, op, "chunk_size", sizes_allowed, chunk_size)
+    num_symbols = out.numel()
+    chunks = -(-num_symbols // chunk_size)
+    entries = f"of {chunks + 1} entries (one a chunk, and the end)"
+    require(offsets.numel() == chunks + 1, op, "offsets", entries, offsets.numel())
+    ends = [int(offsets[0]), int(offsets[-1])]
+    span = f"from 0 to the stream's {stream.numel()} bytes"
+    require(ends == [0, stream.numel()], op, "offsets", span, ends)
+    tree = build_tree(op, lengths, num_symbols)
+    if num_symbols == 0:
+        return
+    counts = torch.full((chunks,), chunk_size, dtype=torch.int64, device=stream.device)
+    counts[-1] = num_symbols - (chunks - 1) * chunk_size
+    errors = _check_frames(stream, offsets, counts, chunk_size)
+    _raise_first(op, errors)
+    ranks = _Ranks(stream)
+    begin, end = offsets[:-1], offsets[1:]
+    if tree.lone >= 0:
+        starts = (8 * (begin + HEADER_BYTES.value))[:, None]
+        used = starts[:, 0] + counts
+    else:
+        starts, used = _place_nodes(ranks, tree, counts, begin, end, errors)
+    left = 8 * end - used
+    _find(left < 0, 5, errors)
+    _find(left >= 8, 6, errors)
+    at = used.minimum(8 * end)
+    _find(ranks(8 * end) != ranks(at), 7, errors)
+    if tree.lone >= 0:
+        _find(ranks(at) != ranks(starts[:, 0]), 8, errors)
+    _raise_first(op, errors)
+    block = min(1024, triton.next_power_of_2(chunk_size))
+    with torch.cuda.device_of(stream):
+        huffman_decode_kernel[(chunks, triton.cdiv(chunk_size, block))](
+            *(stream, ranks.before, starts, ranks(starts)),
+            torch.tensor(tree.links, dtype=torch.int32, device=stream.device),
+            torch.tensor(tree.symbols, dtype=torch.uint8, device=stream.device),
+            out,
+            *(planes[p] if p < len(planes) and planes[p] is not None else stream for p in range(4)),
+            *(-1 - tree.lone if tree.lone >= 0 else 0, len(tree.links), len(tree.sizes)),
+            *(num_symbols, chunk_size),
+            PLANES=len(planes),
+            CODED=coded,
+            RAW=sum(1 << p for p, plane in enumerate(planes) if plane is not None),
+            BEGUN=begun,
+            TURNED=turned,
+            BLOCK=block,
+            num_warps=4,
+        )
 
 
 def huffman_decode_out(
@@ -239,7 +321,7 @@ def huffman_decode_out(
     chunk_size: int,
     out: torch.Tensor,
 ) -> None:
-    """Decode ``out.numel()`` symbols of a chunked canonical Huffman stream into ``out``.
+    """Decode ``out.numel()`` symbols of a chunked Huffman stream into ``out``.
 
     Reads lengths, ends of offsets and the verdict on the stream back from the device, so it
     synchronises and cannot be captured in a CUDA graph.
@@ -254,63 +336,12 @@ def huffman_decode_out(
     Raises:
         ValueError: the lengths are no code, the offsets do not fit, or a chunk is corrupt.
     """
-    for name, tensor, dtype in (
-        ("stream", stream, torch.uint8),
-        ("offsets", offsets, torch.int64),
-        ("lengths", lengths, torch.uint8),
-        ("out", out, torch.uint8),
-    ):
-        vector = tensor.dim() == 1 and tensor.is_contiguous() and tensor.dtype == dtype
-        here = tensor.device == stream.device
-        require(
-            vector and here, OP, name, f"a contiguous {dtype} vector on {stream.device}", tensor
-        )
-    require(lengths.numel() <= 256, OP, "lengths", "at most 256 long", lengths.numel())
-    sizes_allowed = f"from 1 to {MAX_CHUNK_SIZE}"
-    require(1 <= chunk_size <= MAX_CHUNK_SIZE, OP, "chunk_size", sizes_allowed, chunk_size)
-    num_symbols = out.numel()
-    chunks = -(-num_symbols // chunk_size)
-    entries = f"of {chunks + 1} entries (one a chunk, and the end)"
-    require(offsets.numel() == chunks + 1, OP, "offsets", entries, offsets.numel())
-    ends = [int(offsets[0]), int(offsets[-1])]
-    span = f"from 0 to the stream's {stream.numel()} bytes"
-    require(ends == [0, stream.numel()], OP, "offsets", span, ends)
-    children, sizes, lone = build_tree(lengths, num_symbols)
-    if num_symbols == 0:
-        return
-    counts = torch.full((chunks,), chunk_size, dtype=torch.int64, device=stream.device)
-    counts[-1] = num_symbols - (chunks - 1) * chunk_size
-    errors = _check_frames(stream, offsets, counts, chunk_size)
-    _raise_first(errors)
-    ranks = _Ranks(stream)
-    begin, end = offsets[:-1], offsets[1:]
-    if lone >= 0:
-        used = 8 * (begin + HEADER_BYTES.value) + counts
-    else:
-        starts, used = _place_nodes(ranks, children, sizes, counts, begin, end, errors)
-    left = 8 * end - used
-    _find(left < 0, 5, errors)
-    _find(left >= 8, 6, errors)
-    at = used.minimum(8 * end)
-    _find(ranks(8 * end) != ranks(at), 7, errors)
-    if lone >= 0:
-        _find(ranks(at) != ranks(8 * (begin + HEADER_BYTES.value)), 8, errors)
-    _raise_first(errors)
-    if lone >= 0:
-        out.fill_(lone)
-        return
-    block = min(1024, triton.next_power_of_2(chunk_size))
-    with torch.cuda.device_of(stream):
-        huffman_decode_kernel[(chunks, triton.cdiv(chunk_size, block))](
-            *(stream, ranks.before, starts, ranks(starts)),
-            torch.tensor(children, dtype=torch.int32, device=stream.device),
-            *(out, len(children), len(sizes), num_symbols, chunk_size),
-            BLOCK=block,
-            num_warps=4,
-        )
+    vector = out.dim() == 1 and out.is_contiguous() and out.dtype == torch.uint8
+    require(vector, OP, "out", "a contiguous torch.uint8 vector", out)
+    decode_stream(OP, stream, offsets, lengths, chunk_size, out)
 
 
-def _raise_first(errors: torch.Tensor) -> None:
+def _raise_first(op: str, errors: torch.Tensor) -> None:
     bad = errors.nonzero()
     if not bad.numel():
         return
@@ -318,8 +349,8 @@ def _raise_first(errors: torch.Tensor) -> None:
     error = int(errors[chunk])
     what = f"chunk {chunk}: {CHUNK_ERRORS[error]}"
     if error == 1:
-        require(False, OP, "offsets", "non-decreasing", what)
-    require(False, OP, "stream", "a sound Huffman stream", what)
+        require(False, op, "offsets", "non-decreasing", what)
+    require(False, op, "stream", "a sound Huffman stream", what)
 
 
 def huffman_decode(

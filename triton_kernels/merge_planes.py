@@ -21,6 +21,35 @@ BLOCK = 1024
 
 
 @triton.jit
+def merged(
+    code,
+    plane_0,
+    plane_1,
+    plane_2,
+    plane_3,
+    at,
+    inside,
+    PLANES: tl.constexpr,
+    RAW: tl.constexpr,
+    TURNED: tl.constexpr,
+):
+    """int32 codes, and in their bytes p those of the planes whose bits are in RAW."""
+    if PLANES == 2:
+        code &= 0xFFFF
+    if RAW & 1:
+        code |= tl.load(plane_0 + at, mask=inside, other=0).to(tl.int32)
+    if RAW & 2:
+        code |= tl.load(plane_1 + at, mask=inside, other=0).to(tl.int32) << 8
+    if RAW & 4:
+        code |= tl.load(plane_2 + at, mask=inside, other=0).to(tl.int32) << 16
+    if RAW & 8:
+        code |= tl.load(plane_3 + at, mask=inside, other=0).to(tl.int32) << 24
+    if TURNED:
+        code = ((code >> 1) & 0x7FFFFFFF) | (code << (8 * PLANES - 1))
+    return code
+
+
+@triton.jit
 def merge_planes_kernel(
     out,
     plane_0,
@@ -35,13 +64,11 @@ def merge_planes_kernel(
     """out [count] in int16 or int32; of two planes the others are not read."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
-    code = tl.load(plane_0 + at, mask=inside, other=0).to(tl.int32)
-    code |= tl.load(plane_1 + at, mask=inside, other=0).to(tl.int32) << 8
-    if PLANES == 4:
-        code |= tl.load(plane_2 + at, mask=inside, other=0).to(tl.int32) << 16
-        code |= tl.load(plane_3 + at, mask=inside, other=0).to(tl.int32) << 24
-    if TURNED:
-        code = ((code >> 1) & 0x7FFFFFFF) | (code << (8 * PLANES - 1))
+    none = tl.zeros([BLOCK], tl.int32)
+    RAW: tl.constexpr = (1 << PLANES) - 1
+    code = merged(
+        none, plane_0, plane_1, plane_2, plane_3, at, inside, PLANES, RAW=RAW, TURNED=TURNED
+    )
     tl.store(out + at, code.to(out.dtype.element_ty), mask=inside)
 
 

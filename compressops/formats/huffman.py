@@ -1,9 +1,10 @@
 """Canonical, length-limited Huffman codes: reference encoder and decoder, vectorised.
 
-The stream is the one of ``docs/FORMAT.md``, "Huffman": codes of at most 12 bits, assigned as in
-DEFLATE (RFC 1951, 3.2.2), in chunks that decode independently. A chunk holds the first bits of all
-its codes, then the second bits grouped by the first, and so on: a Huffman-shaped wavelet tree
-(Grossi, Gupta and Vitter, SODA 2003), whose levels decode without looking for where codes end.
+The stream is the one of ``docs/FORMAT.md``, "Huffman": codes of at most 12 bits, in chunks that
+decode independently. Groups of 2^d symbols whose codes are of one length share all but their last d
+bits, the prefix. A chunk holds the first bits of all prefixes, then the second bits grouped by the
+first, and so on, and where a prefix ends the d bits of its symbols: a wavelet tree (Grossi, Gupta
+and Vitter, SODA 2003) of the prefixes, whose levels decode without looking for where codes end.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ MAX_SYMBOLS = 256
 MAX_CHUNK_SIZE = 32768
 # In front of a chunk's bits: the CRC-32 of all that follows, and the codec.
 HEADER_BYTES = 5
-CODEC = 1
+CODEC = 2
 
 
 def huffman_lengths(counts: Sequence[int] | Tensor, max_length: int = MAX_CODE_LENGTH) -> Tensor:
@@ -99,20 +100,23 @@ def check_lengths(lengths: Tensor) -> np.ndarray:
     return array
 
 
-def _codes(array: np.ndarray) -> np.ndarray:
-    """Each symbol's canonical code, a number whose highest bit is the code's first."""
-    order = np.lexsort((np.arange(array.size), array))
-    order = order[array[order] > 0]
-    spans = 2 ** (MAX_CODE_LENGTH - array[order])
-    codes = np.zeros(array.size, dtype=np.int64)
-    codes[order] = (np.cumsum(spans) - spans) >> (MAX_CODE_LENGTH - array[order])
-    return codes
+def _groups(array: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """The prefix lengths and the symbols of the groups, in the order of their prefixes: those of a
+    length are cut as their number has bits, the largest first."""
+    groups = []
+    for length in range(1, MAX_CODE_LENGTH + 1):
+        symbols = np.flatnonzero(array == length)
+        while symbols.size:
+            bits = symbols.size.bit_length() - 1
+            groups.append((length - bits, length, symbols[: 1 << bits]))
+            symbols = symbols[1 << bits :]
+    return [(prefix, symbols) for prefix, _, symbols in sorted(groups, key=lambda g: g[:2])]
 
 
 def huffman_encode_reference(
     symbols: Tensor, lengths: Tensor, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """Encode ``symbols`` (uint8 ``[N]``) with the canonical code of ``lengths`` (uint8 ``[S]``),
+    """Encode ``symbols`` (uint8 ``[N]``) with the code of ``lengths`` (uint8 ``[S]``),
     with numpy; symbols on a GPU are copied from there, and what they become back.
 
     Returns:
@@ -125,14 +129,19 @@ def huffman_encode_reference(
     _check_chunk_size(chunk_size)
     array = check_lengths(lengths)
     values = symbols.cpu().numpy()
-    padded = np.zeros(MAX_SYMBOLS, dtype=np.int64)
-    padded[: array.size] = array
-    codes = np.zeros(MAX_SYMBOLS, dtype=np.int64)
-    codes[: array.size] = _codes(array)
-    if values.size and not (has_code := padded[values] > 0).all():
+    codes = [np.zeros(MAX_SYMBOLS, dtype=np.int64) for _ in range(4)]
+    at = 0  # of the prefix, in units of the longest
+    for prefix, members in _groups(array):
+        bits = members.size.bit_length() - 1
+        whole = at >> (MAX_CODE_LENGTH - prefix), prefix, np.arange(members.size), bits
+        for table, value in zip(codes, whole, strict=True):
+            table[members] = value
+        at += 1 << (MAX_CODE_LENGTH - prefix)
+    has_code = np.isin(values, np.flatnonzero(array))
+    if not has_code.all():
         raise ValueError(f"symbol {values[~has_code][0]} has no code: its length is 0")
     chunks = [
-        _encode_chunk(values[start : start + chunk_size], padded, codes)
+        _encode_chunk(*(table[values[start : start + chunk_size]] for table in codes))
         for start in range(0, values.size, chunk_size)
     ]
     offsets = np.cumsum([0, *map(len, chunks)], dtype=np.int64)
@@ -141,49 +150,64 @@ def huffman_encode_reference(
     return made[0].to(symbols.device), made[1].to(symbols.device)
 
 
-def _encode_chunk(values: np.ndarray, lengths: np.ndarray, codes: np.ndarray) -> bytes:
+def _encode_chunk(
+    prefixes: np.ndarray, lengths: np.ndarray, numbers: np.ndarray, bits: np.ndarray
+) -> bytes:
+    """Of symbols' codes: a prefix of a length, and a number of so many bits behind it."""
     levels = []
-    for level in range(int(lengths[values].max())):
-        # The symbols whose codes go on, in the order of the codes' first `level` bits.
-        values = values[lengths[values] > level]
-        begun = codes[values] >> (lengths[values] - level)
-        values = values[np.argsort(begun.astype(np.uint16), kind="stable")]
-        levels.append((codes[values] >> (lengths[values] - level - 1)) & 1)
-    bits = np.packbits(np.concatenate(levels).astype(np.uint8), bitorder="little")
-    checked = bytes([CODEC]) + bits.tobytes()
+    for level in range(int(lengths.max()) + 1):
+        # The codes that go on, in the order of their first `level` bits.
+        here = np.flatnonzero(lengths >= level)
+        begun = prefixes[here] >> (lengths[here] - level)
+        here = here[np.argsort(begun.astype(np.uint16), kind="stable")]
+        left = lengths[here] - level
+        # The next bit of the prefix; or, where it ends, the number.
+        next_bit = prefixes[here] >> np.maximum(left - 1, 0) & 1
+        values = np.where(left > 0, next_bit, numbers[here])
+        widths = np.where(left > 0, 1, bits[here])
+        each = np.arange(widths.max(initial=0))
+        levels.append((values[:, None] >> each & 1)[each < widths[:, None]])
+    flags = np.packbits(np.concatenate(levels).astype(np.uint8), bitorder="little")
+    checked = bytes([CODEC]) + flags.tobytes()
     return zlib.crc32(checked).to_bytes(4, "little") + checked
 
 
 @dataclass(frozen=True)
 class HuffmanTree:
-    """The inner nodes of a code's tree, level by level from the root, in the order of their codes.
+    """The tree of a code's prefixes, without what has no bits.
 
     Args:
-        zeros, ones: int64 ``[nodes]``, what a node's bits 0 and 1 lead to: a node, or a symbol s as
+        nodes: level by level from the root, in the order of their prefixes: of a group its symbols,
+            2^d of them; of an inner node what its bits 0 and 1 lead to, a node or a symbol s as
             ``-1 - s``.
         lone: the only symbol of the code, 1 bit long, which has no sibling; else ``None``.
     """
 
-    zeros: np.ndarray
-    ones: np.ndarray
+    nodes: list[np.ndarray | tuple[int, int]]
     lone: int | None
 
 
 def huffman_tree(lengths: Tensor) -> HuffmanTree:
-    """The tree of the canonical code of ``lengths``; raises as :func:`check_lengths`."""
+    """The tree of the code of ``lengths``; raises as :func:`check_lengths`."""
     array = check_lengths(lengths)
     used = np.flatnonzero(array)
     if used.size <= 1:
-        empty = np.zeros(0, np.int64)
-        return HuffmanTree(empty, empty, int(used[0]) if used.size else None)
-    children, first, inner = [], 0, 1
-    for length in range(1, int(array.max()) + 1):
-        # In the order of their codes the leaves of a level come first.
-        leaves = np.flatnonzero(array == length)
-        inner, first = 2 * inner - leaves.size, first + inner
-        children += [-1 - leaves, np.arange(first, first + inner)]
-    pairs = np.concatenate(children).reshape(-1, 2)
-    return HuffmanTree(pairs[:, 0], pairs[:, 1], None)
+        return HuffmanTree([], int(used[0]) if used.size else None)
+    groups, kinds, links = _groups(array), [], []
+    level, places = 0, 1
+    while places:
+        # Groups have the first prefixes of a level, inner nodes the others.
+        here = [symbols for prefix, symbols in groups if prefix == level]
+        inner = places - len(here)
+        for symbols in (*here, *[None] * inner):
+            if symbols is not None and symbols.size == 1:
+                links.append(-1 - int(symbols[0]))
+            else:
+                links.append(len(kinds))
+                kinds.append(symbols)
+        level, places = level + 1, 2 * inner
+    pairs = zip(links[1::2], links[2::2], strict=True)  # behind the root
+    return HuffmanTree([next(pairs) if kind is None else kind for kind in kinds], None)
 
 
 def huffman_decode_reference(
@@ -207,7 +231,7 @@ def huffman_decode_reference(
     """
     chunks = _check_offsets(stream, offsets, num_symbols, chunk_size)
     tree = huffman_tree(lengths)
-    if chunks and not tree.zeros.size and tree.lone is None:
+    if chunks and not tree.nodes and tree.lone is None:
         raise ValueError(f"lengths have no code for the {num_symbols} symbols")
     data, bounds = stream.cpu().numpy(), offsets.tolist()
     out = np.empty(num_symbols, dtype=np.uint8)
@@ -273,25 +297,30 @@ def _decode_chunk(data: np.ndarray, tree: HuffmanTree, out: np.ndarray) -> None:
             raise ValueError("holds bits that are no code")
         out[:] = tree.lone
         return
-    # Downwards: each node's bits. They stand one after the other.
-    nodes, start = len(tree.zeros), 0
-    counts, chosen = np.full(nodes, out.size), []
-    for node, children in enumerate(zip(tree.zeros, tree.ones, strict=True)):
-        mine = bits[start : start + counts[node]]
-        start += counts[node]
-        taken = int(np.count_nonzero(mine))
-        for child, count in zip(children, (mine.size - taken, taken), strict=True):
-            if child >= 0:
-                counts[child] = count
-        chosen.append(mine)
+    # Downwards: how many symbols are below each node, and its bits. They stand one after the other.
+    counts, start, found = {0: out.size}, 0, []
+    for at, node in enumerate(tree.nodes):
+        width = node.size.bit_length() - 1 if isinstance(node, np.ndarray) else 1
+        mine = bits[start : start + counts[at] * width]
+        start += counts[at] * width
+        found.append(mine)
+        if isinstance(node, tuple):
+            taken = int(np.count_nonzero(mine))
+            counts |= dict(zip(node, (mine.size - taken, taken), strict=True))
     _check_end(bits, start)
-    # Upwards: the symbols below a node are those below its children, merged.
-    below: list[np.ndarray | None] = [None] * nodes
-    for node in reversed(range(nodes)):
-        merged = out if node == 0 else np.empty(counts[node], dtype=np.uint8)
-        for child, here in ((tree.zeros[node], ~chosen[node]), (tree.ones[node], chosen[node])):
-            merged[here] = below[child] if child >= 0 else -1 - child
-        below[node] = merged
+    # Upwards: the symbols below an inner node are those below its children, merged.
+    below: dict[int, np.ndarray] = {}
+    for at in reversed(range(len(tree.nodes))):
+        node, mine = tree.nodes[at], found[at]
+        if isinstance(node, np.ndarray):
+            width = node.size.bit_length() - 1
+            merged = node[mine.reshape(-1, width) @ (1 << np.arange(width))]
+        else:
+            merged = np.empty(counts[at], dtype=np.uint8)
+            for child, here in zip(node, (~mine, mine), strict=True):
+                merged[here] = below.pop(child) if child >= 0 else -1 - child
+        below[at] = merged
+    out[:] = below[0]
 
 
 def _check_end(bits: np.ndarray, used: int) -> None:

@@ -42,7 +42,6 @@ inline uint64_t merge_eight(const uint8_t* zeros, const uint8_t* ones, unsigned 
 }
 
 #include "huffman_decode_eights.h"
-
 // Of 32 bits, a byte for each: 255 or 0.
 inline __m256i spread(uint32_t bits) {
   const __m256i its_byte =
@@ -65,6 +64,63 @@ inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out,
     if (to == last) memcpy(out, last, (size_t)n);
   }
 }
+
+// 32 numbers of 2 to 6 bits, of which a half takes 2 d bytes. Four of them are shifted to the
+// bottom of each lane of 32 bits, and then each to a byte of its own.
+struct Numbers {
+  __m256i its_bytes, shifts, masks[4];
+  __m128i places[3];
+
+  Numbers(int d, unsigned shift) {
+    uint32_t first[4], behind[4];
+    for (unsigned j = 0; j < 4; ++j) {
+      const unsigned bit = shift + 4 * (unsigned)d * j;
+      first[j] = bit / 8 * 0x01010101u + 0x03020100u;
+      behind[j] = bit % 8;
+    }
+    its_bytes = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)first));
+    shifts = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)behind));
+    for (int i = 0; i < 4; ++i) masks[i] = _mm256_set1_epi32(((1 << d) - 1) << 8 * i);
+    for (int i = 0; i < 3; ++i) places[i] = _mm_cvtsi32_si128((i + 1) * (8 - d));
+  }
+
+  __m256i from(const uint8_t* first, int d) const {
+    const __m256i bytes =
+        _mm256_loadu2_m128i((const __m128i*)(first + 2 * d), (const __m128i*)first);
+    const __m256i four = _mm256_srlv_epi32(_mm256_shuffle_epi8(bytes, its_bytes), shifts);
+    __m256i each = _mm256_and_si256(four, masks[0]);
+    for (int i = 1; i < 4; ++i)
+      each =
+          _mm256_or_si256(each, _mm256_and_si256(_mm256_sll_epi32(four, places[i - 1]), masks[i]));
+    return each;
+  }
+};
+
+// vpshufb looks up 16 symbols, and gives 0 for a number whose highest bit is set: what is not among
+// the 16 is made such a one.
+inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out, bool exact) {
+  if (d == 1) return merge_symbols(bits, n, symbols[0], symbols[1], out, exact);
+  if (d > 6) return look_up_each(bits, n, d, symbols, out, exact);
+  const Numbers numbers(d, bits.shift);
+  const int tables = d <= 4 ? 1 : 1 << (d - 4);
+  __m256i table[4];
+  for (int t = 0; t < tables; ++t)
+    table[t] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)(symbols + 16 * t)));
+  for (; n > 0; n -= 32, out += 32, bits.first += 4 * d) {
+    const __m256i number = numbers.from(bits.first, d);
+    __m256i found = _mm256_setzero_si256();
+    for (int t = 0; t < tables; ++t) {
+      const __m256i here = _mm256_xor_si256(number, _mm256_set1_epi8((char)(16 * t)));
+      const __m256i place = _mm256_adds_epu8(here, _mm256_set1_epi8(0x70));
+      found = _mm256_or_si256(found, _mm256_shuffle_epi8(table[t], place));
+    }
+    uint8_t last[32];
+    uint8_t* to = exact && n < 32 ? last : out;
+    _mm256_storeu_si256((__m256i*)to, found);
+    if (to == last) memcpy(out, last, (size_t)n);
+  }
+}
+
 #include "huffman_decode_loops.h"
 
 }  // namespace

@@ -2,12 +2,12 @@
 // For this file alone: everything below may use these instructions, and is called only where
 // features() says that the processor has them.
 #if defined(__clang__)
-#pragma clang attribute push(                                                                  \
-    __attribute__((target("bmi2,popcnt,avx512f,avx512bw,avx512vbmi,avx512bitalg,avx512vpopcnt" \
-                          "dq"))),                                                             \
+#pragma clang attribute push(                                                              \
+    __attribute__((target("bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vbmi,avx512bitalg," \
+                          "avx512vpopcntdq"))),                                            \
     apply_to = function)
 #else
-#pragma GCC target("bmi2,popcnt,avx512f,avx512bw,avx512vbmi,avx512bitalg,avx512vpopcntdq")
+#pragma GCC target("bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vbmi,avx512bitalg,avx512vpopcntdq")
 #endif
 
 #include <immintrin.h>
@@ -77,13 +77,7 @@ inline Ranks ranks(uint64_t word) {
           _mm512_add_epi8(in_byte, _mm512_shuffle_epi8(in_word, load(kFirstOfEight)))};
 }
 
-// What `merge` makes of each 64 bits, one after the other, to n bytes.
-template <class Merge>
-inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge merge) {
-  for (; n >= 64; n -= 64, out += 64, bits.first += 8)
-    _mm512_storeu_si512(out, merge(bits.word(0)));
-  if (n == 0) return;
-  const __m512i symbols = merge(bits.word(0));
+inline void store_last(int64_t n, __m512i symbols, uint8_t* out, bool exact) {
   if (exact) {
     _mm512_mask_storeu_epi8(out, (__mmask64)low_bits(~uint64_t{0}, n), symbols);
   } else {
@@ -91,10 +85,36 @@ inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge me
   }
 }
 
-inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
-  const __m512i zeros = _mm512_set1_epi8((char)zero), ones = _mm512_set1_epi8((char)one);
-  merge_words(bits, n, out, exact,
-              [&](uint64_t word) { return _mm512_mask_blend_epi8((__mmask64)word, zeros, ones); });
+// What `merge` makes of each 64 bits, one after the other, to n bytes.
+template <class Merge>
+inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge merge) {
+  for (; n >= 64; n -= 64, out += 64, bits.first += 8)
+    _mm512_storeu_si512(out, merge(bits.word(0)));
+  if (n > 0) store_last(n, merge(bits.word(0)), out, exact);
+}
+
+// Of 64 symbols of d bits each, the 8 d bytes: a word for each eight of them, whose fields then go
+// to its bytes. vpermb looks at no more of a byte than it needs, and the symbols are repeated.
+inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out, bool exact) {
+  if (d == 8) {  // then these are all symbols there are, and stand in their order
+    memcpy(out, bits.first, (size_t)n);
+    return;
+  }
+  constexpr long long kEach = 0x0101010101010101, kCount = 0x0706050403020100;
+  const __m512i eights = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i its_word = _mm512_add_epi64(
+      _mm512_mullo_epi64(eights, _mm512_set1_epi64(d * kEach)), _mm512_set1_epi64(kCount));
+  const __m512i its_field = _mm512_set1_epi64(d * kCount + bits.shift * kEach);
+  const __m512i repeated = _mm512_and_si512(load(kIndex), _mm512_set1_epi8((char)((1 << d) - 1)));
+  const __m512i low = _mm512_permutexvar_epi8(repeated, _mm512_loadu_si512(symbols));
+  const __m512i high = d == 7 ? _mm512_loadu_si512(symbols + 64) : low;
+  const auto next = [&] {
+    const __m512i words = _mm512_permutexvar_epi8(its_word, _mm512_loadu_si512(bits.first));
+    bits.first += 8 * d;
+    return _mm512_permutex2var_epi8(low, _mm512_multishift_epi64_epi8(its_field, words), high);
+  };
+  for (; n >= 64; n -= 64, out += 64) _mm512_storeu_si512(out, next());
+  if (n > 0) store_last(n, next(), out, exact);
 }
 
 inline void merge_symbol_node(Bits bits, int64_t n, int zero, const uint8_t* ones, uint8_t* out,

@@ -21,7 +21,6 @@ inline uint64_t merge_eight(const uint8_t* zeros, const uint8_t* ones, unsigned 
 }
 
 #include "huffman_decode_eights.h"
-
 // Eight bytes, 255 for each bit that is 1.
 inline uint64_t spread(uint64_t bits) {
   const uint64_t each = bits * 0x0101010101010101u & 0x8040201008040201u;
@@ -33,6 +32,11 @@ inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out,
   const uint64_t difference = (uint64_t)(zero ^ one) * 0x0101010101010101u;
   merge_words(bits, n, out, exact,
               [&](unsigned byte) { return zeros ^ (spread(byte) & difference); });
+}
+
+inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out, bool exact) {
+  if (d == 1) return merge_symbols(bits, n, symbols[0], symbols[1], out, exact);
+  look_up_each(bits, n, d, symbols, out, exact);
 }
 
 #include "huffman_decode_loops.h"

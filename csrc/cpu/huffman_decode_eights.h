@@ -1,6 +1,7 @@
 // Merges of huffman_decode eight symbols at a time. Included by one translation unit per
 // instruction set, inside its anonymous namespace, after it has defined
-// merge_eight(zeros, ones, bits), the eight bytes that a merge makes; merge_symbols is its own.
+// merge_eight(zeros, ones, bits), the eight bytes that a merge makes; look_up is its own, and falls
+// back on look_up_each.
 
 inline int64_t count_ones(Bits bits, int64_t n) { return count_ones_by_words(bits, n); }
 
@@ -18,6 +19,20 @@ inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge me
   for (; n > 0; n -= 8, out += 8, word >>= 8) {
     const uint64_t symbols = merge((unsigned)(word & 255));
     memcpy(out, &symbols, exact && n < 8 ? (size_t)n : sizeof(symbols));
+  }
+}
+
+// A word has eight fields and the bits before them: of 8 bits a field are all symbols there are,
+// and then there are none before.
+inline void look_up_each(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out,
+                         bool exact) {
+  for (; n > 0; n -= 8, out += 8, bits.first += d) {
+    uint64_t word;
+    memcpy(&word, bits.first, sizeof(word));
+    word = bytes_of_fields(word >> bits.shift, d);
+    uint8_t eight[8];
+    for (int i = 0; i < 8; ++i) eight[i] = symbols[word >> 8 * i & 255];
+    memcpy(out, eight, exact && n < 8 ? (size_t)n : sizeof(eight));
   }
 }
 

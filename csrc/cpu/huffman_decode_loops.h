@@ -2,25 +2,29 @@
 // inside its anonymous namespace, after huffman_bits.h and the definitions of
 //
 //   count_ones(bits, n)                                  how many of n bits are 1
-//   merge_symbols(bits, n, zero, one, out, exact)        both children are symbols
-//   merge_symbol_node(bits, n, zero, ones, out, exact)   the first one is
-//   merge_nodes(bits, n, zeros, ones, out, exact)        none is; the last one never is alone
+//   look_up(bits, n, d, symbols, out, exact)             a group: d bits each, 1 to 8
+//   merge_symbol_node(bits, n, zero, ones, out, exact)   the first child is a symbol
+//   merge_nodes(bits, n, zeros, ones, out, exact)        none is; the last one never is
 //
-// The merges put one of the two (the next of two arrays) to out[i] for each of n bits. They may
-// read and write kHuffmanSlack bytes past the ends of arrays, but nothing past an `exact` out.
+// The merges put one of the two (the next of two arrays) to out[i] for each of n bits; look_up puts
+// to out[i] the symbol that the next d bits are the number of. They may read and write
+// kHuffmanSlack bytes past the ends of arrays, but nothing past an `exact` out.
 
 inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
                                   uint8_t* result, int64_t count) {
   const uint8_t* data = scratch.chunk + kHuffmanHeaderBytes;
-  // Downwards: how many symbols are below each node, and where its bits are.
-  int32_t counts[kHuffmanMaxSymbols], starts[kHuffmanMaxSymbols];
+  // Downwards: how many symbols are below each node, and where its bits and,
+  // level by level, these symbols are.
+  int32_t counts[kHuffmanMaxSymbols], starts[kHuffmanMaxSymbols], places[kHuffmanMaxSymbols];
   counts[0] = (int32_t)count;
-  starts[0] = 0;
+  starts[0] = places[0] = 0;
   for (int v = 0; v < tree.nodes; ++v) {
-    starts[v + 1] = starts[v] + counts[v];
+    const int group_bits = tree.group_bits[v];
+    starts[v + 1] = starts[v] + counts[v] * (group_bits > 0 ? group_bits : 1);
+    places[v + 1] = places[v] + counts[v];
     if (starts[v + 1] > 8 * bytes) return kHuffmanOverrun;
+    if (group_bits > 0) continue;
     const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
-    if (one_child < 0) continue;  // and then the other one is a symbol, too
     counts[one_child] = (int32_t)count_ones(Bits(data, starts[v]), counts[v]);
     if (zero_child >= 0) counts[zero_child] = counts[v] - counts[one_child];
   }
@@ -29,7 +33,7 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
 
   // What is wanted next, as the result's lines, and the next chunk are fetched little by little
   // while the lower levels are merged: the merge of the root would wait for memory at each of them.
-  const int64_t lower = starts[tree.nodes] - count;
+  const int64_t lower = places[tree.nodes] - count;
   const uint64_t share = lower > 0 ? ((uint64_t)count << 16) / (uint64_t)lower + 1 : 0;
   uint64_t fetched = 0, due = 0;
 
@@ -37,20 +41,21 @@ inline HuffmanFault decode_levels(const HuffmanTree& tree, HuffmanScratch& scrat
   // writes past its end is overwritten by the next.
   for (int level = tree.levels - 1; level >= 0; --level) {
     const int first = tree.first_node[level], next = tree.first_node[level + 1];
-    const uint8_t* below = scratch.levels[(level + 1) % 2] - starts[next];
-    uint8_t* here = level == 0 ? result : scratch.levels[level % 2] - starts[first];
+    const uint8_t* below = scratch.levels[(level + 1) % 2] - places[next];
+    uint8_t* here = level == 0 ? result : scratch.levels[level % 2] - places[first];
     for (int v = first; v < next; ++v) {
-      const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
       const Bits bits(data, starts[v]);
-      uint8_t* out = here + starts[v];
+      uint8_t* out = here + places[v];
       const bool exact = level == 0;
-      if (one_child < 0) {
-        merge_symbols(bits, counts[v], -1 - zero_child, -1 - one_child, out, exact);
+      const int zero_child = tree.child[v][0];
+      const uint8_t* ones = below + places[tree.child[v][1]];
+      if (tree.group_bits[v] > 0) {
+        look_up(bits, counts[v], tree.group_bits[v], tree.symbols + tree.group_first[v], out,
+                exact);
       } else if (zero_child < 0) {
-        merge_symbol_node(bits, counts[v], -1 - zero_child, below + starts[one_child], out, exact);
+        merge_symbol_node(bits, counts[v], -1 - zero_child, ones, out, exact);
       } else {
-        merge_nodes(bits, counts[v], below + starts[zero_child], below + starts[one_child], out,
-                    exact);
+        merge_nodes(bits, counts[v], below + places[zero_child], ones, out, exact);
       }
       due += exact ? 0 : (uint64_t)counts[v] * share;
       for (; fetched < due >> 16 && fetched < (uint64_t)count; fetched += 64) {

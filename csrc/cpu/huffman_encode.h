@@ -17,7 +17,7 @@ struct HuffmanCode {
   HuffmanTree tree;
   uint8_t length[kHuffmanMaxSymbols];  // 0: the symbol has no code
   uint8_t rank[kHuffmanMaxSymbols];    // of a symbol, in the order of the codes
-  uint8_t limit[kHuffmanMaxSymbols];   // of a node: the least rank below its child 1
+  uint8_t limit[kHuffmanMaxSymbols];   // the least rank below a node's child 1, or in a group
 };
 
 // The code whose tree this is, built of the same lengths.

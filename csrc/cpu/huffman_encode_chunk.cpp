@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <cstring>
 
 #include "cpu_features.h"
@@ -22,16 +23,15 @@ void huffman_build_code(const uint8_t* lengths, int symbols, const HuffmanTree& 
   code = {};
   code.tree = tree;
   std::memcpy(code.length, lengths, static_cast<size_t>(symbols));
-  // Among codes of one length, which are those of a level, and from level to level they count up.
-  uint8_t rank = 0;
-  for (int v = 0; v < tree.nodes; ++v)
-    for (const int child : tree.child[v])
-      if (child < 0) code.rank[-1 - child] = rank++;
-  uint8_t first[kHuffmanMaxSymbols] = {};
+  const auto present = symbols - std::count(lengths, lengths + symbols, 0);
+  for (int rank = 0; rank < present; ++rank)
+    code.rank[tree.symbols[rank]] = static_cast<uint8_t>(rank);
+  uint8_t first[kHuffmanMaxSymbols] = {};  // rank below a node
   const auto first_of = [&](int child) { return child < 0 ? code.rank[-1 - child] : first[child]; };
   for (int v = tree.nodes - 1; v >= 0; --v) {
-    first[v] = first_of(tree.child[v][0]);
-    code.limit[v] = first_of(tree.child[v][1]);
+    const bool group = tree.group_bits[v] > 0;
+    first[v] = group ? tree.group_first[v] : first_of(tree.child[v][0]);
+    code.limit[v] = group ? first[v] : first_of(tree.child[v][1]);
   }
 }
 

@@ -39,6 +39,17 @@ inline int64_t append_marks(BitWriter& bits, const uint8_t* ranks, int64_t n, in
   return ones;
 }
 
+// The numbers of n symbols in their group of 2^d, whose least rank is `first`: d bits each.
+inline void append_numbers(BitWriter& bits, const uint8_t* ranks, int64_t n, int first, int d) {
+  const uint64_t from = (uint64_t)first * 0x0101010101010101u;
+  for (int64_t i = 0; i < n; i += 8) {
+    uint64_t eight;
+    memcpy(&eight, ranks + i, sizeof(eight));
+    const int width = d * (n - i < 8 ? (int)(n - i) : 8);
+    bits.append(low_bits(fields_of_bytes(eight - from, d), width), width);
+  }
+}
+
 inline void encode_levels(const HuffmanCode& code, HuffmanEncodeScratch& scratch,
                           const uint8_t* symbols, int64_t count, uint8_t* out) {
   const HuffmanTree& tree = code.tree;
@@ -52,7 +63,12 @@ inline void encode_levels(const HuffmanCode& code, HuffmanEncodeScratch& scratch
     // From left to right: what `keep` writes past its end is overwritten by the next one.
     for (int v = tree.first_node[level]; v < tree.first_node[level + 1]; ++v) {
       const int64_t n = counts[v];
-      const int limit = code.limit[v];
+      const int limit = code.limit[v], group_bits = tree.group_bits[v];
+      if (group_bits > 0) {
+        append_numbers(bits, here, n, limit, group_bits);
+        here += n;
+        continue;
+      }
       const int64_t ones = append_marks(bits, here, n, limit);
       const int zero_child = tree.child[v][0], one_child = tree.child[v][1];
       if (zero_child >= 0) {
@@ -60,11 +76,9 @@ inline void encode_levels(const HuffmanCode& code, HuffmanEncodeScratch& scratch
         keep<false>(here, n, limit, below);
         below += n - ones;
       }
-      if (one_child >= 0) {
-        counts[one_child] = (int32_t)ones;
-        keep<true>(here, n, limit, below);
-        below += ones;
-      }
+      counts[one_child] = (int32_t)ones;
+      keep<true>(here, n, limit, below);
+      below += ones;
       here += n;
     }
   }

@@ -1,5 +1,6 @@
 #include "huffman_tree.h"
 
+#include <algorithm>
 #include <array>
 
 namespace compressops::cpu {
@@ -24,22 +25,46 @@ const char* huffman_build_tree(const uint8_t* lengths, int symbols, HuffmanTree&
   }
   if (kraft != 1 << kHuffmanMaxLength) return "the Kraft sum of the code lengths is not 1";
 
-  std::array<uint8_t, kHuffmanMaxSymbols> by_rank;  // in the order of their codes
-  for (int length = 1, rank = 0; length <= kHuffmanMaxLength; ++length)
+  std::array<uint8_t, kHuffmanMaxSymbols> by_length;
+  std::array<int, kHuffmanMaxLength + 2> first_of{};  // of each length, where it begins there
+  for (int length = 1; length <= kHuffmanMaxLength; ++length) {
+    int at = first_of[length];
     for (int s = 0; s < symbols; ++s)
-      if (lengths[s] == length) by_rank[rank++] = static_cast<uint8_t>(s);
-  int inner = 1;
-  for (int rank = 0; inner > 0; ++tree.levels) {
-    const int first = tree.first_node[tree.levels], next = first + inner;
-    // In the order of their codes, the leaves of a level come first.
-    const int leaves = counts[tree.levels + 1];
-    for (int place = 0; place < 2 * inner; ++place)
-      tree.child[first + place / 2][place % 2] =
-          static_cast<int16_t>(place < leaves ? -1 - by_rank[rank + place] : next + place - leaves);
-    rank += leaves;
-    inner = 2 * inner - leaves;
-    tree.first_node[tree.levels + 1] = tree.nodes = next;
+      if (lengths[s] == length) by_length[at++] = static_cast<uint8_t>(s);
+    first_of[length + 1] = at;
   }
+  // The symbols of a length are cut into groups as their number has bits, the largest first. Of a
+  // level's prefixes the groups have the first, those with short codes before others, and inner
+  // nodes have the rest. A group of one symbol is no node: there is at most one in a level.
+  int rank = 0;
+  for (int places = 1, parent = 0; places > 0; ++tree.levels) {
+    const int level = tree.levels;
+    tree.first_node[level] = tree.nodes;
+    int place = 0;
+    const auto put = [&](int child) {
+      if (level > 0) tree.child[parent + place / 2][place % 2] = static_cast<int16_t>(child);
+      ++place;
+    };
+    for (int bits = 0; level + bits <= kHuffmanMaxLength; ++bits) {
+      const int length = level + bits, size = 1 << bits;
+      if (length == 0 || !(counts[length] & size)) continue;
+      const uint8_t* group = &by_length[first_of[length] + (counts[length] & -2 * size)];
+      std::copy(group, group + size, tree.symbols + rank);
+      if (bits > 0) {
+        tree.group_bits[tree.nodes] = static_cast<uint8_t>(bits);
+        tree.group_first[tree.nodes] = static_cast<uint8_t>(rank);
+        put(tree.nodes++);
+      } else {
+        put(-1 - group[0]);
+      }
+      rank += size;
+    }
+    const int first_inner = tree.nodes, inner = places - place;
+    while (place < places) put(tree.nodes++);
+    parent = first_inner;
+    places = 2 * inner;
+  }
+  tree.first_node[tree.levels] = tree.nodes;
   return nullptr;
 }
 

@@ -1,43 +1,27 @@
-// huffman_decode: chunks of a canonical, length-limited Huffman stream to bytes.
+// huffman_decode: chunks of a length-limited Huffman stream to bytes, or to codes that have them as
+// one of their bytes.
 //
-// Kernel 1, one block, checks the code lengths and builds the code's tree. Kernel 2 gives each
-// chunk to a block. A chunk holds the first bits of all its codes, then the second bits grouped by
-// the first, and so on (docs/FORMAT.md), so a symbol's bits are found one by one: its place below a
-// node's child is the number of such bits before it in the node. Counts of the ones before every 64
-// bits, in shared memory beside the bits, answer that by one look-up and one popcount, and all
-// symbols go down the tree on their own: no lane waits for where another one's code ended. A thread
-// takes 16 symbols, whose bits stand beside each other, and writes them at once.
+// Kernel 1, one block, checks the code lengths and builds the tree of the codes' prefixes. Kernel 2
+// gives each chunk to a block. A chunk holds the first bits of all prefixes, then the second bits
+// grouped by the first, and so on, and where a prefix ends the numbers of its symbols
+// (docs/FORMAT.md). So a symbol's bits are found one by one: its place below a node's child is the
+// number of such bits before it in the node. Counts of the ones before every 64 bits, in shared
+// memory beside the bits, answer that by one look-up and one popcount, and all symbols go down the
+// tree on their own: no lane waits for where another one's code ended. A thread takes 16 symbols,
+// whose bits stand beside each other, and writes them at once.
 //
-// Traffic: the stream once, the symbols once. Work: some ten instructions for each bit of a code,
-// so a third of an instruction a warp and bit; 40,000 for a chunk of 32,768 symbols of 4 bits. The
-// CRC adds a tenth. Nothing in a broken stream leads out of an array: the first check is that each
-// node's bits are there.
+// Traffic: the stream once, the symbols once. Work: some ten instructions for each bit of a prefix
+// and for a number, so a third of an instruction a warp and bit; of codes of 4 to 8 bits prefixes
+// have 2 or 3. The CRC adds a tenth. Nothing in a broken stream leads out of an array: the first
+// check is that each node's bits are there.
 #pragma once
 
 #include "device.cuh"
 #include "huffman_crc.cuh"
 #include "huffman_table.cuh"
-#include "ptx.cuh"
+#include "stream_words.cuh"
 
 namespace compressops {
-
-// Word `index` of the stream, counted from the aligned address at or before its start, with zeros
-// for the bytes outside [begin, end). `shift`: how far before the start that address is.
-__device__ __forceinline__ uint32_t load_stream_word(Global<const uint8_t> stream, int shift,
-                                                     int64_t index, int64_t begin, int64_t end) {
-  const int64_t first = 4 * index - shift;
-  if (first >= begin && first + 4 <= end) {
-    return load_nc<uint32_t>(view_as<const uint32_t>(stream + first), 0);
-  }
-  uint32_t word = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (first + i >= begin && first + i < end) {
-      word |= static_cast<uint32_t>(load_nc<uint8_t>(stream, first + i)) << (8 * i);
-    }
-  }
-  return word;
-}
 
 // A chunk in shared memory: its bits, and how many ones there are before each 64 of them.
 struct HuffmanBits {
@@ -56,7 +40,8 @@ struct HuffmanNode {
 };
 
 struct HuffmanBlock {
-  Shared<uint32_t> children;  // [kHuffmanMaxSymbols]
+  Shared<uint32_t> links;  // [kHuffmanMaxSymbols], as kernel 1 leaves the nodes
+  Shared<uint32_t> symbols;
   Shared<uint32_t> first_node;
   Shared<HuffmanNode> nodes;  // [kHuffmanMaxSymbols + 1]
   Shared<uint32_t> counts;
@@ -67,9 +52,10 @@ struct HuffmanBlock {
   int lone_symbol;
 };
 
-// Words of 64 bits for so many symbols, and one more: a rank may be asked for at the very end.
+// Words of 64 bits for so many symbols, and two more: a rank may be asked for at the very end, and
+// a number that ends there is read with what follows.
 __host__ __device__ constexpr int64_t huffman_words(int64_t symbols) {
-  return ceil_div<int64_t>(symbols * kHuffmanMaxLength, 64) + 1;
+  return ceil_div<int64_t>(symbols * kHuffmanMaxLength, 64) + 2;
 }
 
 // And then as many ranks.
@@ -84,7 +70,7 @@ __device__ __forceinline__ void huffman_load(const HuffmanArgs& args, const Huff
   const int shift = misalignment(args.stream, 4);
   const int64_t data = begin + kHuffmanHeaderBytes + shift;
   const int bytes = static_cast<int>(end - begin) - kHuffmanHeaderBytes;
-  const int words = bytes / 8 + 1;
+  const int words = bytes / 8 + 2;
   const Shared<uint32_t> halves = view_as<uint32_t>(bits.words);
   if (thread == 0) block.crc[0] = 0;
   for (int i = thread; i < 2 * words; i += kHuffmanThreads) {
@@ -149,17 +135,19 @@ __device__ __forceinline__ HuffmanError huffman_place_nodes(const HuffmanBlock& 
     unsigned level_bits = 0, start = level_start;
     for (int other = first; other < next; ++other) {
       if (other == v) start = level_start + level_bits;
-      level_bits += block.counts[other];
+      level_bits += block.counts[other] * huffman_node_bits(block.links[other]);
     }
     if (level_bits > all_bits - level_start) return HuffmanError::kOverrun;
     if (v < next) {
+      const uint32_t links = block.links[v];
       const uint32_t rank = bits.rank(start);
-      const uint32_t ones = bits.rank(start + block.counts[v]) - rank;
       block.nodes[v] = HuffmanNode{start, rank};
-      const int zero_child = static_cast<int16_t>(block.children[v] & 0xffffu);
-      const int one_child = static_cast<int16_t>(block.children[v] >> 16);
-      if (zero_child >= 0) block.counts[zero_child] = block.counts[v] - ones;
-      if (one_child >= 0) block.counts[one_child] = ones;
+      if (!is_huffman_group(links)) {
+        const uint32_t ones = bits.rank(start + block.counts[v]) - rank;
+        const int zero_child = static_cast<int16_t>(links & 0xffffu);
+        if (zero_child >= 0) block.counts[zero_child] = block.counts[v] - ones;
+        block.counts[links >> 16] = ones;  // the last child is never a symbol
+      }
     }
     level_start += level_bits;
     __syncthreads();
@@ -178,6 +166,14 @@ __device__ __forceinline__ uint32_t huffman_symbol(const HuffmanBlock& block,
   int v = 0;
   for (int level = 0; level < block.levels; ++level) {
     const HuffmanNode node = block.nodes[v];
+    const uint32_t links = block.links[v];
+    if (is_huffman_group(links)) {
+      const uint32_t width = huffman_node_bits(links), bit = node.start + place * width;
+      const Shared<uint32_t> halves = view_as<uint32_t>(bits.words);
+      const uint32_t low = halves[bit / 32], high = halves[bit / 32 + 1];
+      const uint32_t number = __funnelshift_r(low, high, bit % 32) & ((1u << width) - 1);
+      return block.symbols[(links >> 24) + number];
+    }
     const unsigned bit = node.start + place;
     const uint64_t word = bits.words[bit / 64];
     const bool is_one = (word >> bit % 64 & 1) != 0;
@@ -185,16 +181,17 @@ __device__ __forceinline__ uint32_t huffman_symbol(const HuffmanBlock& block,
                             static_cast<uint32_t>(__popcll(word & ((uint64_t{1} << bit % 64) - 1)));
     const uint32_t ones = before - node.rank;
     place = is_one ? ones : place - ones;
-    v = static_cast<int16_t>(is_one ? block.children[v] >> 16 : block.children[v] & 0xffffu);
+    v = static_cast<int16_t>(is_one ? links >> 16 : links & 0xffffu);
     if (v < 0) break;
   }
   return static_cast<uint32_t>(-1 - v);
 }
 
-// All `count` symbols to output[begin ...), 16 to a thread, by 16-byte stores where all are there.
-__device__ __forceinline__ void huffman_write(const HuffmanArgs& args, const HuffmanBlock& block,
+// All `count` symbols of a chunk to the sink, 16 to a thread, from where it likes them to begin.
+template <class Sink>
+__device__ __forceinline__ void huffman_write(const Sink& sink, const HuffmanBlock& block,
                                               const HuffmanBits& bits, int64_t begin, int count) {
-  const int shift = misalignment(args.output + begin, 16);
+  const int shift = sink.shift(begin);
   for (int group = static_cast<int>(threadIdx.x); 16 * group < shift + count;
        group += kHuffmanThreads) {
     const int first = 16 * group - shift;
@@ -207,18 +204,36 @@ __device__ __forceinline__ void huffman_write(const HuffmanArgs& args, const Huf
                                   : huffman_symbol(block, bits, static_cast<unsigned>(place));
       four[i / 4] |= symbol << (8 * (i % 4));
     }
-    if (first >= 0 && first + 16 <= count) {
-      view_as<int4>(args.output + (begin + first))[0] =
-          make_int4(static_cast<int>(four[0]), static_cast<int>(four[1]), static_cast<int>(four[2]),
-                    static_cast<int>(four[3]));
-    } else {
-      for (int i = max(0, -first); i < 16 && first + i < count; ++i)
-        args.output[begin + first + i] = static_cast<uint8_t>(four[i / 4] >> (8 * (i % 4)));
-    }
+    sink.put(begin + first, max(0, -first), min(16, count - first), four);
   }
 }
 
+// Symbols to output [num_symbols], by 16-byte stores where all are there.
+struct HuffmanBytes {
+  Global<uint8_t> output;
+
+  // How many bytes before `begin` 16 of them begin.
+  __device__ __forceinline__ int shift(int64_t begin) const {
+    return misalignment(output + begin, 16);
+  }
+
+  // Those [from, to) of 16 symbols at `first`.
+  __device__ __forceinline__ void put(int64_t first, int from, int to,
+                                      const uint32_t (&four)[4]) const {
+    if (from == 0 && to == 16) {
+      view_as<int4>(output + first)[0] =
+          make_int4(static_cast<int>(four[0]), static_cast<int>(four[1]), static_cast<int>(four[2]),
+                    static_cast<int>(four[3]));
+      return;
+    }
+    for (int i = from; i < to; ++i)
+      output[first + i] = static_cast<uint8_t>(four[i / 4] >> (8 * (i % 4)));
+  }
+};
+
+template <class Sink>
 __device__ __forceinline__ HuffmanError huffman_decode_chunk(const HuffmanArgs& args,
+                                                             const Sink& sink,
                                                              const HuffmanBlock& block,
                                                              const HuffmanBits& bits,
                                                              int64_t chunk) {
@@ -236,12 +251,15 @@ __device__ __forceinline__ HuffmanError huffman_decode_chunk(const HuffmanArgs& 
   if (args.stream[begin + 4] != kHuffmanCodec) return HuffmanError::kCodec;
   if (~block.crc[0] != stated) return HuffmanError::kChecksum;
   const HuffmanError error = huffman_place_nodes(block, bits, count, static_cast<int>(bytes));
-  if (error == HuffmanError::kNone) huffman_write(args, block, bits, output_begin, count);
+  if (error == HuffmanError::kNone) huffman_write(sink, block, bits, output_begin, count);
   return error;
 }
 
-__global__ void __launch_bounds__(kHuffmanThreads) huffman_decode_chunks(HuffmanArgs args) {
-  COMPRESSOPS_SHARED_ARRAY(uint32_t, children, kHuffmanMaxSymbols);
+template <class Sink>
+__global__ void __launch_bounds__(kHuffmanThreads)
+    huffman_decode_chunks(HuffmanArgs args, Sink sink) {
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, links, kHuffmanMaxSymbols);
+  COMPRESSOPS_SHARED_ARRAY(uint32_t, symbols, kHuffmanMaxSymbols);
   COMPRESSOPS_SHARED_ARRAY(uint32_t, first_node, kHuffmanMaxLength + 1);
   COMPRESSOPS_SHARED_ARRAY(HuffmanNode, nodes, kHuffmanMaxSymbols);
   COMPRESSOPS_SHARED_ARRAY(uint32_t, counts, kHuffmanMaxSymbols);
@@ -256,18 +274,18 @@ __global__ void __launch_bounds__(kHuffmanThreads) huffman_decode_chunks(Huffman
   const int thread = static_cast<int>(threadIdx.x);
   const int levels = static_cast<int>(args.table[kHuffmanLevels]);
   static_assert(kHuffmanThreads == kHuffmanMaxSymbols);
-  children[thread] = args.table[thread];
+  links[thread] = args.table[thread];
+  symbols[thread] = args.table[kHuffmanSymbols + thread];
   if (thread <= levels) first_node[thread] = args.table[kHuffmanFirstNode + thread];
   crc_table[thread] = crc_byte(static_cast<unsigned>(thread));
   const HuffmanBlock block = {
-      children, first_node, nodes,
-      counts,   crc_table,  warp_sums,
-      crc,      levels,     static_cast<int>(args.table[kHuffmanLoneSymbol])};
+      links,     symbols,   first_node, nodes,  counts,
+      crc_table, warp_sums, crc,        levels, static_cast<int>(args.table[kHuffmanLoneSymbol])};
   const HuffmanBits bits = {slice(dynamic, 0, words),
                             view_as<uint32_t>(slice(dynamic, words, ceil_div<int64_t>(words, 2)))};
   for (int64_t chunk = blockIdx.x; chunk < args.chunks; chunk += gridDim.x) {
     __syncthreads();  // the tables are there, the chunk before is read
-    const HuffmanError error = huffman_decode_chunk(args, block, bits, chunk);
+    const HuffmanError error = huffman_decode_chunk(args, sink, block, bits, chunk);
     if (thread == 0 && error != HuffmanError::kNone) {
       atomicMin(args.status + 1,
                 static_cast<HuffmanStatus>(chunk) << 8 | static_cast<HuffmanStatus>(error));
@@ -277,8 +295,9 @@ __global__ void __launch_bounds__(kHuffmanThreads) huffman_decode_chunks(Huffman
 
 // Launches both kernels; `args.status` tells afterwards how it went. Needs `chunks` =
 // ceil(num_symbols / chunk_size), chunk_size from 1 to kHuffmanMaxChunkSize, symbols ≤ 256.
-inline cudaError_t launch_huffman_decode(const HuffmanArgs& args, int64_t multiprocessors,
-                                         cudaStream_t stream) {
+template <class Sink>
+cudaError_t launch_huffman_decode(const HuffmanArgs& args, const Sink& sink,
+                                  int64_t multiprocessors, cudaStream_t stream) {
   cudaError_t error =
       launch(huffman_build_table<kHuffmanThreads>, dim3(1), dim3(kHuffmanThreads), 0, stream, args);
   if (error != cudaSuccess || args.chunks == 0) return error;
@@ -291,8 +310,8 @@ inline cudaError_t launch_huffman_decode(const HuffmanArgs& args, int64_t multip
   const int64_t blocks = args.chunks < kBlocksPerMultiprocessor * multiprocessors
                              ? args.chunks
                              : kBlocksPerMultiprocessor * multiprocessors;
-  return launch(huffman_decode_chunks, dim3(static_cast<unsigned>(blocks)), dim3(kHuffmanThreads),
-                shared_bytes, stream, args);
+  return launch(huffman_decode_chunks<Sink>, dim3(static_cast<unsigned>(blocks)),
+                dim3(kHuffmanThreads), shared_bytes, stream, args, sink);
 }
 
 }  // namespace compressops

@@ -11,7 +11,7 @@ constexpr int kHuffmanMaxLength = 12;
 constexpr int kHuffmanMaxSymbols = 256;
 constexpr int kHuffmanMaxChunkSize = 32768;
 constexpr int kHuffmanHeaderBytes = 5;
-constexpr int kHuffmanCodec = 1;
+constexpr int kHuffmanCodec = 2;
 constexpr int kHuffmanThreads = 256;
 
 // What can be wrong. The table's errors come first; a chunk's are packed with its index.
@@ -65,14 +65,27 @@ using HuffmanStatus = unsigned long long;
 constexpr int kHuffmanStatusWords = 2;
 constexpr HuffmanStatus kHuffmanNoBadChunk = ~0ull;
 
-// What kernel 1 leaves to kernel 2, in words: the two children of each inner node (16 bits each; a
-// node, or a symbol s as -1 - s), the first node of each level and behind the last, the number of
-// levels, the lone symbol or -1, and powers for the CRC.
+// What kernel 1 leaves to kernel 2, in words: the nodes that have bits, the first of them of each
+// level and behind the last, the number of levels, the symbols by the lengths of their codes, the
+// lone symbol or -1, and powers for the CRC. An inner node is its two children, 16 bits each: a
+// node, or a symbol s as -1 - s. A group is kHuffmanGroup, and above it the bits d of its numbers
+// and where its 2^d symbols begin, 8 bits each.
+constexpr uint32_t kHuffmanGroup = 0x8000u;
 constexpr int kHuffmanFirstNode = kHuffmanMaxSymbols;
 constexpr int kHuffmanLevels = kHuffmanFirstNode + kHuffmanMaxLength + 1;
-constexpr int kHuffmanLoneSymbol = kHuffmanLevels + 1;
+constexpr int kHuffmanSymbols = kHuffmanLevels + 1;
+constexpr int kHuffmanLoneSymbol = kHuffmanSymbols + kHuffmanMaxSymbols;
 constexpr int kHuffmanPowers = kHuffmanLoneSymbol + 1;
 constexpr int kHuffmanTableWords = kHuffmanPowers + kCrcSegments;
+
+__host__ __device__ constexpr bool is_huffman_group(uint32_t node) {
+  return (node & 0xffffu) == kHuffmanGroup;
+}
+
+// Of a group the bits of a number, of an inner node one bit.
+__host__ __device__ constexpr uint32_t huffman_node_bits(uint32_t node) {
+  return is_huffman_group(node) ? node >> 16 & 255u : 1u;
+}
 
 struct HuffmanArgs {
   Global<const uint8_t> stream;
@@ -85,23 +98,62 @@ struct HuffmanArgs {
   int chunk_size;                // at most kHuffmanMaxChunkSize
   Global<uint32_t> table;        // scratch [kHuffmanTableWords]
   Global<HuffmanStatus> status;  // [kHuffmanStatusWords]
-  Global<uint8_t> output;        // [num_symbols]
 };
 
-// Canonical code numbers: by length, then by symbol. In that order a level's leaves come first.
+// The tree of a code's prefixes, of `counts` symbols of each length that are a code. In a level
+// groups come first, the shortest codes before others, and then inner nodes. A group of one symbol
+// is no node: a level has at most one. One thread takes some microseconds for what are a few nodes.
+__device__ __forceinline__ int huffman_link_nodes(Global<uint32_t> table, Shared<int> counts,
+                                                  Shared<int> first_of, Shared<uint8_t> symbols) {
+  int nodes = 0, level = 0;
+  for (int places = 1, parent = 0; places > 0; ++level) {
+    table[kHuffmanFirstNode + level] = static_cast<uint32_t>(nodes);
+    int place = 0;
+    uint32_t both = 0;
+    const auto put = [&](int child) {
+      both |= (static_cast<uint32_t>(child) & 0xffffu) << (16 * (place % 2));
+      if (place % 2 == 1) {
+        table[parent + place / 2] = both;
+        both = 0;
+      }
+      ++place;
+    };
+    for (int bits = 0; level + bits <= kHuffmanMaxLength; ++bits) {
+      const int size = 1 << bits, count = level + bits == 0 ? 0 : counts[level + bits];
+      if ((count & size) == 0) continue;
+      const int first = first_of[level + bits] + (count & -2 * size);
+      if (bits == 0) {
+        put(-1 - symbols[first]);
+      } else {
+        table[nodes] =
+            kHuffmanGroup | static_cast<uint32_t>(bits) << 16 | static_cast<uint32_t>(first) << 24;
+        put(nodes++);
+      }
+    }
+    const int first_inner = nodes, inner = places - place;
+    while (place < places) put(nodes++);
+    parent = first_inner;
+    places = 2 * inner;
+  }
+  table[kHuffmanFirstNode + level] = static_cast<uint32_t>(nodes);
+  return level;
+}
+
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args) {
   static_assert(kThreads >= kHuffmanMaxSymbols);
   COMPRESSOPS_SHARED_ARRAY(int, counts, kHuffmanMaxLength + 1);
-  COMPRESSOPS_SHARED_ARRAY(int, first_rank, kHuffmanMaxLength + 1);
-  COMPRESSOPS_SHARED_ARRAY(int, first_node, kHuffmanMaxLength + 1);
+  COMPRESSOPS_SHARED_ARRAY(int, first_of, kHuffmanMaxLength + 1);
   COMPRESSOPS_SHARED_ARRAY(int, too_long, 1);
-  COMPRESSOPS_SHARED_ARRAY(int, levels, 1);
+  COMPRESSOPS_SHARED_ARRAY(int, kind, 1);  // of code: 0 none, 1 a lone symbol, 2 a tree
   COMPRESSOPS_SHARED_ARRAY(uint8_t, lengths, kHuffmanMaxSymbols);
-  COMPRESSOPS_SHARED_ARRAY(uint8_t, by_rank, kHuffmanMaxSymbols);
+  COMPRESSOPS_SHARED_ARRAY(uint8_t, by_length, kHuffmanMaxSymbols);
   const int thread = static_cast<int>(threadIdx.x);
 
-  if (thread < kHuffmanMaxSymbols) args.table[thread] = 0;
+  if (thread < kHuffmanMaxSymbols) {
+    args.table[thread] = 0;
+    args.table[kHuffmanSymbols + thread] = 0;
+  }
   if (thread <= kHuffmanMaxLength) counts[thread] = 0;
   if (thread == 0) too_long[0] = 0;
   __syncthreads();
@@ -119,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args
     int rank = 0;
     unsigned kraft = 0;  // in units of 2^-12
     for (int bits = 1; bits <= kHuffmanMaxLength; ++bits) {
-      first_rank[bits] = rank;
+      first_of[bits] = rank;
       rank += counts[bits];
       kraft += static_cast<unsigned>(counts[bits]) << (kHuffmanMaxLength - bits);
     }
@@ -137,42 +189,25 @@ __global__ void __launch_bounds__(kThreads) huffman_build_table(HuffmanArgs args
     const bool ends_match = args.offsets[0] == 0 && args.offsets[args.chunks] == args.stream_bytes;
     args.status[1] =
         ends_match ? kHuffmanNoBadChunk : static_cast<HuffmanStatus>(HuffmanError::kOffsets);
-    // Of a code that is none, no levels: the rest has nothing to do then.
-    int inner = error == HuffmanError::kNone && rank > 1 ? 1 : 0, level = 0;
-    first_node[0] = 0;
-    for (; inner > 0; ++level) {
-      first_node[level + 1] = first_node[level] + inner;
-      inner = 2 * inner - counts[level + 1];
-    }
-    levels[0] = error == HuffmanError::kNone && lone_symbol ? -1 : level;
-    args.table[kHuffmanLevels] = static_cast<uint32_t>(level);
+    kind[0] = error != HuffmanError::kNone || rank == 0 ? 0 : lone_symbol ? 1 : 2;
+    args.table[kHuffmanLevels] = 0;
     args.table[kHuffmanLoneSymbol] = ~0u;
   }
   __syncthreads();
 
-  if (length > 0) {
+  if (length > 0 && kind[0] != 0) {
     int before = 0;
     for (int other = 0; other < thread; ++other) before += lengths[other] == length;
-    by_rank[first_rank[length] + before] = static_cast<uint8_t>(thread);
-    if (levels[0] < 0) args.table[kHuffmanLoneSymbol] = static_cast<uint32_t>(thread);
+    const int at = first_of[length] + before;
+    by_length[at] = static_cast<uint8_t>(thread);
+    args.table[kHuffmanSymbols + at] = static_cast<uint32_t>(thread);
+    if (kind[0] == 1) args.table[kHuffmanLoneSymbol] = static_cast<uint32_t>(thread);
   }
   __syncthreads();
 
-  for (int level = 0; level < levels[0]; ++level) {
-    const int first = first_node[level], next = first_node[level + 1], leaves = counts[level + 1];
-    if (thread == 0) {
-      args.table[kHuffmanFirstNode + level] = static_cast<uint32_t>(first);
-      args.table[kHuffmanFirstNode + level + 1] = static_cast<uint32_t>(next);
-    }
-    if (thread < first || thread >= next) continue;
-    uint32_t both = 0;
-    for (int bit = 0; bit < 2; ++bit) {
-      const int place = 2 * (thread - first) + bit;
-      const int child =
-          place < leaves ? -1 - by_rank[first_rank[level + 1] + place] : next + place - leaves;
-      both |= (static_cast<uint32_t>(child) & 0xffffu) << (16 * bit);
-    }
-    args.table[thread] = both;
+  if (thread == 0 && kind[0] == 2) {
+    const int levels = huffman_link_nodes(args.table, counts, first_of, by_length);
+    args.table[kHuffmanLevels] = static_cast<uint32_t>(levels);
   }
   for (int i = thread; i < kCrcSegments; i += kThreads)
     args.table[kHuffmanPowers + i] = crc_power(static_cast<unsigned>(i));

@@ -25,8 +25,8 @@ CUDA_ON_CPU_EXPORT int run_huffman_decode(const uint8_t* stream, int64_t stream_
     args.chunk_size = static_cast<int>(chunk_size);
     args.table = Global<uint32_t>(table.get(), kHuffmanTableWords, "table");
     args.status = Global<HuffmanStatus>(words, kHuffmanStatusWords, "status");
-    args.output = Global<uint8_t>(output, num_symbols, "output");
-    return launch_huffman_decode(args, /*multiprocessors=*/1, nullptr);
+    const HuffmanBytes sink = {Global<uint8_t>(output, num_symbols, "output")};
+    return launch_huffman_decode(args, sink, /*multiprocessors=*/1, nullptr);
   });
   status[0] = words[0];
   status[1] = words[1];

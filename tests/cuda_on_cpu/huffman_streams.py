@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 
 MAX_LENGTH = 12
-CODEC = 1
+CODEC = 2
 
 
 def lengths_for(counts: np.ndarray) -> np.ndarray:
@@ -32,21 +32,23 @@ def lengths_for(counts: np.ndarray) -> np.ndarray:
         counts = [(c + 1) // 2 for c in counts]  # flatter, until the longest code fits
 
 
-def codes_of(lengths: np.ndarray) -> dict[int, str]:
-    """Canonical codes as strings of bits, in the order in which the stream holds them."""
-    codes, code, previous = {}, 0, 0
-    for length, symbol in sorted((int(n), s) for s, n in enumerate(lengths) if n):
-        code <<= length - previous
-        codes[symbol] = format(code, f"0{length}b")
-        code, previous = code + 1, length
+def codes_of(lengths: np.ndarray) -> dict[int, tuple[str, str]]:
+    """Prefix and number of each symbol's code, as strings of bits in the order of the stream."""
+    groups = []
+    for length in range(1, MAX_LENGTH + 1):
+        symbols = [s for s, n in enumerate(lengths) if n == length]
+        for bits in range(min(length, 8), -1, -1):
+            if len(symbols) >> bits & 1:
+                groups.append((length - bits, bits, symbols[: 2**bits]))
+                symbols = symbols[2**bits :]
+    codes, prefix, previous = {}, 0, 0
+    for length, bits, symbols in sorted(groups):
+        prefix <<= length - previous
+        start = format(prefix, f"0{length}b") if length else ""
+        for i, symbol in enumerate(symbols):
+            codes[symbol] = start, (format(i, f"0{bits}b")[::-1] if bits else "")
+        prefix, previous = prefix + 1, length
     return codes
-
-
-def tree_of(lengths: np.ndarray) -> dict[str, int | None]:
-    """Each prefix of a code to its symbol, or to None where codes go on."""
-    codes = codes_of(lengths)
-    inner = {code[:i]: None for code in codes.values() for i in range(len(code))}
-    return inner | {code: symbol for symbol, code in codes.items()}
 
 
 def framed(bits: str) -> np.ndarray:
@@ -71,12 +73,13 @@ def encode(symbols: np.ndarray, lengths: np.ndarray, chunk_size: int):
         bits = ""
         while below:
             deeper = {}
-            for prefix in sorted(below):
-                bits += "".join(code[len(prefix)] for code in below[prefix])
-                for code in below[prefix]:
-                    start = code[: len(prefix) + 1]
-                    if start != code:
-                        deeper.setdefault(start, []).append(code)
+            for begun in sorted(below):
+                for prefix, number in below[begun]:
+                    if prefix == begun:
+                        bits += number
+                    else:
+                        bits += prefix[len(begun)]
+                        deeper.setdefault(prefix[: len(begun) + 1], []).append((prefix, number))
             below = deeper
         chunks.append(framed(bits))
     offsets = np.cumsum([0, *map(len, chunks)]).astype(np.int64)
@@ -88,19 +91,26 @@ def decode_chunk(data: np.ndarray, lengths: np.ndarray, n: int) -> np.ndarray | 
     if len(data) <= 5 or (seal(data) != data).any() or data[4] != CODEC:
         return None
     bits = "".join(map(str, np.unpackbits(data[5:], bitorder="little")))
-    tree = tree_of(lengths)
-    prefixes, level = [""] * n, 0
-    while any(tree.get(prefix, 0) is None for prefix in prefixes):
+    codes = codes_of(lengths)
+    inner = {prefix[:i] for prefix, _ in codes.values() for i in range(len(prefix))}
+    symbols = {code: symbol for symbol, code in codes.items()}
+    widths = dict(codes.values())  # of each prefix, a number that has as many bits as any of its
+    prefixes, found = [""] * n, np.zeros(n, np.uint8)
+    going_on = list(range(n))
+    while going_on:
         # Of a level's bits, those of each prefix stand together, in the order of the symbols.
-        going_on = [i for i in range(n) if tree[prefixes[i]] is None]
-        if len(bits) < len(going_on):
-            return None
-        order = sorted(going_on, key=lambda i: prefixes[i])
-        for i, bit in zip(order, bits, strict=False):
-            prefixes[i] += bit
-        if any(prefix not in tree for prefix in prefixes):
-            return None
-        bits, level = bits[len(going_on) :], level + 1
-    if len(bits) >= 8 or "1" in bits:
-        return None
-    return np.array([tree[prefix] for prefix in prefixes], np.uint8)
+        order, going_on = sorted(going_on, key=lambda i: prefixes[i]), []
+        for i in order:
+            here = prefixes[i]
+            if here not in inner and here not in widths:
+                return None
+            width = 1 if here in inner else len(widths[here])
+            if len(bits) < width:
+                return None
+            taken, bits = bits[:width], bits[width:]
+            if here in inner:
+                prefixes[i] += taken
+                going_on.append(i)
+            else:
+                found[i] = symbols[here, taken]
+    return None if len(bits) >= 8 or "1" in bits else found

@@ -8,6 +8,7 @@
 // each flip must be found.
 #include "huffman_decode.h"
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -29,10 +30,12 @@ std::mt19937_64 random_bits;
 
 int64_t below(int64_t n) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n)); }
 
-// Of a complete code, mostly: leaves are split at random until there are enough.
+// Of a complete code, mostly: leaves are split at random until there are enough. At first there are
+// one or, so that large groups come up, 2^k.
 std::vector<uint8_t> random_lengths() {
   const int symbols = 1 + static_cast<int>(below(kHuffmanMaxSymbols));
-  std::vector<uint8_t> lengths(1, 0);
+  const auto k = static_cast<uint8_t>(below(3) == 0 ? below(9) : 0);
+  std::vector<uint8_t> lengths(size_t{1} << k, k);
   if (symbols == 1) return {1};
   while (static_cast<int>(lengths.size()) < symbols) {
     const auto at = static_cast<size_t>(below(static_cast<int64_t>(lengths.size())));
@@ -58,7 +61,10 @@ int64_t bits_needed(const HuffmanTree& tree, const std::vector<uint8_t>& chunk, 
   const int64_t bits = 8 * (static_cast<int64_t>(chunk.size()) - kHuffmanHeaderBytes);
   for (int v = 0; v < tree.nodes; ++v) {
     const int64_t n = counts[static_cast<size_t>(v)];
-    if (bit + n > bits) return -1;
+    const int group_bits = tree.group_bits[v];
+    if (bit + n * std::max(1, group_bits) > bits) return -1;
+    bit += n * group_bits;
+    if (group_bits > 0) continue;
     for (int64_t i = 0; i < n; ++i, ++bit) {
       const int one = chunk[static_cast<size_t>(kHuffmanHeaderBytes + bit / 8)] >> (bit % 8) & 1;
       const int child = tree.child[v][one];
