@@ -161,7 +161,7 @@ class Raw(Coding):
 
 @dataclass(frozen=True)
 class Huffman(Coding):
-    """Canonical Huffman codes, limited in length, in chunks that decode in parallel.
+    """Huffman codes, limited in length, in chunks that decode in parallel.
 
     A stream that would not shrink is stored raw. Codes wider than 8 bits are coded by byte
     planes, those of floats by planes of which the highest is the exponent; a plane that gains less

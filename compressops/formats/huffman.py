@@ -1,4 +1,4 @@
-"""Canonical, length-limited Huffman codes: reference encoder and decoder, vectorised.
+"""Length-limited Huffman codes: reference encoder and decoder, vectorised.
 
 The stream is the one of ``docs/FORMAT.md``, "Huffman": codes of at most 12 bits, in chunks that
 decode independently. Groups of 2^d symbols whose codes are of one length share all but their last d

@@ -1,4 +1,4 @@
-"""Decoding of a canonical, length-limited Huffman stream, chunk by chunk in parallel."""
+"""Decoding of a length-limited Huffman stream, chunk by chunk in parallel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoding of symbols as a canonical Huffman stream, chunk by chunk in parallel."""
+"""Encoding of symbols as a Huffman stream, chunk by chunk in parallel."""
 
 from __future__ import annotations
 
