@@ -120,7 +120,7 @@ def test_faults_are_noted_by_plane(library):
 
 
 PLANTS = [
-    harness.Plant("merge_planes.cuh", "if (first >= codes.count) return;", ""),
+    harness.Plant("merge_planes.cuh", "min(int64_t{16}, codes.count - first)", "16"),
     harness.Plant("merge_planes.cuh", "(at & 3) * 8", "(at & 2) * 8"),
     harness.Plant("merge_planes.cuh", "(at >> 2) + w + 1", "(at >> 2) + w"),
     harness.Plant("merge_planes.cuh", "if (from > 0 || to < 16) {", "if (from > 0) {"),
