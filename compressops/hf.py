@@ -8,7 +8,11 @@
 Importing this module registers the quantizer ``compressops`` with transformers. The folder holds
 ``config.json``, with the name of the quantizer, and ``model.safetensors``, which is the file that
 `compressops.save` writes. No float model is made first; only weights that a module keeps as floats
-are decoded.
+are decoded. How a folder is loaded stands in its config, which a loader may change::
+
+    config = AutoConfig.from_pretrained("folder")
+    config.quantization_config["mmap"] = True
+    model = AutoModelForSequenceClassification.from_pretrained("folder", config=config)
 """
 
 from __future__ import annotations
@@ -47,21 +51,29 @@ class CompressopsConfig(QuantizationConfigMixin):
 
     Args:
         residency: ``"decoded"`` or ``"packed"``, see `compressops.load`.
+        mmap: leave in the file what the modules keep of it, see there, too.
 
     Raises:
-        ValueError: an unknown residency or argument.
+        ValueError: an unknown residency or argument, or an ``mmap`` that is no bool.
     """
 
     def __init__(
-        self, residency: str = "decoded", quant_method: str = METHOD, **other: Any
+        self,
+        residency: str = "decoded",
+        mmap: bool = False,
+        quant_method: str = METHOD,
+        **other: Any,
     ) -> None:
         if other or quant_method != METHOD:
             raise ValueError(
-                f"quantization_config of {METHOD} has residency alone, got "
+                f"quantization_config of {METHOD} has residency and mmap alone, got "
                 f"quant_method={quant_method!r} and {sorted(other)}"
             )
+        if not isinstance(mmap, bool):
+            raise ValueError(f"mmap must be a bool, got {mmap!r}")
         self.quant_method = METHOD
         self.residency = check_residency(residency)
+        self.mmap = mmap
 
 
 @register_quantizer(METHOD)
@@ -102,7 +114,8 @@ class CompressopsQuantizer(HfQuantizer):
         for name, value in self.kept.items():
             setattr(model, name, value)
         training = model.training
-        load(self.path, model, self.quantization_config.residency, inplace=True)
+        config = self.quantization_config
+        load(self.path, model, config.residency, inplace=True, mmap=config.mmap)
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for target, source in model.all_tied_weights_keys.items():
             # Those of packed layers are tied by the file.
@@ -133,28 +146,31 @@ _EXPECTATIONS = (
 
 
 def save_pretrained(
-    model: nn.Module, folder: str | os.PathLike[str], residency: str = "decoded"
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    residency: str = "decoded",
+    mmap: bool = False,
 ) -> int:
     """Write a packed model of transformers into a folder that ``from_pretrained`` loads.
 
     Args:
         model: a `transformers.PreTrainedModel` that `compressops.convert` returned.
         folder: is made if it is not there.
-        residency: of the loaded model's weights.
+        residency, mmap: of the loaded model's weights, see `CompressopsConfig`.
 
     Returns:
         the bytes of the model's file.
 
     Raises:
         TypeError: ``model`` is none of transformers'.
-        ValueError: nothing in it is packed, an unknown residency, or as `compressops.save`.
+        ValueError: nothing in it is packed, as `CompressopsConfig`, or as `compressops.save`.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model must be a transformers.PreTrainedModel, got {type(model).__name__}")
     if not packed_modules(model):
         raise ValueError("model holds no packed layer; save what compressops.convert returns")
     config = type(model.config).from_dict(model.config.to_dict())
-    config.quantization_config = CompressopsConfig(residency).to_dict()
+    config.quantization_config = CompressopsConfig(residency, mmap).to_dict()
     # Else it would be guessed from the file, whose tensors are of bytes.
     config.dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     config.architectures = [type(model).__name__]

@@ -84,6 +84,32 @@ def test_packed_residency(tmp_path: Path) -> None:
     assert torch.equal(again(IDS).logits, packed(IDS).logits)
 
 
+def lies_in(path: Path, tensor: torch.Tensor) -> bool:
+    """Whether the tensor's memory is a part of this file."""
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    found = [line.split()[0].split("-") for line in lines if line.endswith(str(path.resolve()))]
+    return any(int(a, 16) <= tensor.data_ptr() < int(b, 16) for a, b in found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="it has no /proc")
+@pytest.mark.parametrize("in_the_folder", [False, True])
+def test_files_that_are_mapped(tmp_path: Path, in_the_folder: bool) -> None:
+    packed = convert(build(), "8-8-8")
+    hf.save_pretrained(packed, tmp_path, mmap=in_the_folder)
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    codes = "bert.embeddings.word_embeddings.packed_weight.codes"
+    again = load(tmp_path)
+    assert lies_in(tmp_path / hf.FILE, again.get_buffer(codes)) == in_the_folder
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    config.quantization_config["mmap"] = not in_the_folder
+    again = load(tmp_path, config=config)
+    assert lies_in(tmp_path / hf.FILE, again.get_buffer(codes)) != in_the_folder
+    assert torch.equal(again(IDS).logits, packed(IDS).logits)
+    config.quantization_config["mmap"] = 1
+    with pytest.raises(ValueError, match="mmap must be a bool, got 1"):
+        load(tmp_path, config=config)
+
+
 def test_weights_that_are_tied_stay_one(tmp_path: Path) -> None:
     packed = convert(build("BertForMaskedLM"), "8-8-8")
     hf.save_pretrained(packed, tmp_path)
@@ -119,7 +145,7 @@ def test_models_that_cannot_be_saved_are_refused(tmp_path: Path) -> None:
         hf.save_pretrained(build(), tmp_path)
     with pytest.raises(TypeError, match="PreTrainedModel, got Linear"):
         hf.save_pretrained(nn.Linear(2, 2), tmp_path)
-    with pytest.raises(ValueError, match=r"residency alone, got .*\['bits'\]"):
+    with pytest.raises(ValueError, match=r"residency and mmap alone, got .*\['bits'\]"):
         hf.CompressopsConfig(bits=2)
 
 

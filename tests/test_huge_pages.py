@@ -14,7 +14,13 @@ import torch
 
 import compressops as co
 from compressops.ops import huge_pages
-from compressops.ops.huge_pages import PAGE, empty_on_huge_pages, on_huge_pages
+from compressops.ops.huge_pages import (
+    KEPT,
+    PAGE,
+    empty_on_huge_pages,
+    empty_to_keep,
+    on_huge_pages,
+)
 
 linux = pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages to ask for")
 
@@ -163,3 +169,35 @@ def test_new_memory_on_huge_pages():
     meta = empty_on_huge_pages(PAGE, torch.empty(0, device="meta"), torch.uint8)
     assert meta.is_meta
     assert empty_on_huge_pages(0, like, torch.uint8).numel() == 0
+
+
+@linux
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it has no /proc")
+def test_memory_to_keep_is_its_own():
+    like = torch.empty(0)
+    kept = empty_to_keep(KEPT // 4 + 3, like, torch.float32)
+    assert kept.data_ptr() % mmap.PAGESIZE == 0
+    assert kept.untyped_storage().nbytes() == kept.nbytes
+    kept.fill_(2.0)
+    address = kept.data_ptr()
+    assert mapped(address)
+    del kept
+    gc.collect()
+    assert not mapped(address)
+    assert empty_to_keep(PAGE, like, torch.int8).data_ptr() % PAGE == 0
+    assert empty_to_keep(KEPT - 1, like, torch.int8).shape == (KEPT - 1,)
+    assert empty_to_keep(KEPT, torch.empty(0, device="meta"), torch.int8).is_meta
+    assert empty_to_keep(0, like, torch.uint8).numel() == 0
+
+
+@linux
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it has no /proc")
+def test_int8_weights_are_packed_into_pages_of_their_own():
+    codes = torch.randint(-128, 128, (400, 301), dtype=torch.int8)
+    weight, sums = co.ops.int8_linear_pack(codes)
+    address = weight.data_ptr()
+    assert mapped(address)
+    del weight
+    gc.collect()
+    assert not mapped(address)
+    assert torch.equal(sums, codes.sum(1, dtype=torch.int32))

@@ -67,12 +67,16 @@ def _params_of(params: dict[str, Tensor], count: int, rows: Tensor) -> dict[str,
 def row_blocks(
     packed: PackedTensor, multiple: int, decoder: Decoder
 ) -> Iterator[tuple[slice, Tensor]]:
-    """The codes of a weight's rows, ``[n, C]``, a multiple of so many rows at a time where they can
-    be decoded so (the last block has the rest), and else all at once."""
+    """The codes of a weight's rows, ``[n, C]``, to be read alone: a multiple of so many rows at a
+    time where they can be decoded so (the last block has the rest), and else all at once. Codes of
+    whole bytes are the weight's own."""
     rows, columns = packed.shape[0], math.prod(packed.shape[1:])
     step = max(1, _AT_ONCE // max(1, multiple * columns)) * multiple
     whole = not (isinstance(packed.layout, Dense) and isinstance(packed.coding, Raw))
     bits = packed.number.bits
+    if not whole and bits == 8:
+        yield slice(0, rows), packed.parts["codes"].view(torch.int8).view(rows, columns)
+        return
     if whole or step >= rows or multiple * bits % 8 or bits > 8:
         yield slice(0, rows), packed.dense_codes(decoder).flatten(1)
         return

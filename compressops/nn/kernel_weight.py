@@ -13,7 +13,7 @@ from compressops import ops
 from compressops.formats import Int, Layout, LowRank, Number, PackedTensor, Ternary
 from compressops.formats.rows import row_blocks
 from compressops.nn.weight import PackedWeight, as_bytes, outside_graphs
-from compressops.ops.huge_pages import empty_on_huge_pages
+from compressops.ops.huge_pages import empty_to_keep
 from compressops.ops.int8_linear import MAX_IN_FEATURES
 from compressops.ops.packed_linear import GROUP_MULTIPLE
 
@@ -225,7 +225,8 @@ class GroupedWeight(KernelWeight):
 def int8_kernel(codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments of `Int8Weight`, from int8 codes ``[rows, columns]`` and their scales."""
     weight, sums = ops.int8_linear_pack(codes)
-    return weight, row_scales(params, len(codes)), sums
+    # A copy: of a mapped file the pages around the scales would stay in memory with them.
+    return weight, row_scales(params, len(codes)).clone(), sums
 
 
 def row_scales(params: dict[str, Tensor], rows: int) -> Tensor:
@@ -240,7 +241,7 @@ class _Growing:
     first."""
 
     def __init__(self, first: Tensor, blocks: int) -> None:
-        flat = empty_on_huge_pages(blocks * first.numel(), first, first.dtype)
+        flat = empty_to_keep(blocks * first.numel(), first, first.dtype)
         self.all, self.end = flat.view(blocks * len(first), *first.shape[1:]), 0
 
     def append(self, block: Tensor) -> None:

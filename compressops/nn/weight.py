@@ -17,7 +17,7 @@ from compressops.formats import Coding, Layout, Number, PackedTensor
 from compressops.formats.rows import unpack_rows
 from compressops.nn import scratch
 from compressops.ops.checks import version
-from compressops.ops.huge_pages import empty_on_huge_pages
+from compressops.ops.huge_pages import empty_to_keep
 
 RESIDENCIES = ("decoded", "packed")
 
@@ -163,7 +163,7 @@ class PackedWeight(nn.Module):
         device, dtype = self._probe.device, self._probe.dtype
         if device.type == "meta":
             return torch.empty_strided(self.shape, self._strides, dtype=dtype, device=device)
-        flat = empty_on_huge_pages(self.shape.numel(), self._probe, dtype)
+        flat = empty_to_keep(self.shape.numel(), self._probe, dtype)
         out = flat.as_strided(self.shape, self._strides)
         return self.packed().unpack(ops.DECODER, out=out)
 

@@ -1,4 +1,4 @@
-"""Packed weights in memory of huge pages."""
+"""Packed weights in memory of their own: of huge pages, where they fill some."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import mmap
 import torch
 
 PAGE = 2 * 1024**2
+# Bytes from which `empty_to_keep` takes pages of its own: what rounding up to whole ones costs is
+# then a sixteenth at most.
+KEPT = 1 << 16
 
 
 def on_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,7 +38,20 @@ def empty_on_huge_pages(count: int, like: torch.Tensor, dtype: torch.dtype) -> t
     Memory of the system's is given page by page when it is first written to; a virtual machine
     takes 16 ms for 32 MB of pages of 4 KB, and 3 ms for huge ones.
     """
-    if count * dtype.itemsize < PAGE or not _has_huge_pages(like):
+    return _empty(count, like, dtype, PAGE)
+
+
+def empty_to_keep(count: int, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`empty_on_huge_pages`, and from 64 KB on in pages of its own.
+
+    For what a model keeps: between tensors that come and go while it is loaded it would leave holes
+    in the allocator's memory, which of a model in 8 bits were half of its size.
+    """
+    return _empty(count, like, dtype, KEPT)
+
+
+def _empty(count: int, like: torch.Tensor, dtype: torch.dtype, least: int) -> torch.Tensor:
+    if count * dtype.itemsize < least or not _has_huge_pages(like):
         return torch.empty(count, dtype=dtype, device=like.device)
     return _mapped(count, dtype)
 
@@ -48,10 +64,14 @@ def _has_huge_pages(tensor: torch.Tensor) -> bool:
 
 def _mapped(count: int, dtype: torch.dtype) -> torch.Tensor:
     nbytes = count * dtype.itemsize
-    memory = mmap.mmap(-1, nbytes + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
-    # Whole ones: the rest of the last would be memory that nothing uses. A kernel without huge
-    # pages refuses, and the tensor is in small ones as any other is.
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_HUGEPAGE, start, nbytes // PAGE * PAGE)
+    huge = nbytes // PAGE * PAGE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, nbytes + (PAGE if huge else 0), flags=flags)
+    start = 0
+    if huge:
+        start = -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % PAGE
+        # Whole ones: the rest of the last would be memory that nothing uses. A kernel without huge
+        # pages refuses, and the tensor is in small ones as any other is.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE, start, huge)
     return torch.frombuffer(memory, dtype=dtype, count=count, offset=start)

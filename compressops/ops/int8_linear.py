@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from ..backends import register
 from .checks import ACTIVATIONS, activate, bias_gradient, message, require
-from .huge_pages import on_huge_pages
+from .huge_pages import empty_to_keep
 
 # |sum| ≤ 127·128·K must fit in an int32; with zero points it is 255·128·K.
 MAX_IN_FEATURES = 131072
@@ -15,6 +15,8 @@ MAX_ASYMMETRIC_IN_FEATURES = 65536
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # CPU packing: panels of 16 output features, 4 input features side by side, as VNNI multiplies them.
 _PANEL, _DEPTH = 16, 4
+# Entries of the weight whose rows are summed together.
+_SUMMED_AT_ONCE = 1 << 13
 
 
 def int8_linear(
@@ -79,13 +81,20 @@ def int8_linear_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if weight.dtype != torch.int8 or weight.dim() != 2:
         raise ValueError(_message("weight", "an int8 tensor [N, K]", weight, "int8_linear_pack"))
-    sums = weight.sum(1, dtype=torch.int32)
     if weight.device.type != "cpu":
-        return weight.contiguous(), sums
+        return weight.contiguous(), weight.sum(1, dtype=torch.int32)
     N, K = weight.shape
-    padded = F.pad(weight, (0, -K % _DEPTH, 0, -N % _PANEL))
-    panels = padded.view(-(-N // _PANEL), _PANEL, -(-K // _DEPTH), _DEPTH)
-    return on_huge_pages(panels.transpose(1, 2).contiguous()), sums
+    # Nothing else of the weight's size is made: `sum` takes an int32 copy of what it sums.
+    sums = torch.empty(N, dtype=torch.int32)
+    some = max(1, _SUMMED_AT_ONCE // max(1, K))
+    for rows, out in zip(weight.split(some), sums.split(some), strict=True):
+        torch.sum(rows, 1, dtype=torch.int32, out=out)
+    if N % _PANEL or K % _DEPTH:
+        weight = F.pad(weight, (0, -K % _DEPTH, 0, -N % _PANEL))
+    shape = -(-N // _PANEL), -(-K // _DEPTH), _PANEL, _DEPTH
+    panels = empty_to_keep(weight.numel(), weight, torch.int8).view(shape)
+    panels.copy_(weight.reshape(shape[0], _PANEL, shape[1], _DEPTH).transpose(1, 2))
+    return panels, sums
 
 
 def _unpack(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .checks import ACTIVATIONS, activate, bias_gradient, require
-from .huge_pages import empty_on_huge_pages
+from .huge_pages import empty_to_keep
 from .int8_linear import MAX_IN_FEATURES, quantize_rows
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -56,7 +56,7 @@ class Codes:
         enough), in a panel ``[word][output]``, N and K zero padded. Byte i of a word holds the
         inputs i, 4 + i, 8 + i, … of its block, the first in the lowest bits."""
         N, K = codes.shape
-        out = empty_on_huge_pages(*self.packed_shape(N, K, codes.device), codes, torch.uint8)
+        out = empty_to_keep(*self.packed_shape(N, K, codes.device), codes, torch.uint8)
         # Some panels at a time: what is made on the way is larger than the result.
         step, end = _PANEL * max(1, _PACKED_AT_ONCE // (_PANEL * max(1, K))), 0
         for first in range(0, N, step):
