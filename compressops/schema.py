@@ -29,6 +29,7 @@ SCHEMAS = {
         "(Tensor x, Tensor weight, Tensor scales, int out_features, int? group_size=None, "
         "Tensor? bias=None, str activation='none') -> Tensor"
     ),
+    "round_rows": "(Tensor x, bool symmetric=True) -> Tensor",
     "bsr_linear": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, "
         "Tensor? bias=None, str activation='none') -> Tensor"

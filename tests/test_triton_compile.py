@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton_kernels import (
     bsr, bsr_linear_grad_values, huffman_decode, int8_conv2d, int8_linear, merge_planes,
-    packed_linear, quantize_images, quantize_rows, winograd_conv2d)
+    packed_linear, quantize_images, quantize_rows, round_rows, winograd_conv2d)
 
 kernels = set()
 
@@ -45,6 +45,10 @@ for capability in (80, 90):
              "x_scale": "*fp32", "x_zero": "*i8", "x_stride": "i64", "K": "i32"},
             {"STATIC": dtype == "fp16", "ASYMMETRIC": dtype == "bf16",
              "HAS_ZERO": dtype == "fp16", "BLOCK_K": 1024}, **exact)
+        results[f"round {dtype} {capability}"] = build(
+            capability, round_rows.round_rows_kernel,
+            {"x": f"*{dtype}", "y": f"*{dtype}", "x_stride": "i64", "K": "i32"},
+            {"ASYMMETRIC": dtype != "fp32", "BLOCK_K": 64}, **exact)
     names = ("q", "weight", "x_scales", "x_zeros", "weight_scales", "weight_sums", "bias", "y",
              "M", "N", "K")
     for M, dtype in ((1, "bf16"), (16, "fp32"), (256, "fp16"), (4096, "bf16")):

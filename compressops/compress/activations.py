@@ -13,7 +13,7 @@ from compressops.formats.groupwise import Int
 from compressops.formats.number import FixedPoint, Number
 from compressops.formats.registry import check_fraction, shown
 from compressops.formats.ternary import Ternary
-from compressops.ops.int8_linear import quantize_x
+from compressops.ops.round_rows import DTYPES, round_rows, round_rows_reference
 
 RANGES = ("running", "rows")
 
@@ -92,6 +92,8 @@ class RowQuantizer(nn.Module):
         return self.number
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.number.bits == 8 and x.dtype in DTYPES:
+            return round_rows(x, self.number.symmetric)
         return _RoundRows.apply(x, self.number)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -108,8 +110,7 @@ class _RoundRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, number: Int) -> Tensor:
         if number.bits == 8:
-            q, scales, zeros = quantize_x(x, symmetric=number.symmetric)
-            return ((q.float() - zeros) * scales).to(x.dtype)
+            return round_rows_reference(x, number.symmetric)
         rows = x.reshape(-1, x.shape[-1])
         finite = rows.isfinite().all(1, keepdim=True)
         rows = torch.where(finite, rows, 0.0)

@@ -127,15 +127,16 @@ def attention(
         query, key, value = rounds.query(query), rounds.key(key), rounds.value(value)
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    # [N, heads, L, d] @ [N, heads, d, L]
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    # [N, heads, L, d] @ [N, heads, d, L]; one name, so that each is freed when the next is there.
+    p = query @ key.transpose(2, 3)
+    p = p.mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = nn.functional.softmax(scores, dim=-1, dtype=_exact(scores)).to(query.dtype)
-    probabilities = nn.functional.dropout(probabilities, p=dropout, training=module.training)
+        p = p + attention_mask
+    p = nn.functional.softmax(p, dim=-1, dtype=_exact(p)).to(query.dtype)
+    p = nn.functional.dropout(p, p=dropout, training=module.training)
     if rounds is not None:
-        probabilities = rounds.probabilities(probabilities)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+        p = rounds.probabilities(p)
+    return (p @ value).transpose(1, 2).contiguous(), p
 
 
 def _exact(scores: Tensor) -> torch.dtype:

@@ -26,6 +26,14 @@ RowScale quantize(const float* x, uint8_t* q, int64_t K, int64_t padded, const Q
   return {scale, codes.zero};
 }
 
+void round(const float* x, float* y, int64_t K, const Quantization& how) {
+  const QuantizeRowKernels& isa = kernels();
+  float scale;
+  const RowCodes codes =
+      row_codes(isa.range(x, K, how.kind == Quantization::kAsymmetric), how, &scale);
+  isa.values(x, y, K, codes, scale);
+}
+
 }  // namespace
 
 RowCodes row_codes(const RowRange& range, const Quantization& how, float* scale) {
@@ -64,5 +72,7 @@ RowCodes row_codes(const RowRange& range, const Quantization& how, float* scale)
 }
 
 QuantizeRow quantize_row() { return quantize; }
+
+RoundRow round_row() { return round; }
 
 }  // namespace compressops::cpu

@@ -26,8 +26,12 @@ struct RowScale {
 using QuantizeRow = RowScale (*)(const float* x, uint8_t* q, int64_t K, int64_t padded,
                                  const Quantization& how);
 
-// The one that suits the processor.
+// x [K] to the values y [K] that its codes stand for.
+using RoundRow = void (*)(const float* x, float* y, int64_t K, const Quantization& how);
+
+// Those that suit the processor.
 QuantizeRow quantize_row();
+RoundRow round_row();
 
 // What it is made of, the kernels with one implementation per instruction set.
 struct RowRange {
@@ -46,6 +50,9 @@ struct QuantizeRowKernels {
   RowRange (*range)(const float* x, int64_t K, bool low_and_high);
   // q[k] = rint(clip(x[k] * inverse)) + zero, with NaN of 0 * Inf as 0; `zero` up to `padded`.
   void (*codes)(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes& how);
+  // y[k] = rint(clip(x[k] * inverse)) * scale, with NaN of 0 * Inf as 0, and no zero negative. x
+  // may be y.
+  void (*values)(const float* x, float* y, int64_t K, const RowCodes& how, float scale);
 };
 const QuantizeRowKernels& quantize_row_baseline();
 const QuantizeRowKernels& quantize_row_avx2();

@@ -73,10 +73,26 @@ void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes
   memset(q + K, how.zero, padded - K);
 }
 
+void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale) {
+  const __m256 inverse = _mm256_set1_ps(how.inverse), scales = _mm256_set1_ps(scale);
+  const __m256 high = _mm256_set1_ps(how.most), low = _mm256_set1_ps(how.least);
+  for (int64_t k = 0; k < K; k += 8) {
+    const __m256i lanes = tail_mask(K - k);
+    __m256 scaled =
+        how.finite ? _mm256_mul_ps(_mm256_maskload_ps(x + k, lanes), inverse) : _mm256_setzero_ps();
+    scaled = _mm256_and_ps(scaled, _mm256_cmp_ps(scaled, scaled, _CMP_ORD_Q));
+    scaled = _mm256_max_ps(low, _mm256_min_ps(high, scaled));
+    const __m256 whole = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // -0 + 0 is 0.
+    const __m256 rounded = _mm256_mul_ps(_mm256_add_ps(whole, _mm256_setzero_ps()), scales);
+    _mm256_maskstore_ps(y + k, lanes, rounded);
+  }
+}
+
 }  // namespace
 
 const QuantizeRowKernels& quantize_row_avx2() {
-  static const QuantizeRowKernels kernels = {range, codes};
+  static const QuantizeRowKernels kernels = {range, codes, values};
   return kernels;
 }
 

@@ -90,10 +90,27 @@ void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes
   memset(q + K, how.zero, padded - K);
 }
 
+void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale) {
+  const __m512 inverse = _mm512_set1_ps(how.inverse), scales = _mm512_set1_ps(scale);
+  const __m512 high = _mm512_set1_ps(how.most), low = _mm512_set1_ps(how.least);
+  for (int64_t k = 0; k < K; k += 16) {
+    const __mmask16 lanes = first_lanes(K - k);
+    const __m512 loaded = _mm512_maskz_loadu_ps(how.finite ? lanes : (__mmask16)0, x + k);
+    __m512 scaled = _mm512_mul_ps(loaded, inverse);
+    scaled = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(scaled, scaled, _CMP_ORD_Q), scaled);
+    scaled = _mm512_max_ps(low, _mm512_min_ps(high, scaled));
+    const __m512 whole =
+        _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // -0 + 0 is 0.
+    const __m512 rounded = _mm512_mul_ps(_mm512_add_ps(whole, _mm512_setzero_ps()), scales);
+    _mm512_mask_storeu_ps(y + k, lanes, rounded);
+  }
+}
+
 }  // namespace
 
 const QuantizeRowKernels& quantize_row_avx512() {
-  static const QuantizeRowKernels kernels = {range, codes};
+  static const QuantizeRowKernels kernels = {range, codes, values};
   return kernels;
 }
 
