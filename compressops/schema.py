@@ -64,6 +64,9 @@ SCHEMAS = {
     ),
     "huffman_encode": "(Tensor symbols, Tensor lengths, int chunk_size) -> (Tensor, Tensor)",
     "merge_planes": "(Tensor(a!) out, Tensor[] planes, bool turned=False) -> ()",
+    "pack_panels": (
+        "(Tensor(a!) out, Tensor codes, int bits, int zero=0, Tensor(b!)? sums=None) -> ()"
+    ),
     "winograd_conv2d": (
         "(Tensor x, Tensor weight, Tensor transformed, Tensor? bias=None, int[] padding=[0, 0], "
         "int groups=1, str activation='none', int tile=4) -> Tensor"

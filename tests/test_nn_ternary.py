@@ -83,7 +83,7 @@ def test_rows_of_either_form(columns: int) -> None:
     expected = codes[rows] * scales.repeat_interleave(32, 1)[:, :columns][rows]
     for packed, values in (
         (CODES.pack_fragments(unsigned), scales.t().contiguous()),
-        (CODES.pack_panels(unsigned), packed_linear.to_panels(scales)),
+        (CODES.pack(codes), packed_linear.to_panels(scales)),
     ):
         assert torch.equal(CODES.unpack_rows(packed, rows, 45, columns), unsigned[rows])
         found = packed_linear.dequantize_rows(CODES, packed, values, rows, 45, columns, 32)

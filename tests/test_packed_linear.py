@@ -260,10 +260,13 @@ def test_random_shapes(op, m, k, n, group, zeros, seed) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_pack_round_trip(op: str, device: str) -> None:
     codes = packed_linear.Codes(op, 4, 8) if op == "int4_linear" else packed_linear.Codes(op, 2, 1)
-    pack = {"cpu": codes.pack_panels, "cuda": codes.pack_fragments}[device]
     for n, k in ((0, 0), (0, 3), (3, 0), (1, 1), (16, 8), (17, 5), (33, 63), (64, 16), (49, 100)):
         values = torch.randint(0, 2**codes.bits - (codes.bits == 2), (n, k), dtype=torch.uint8)
-        weight = pack(values)
+        weight = (
+            codes.pack(values.view(torch.int8) - codes.zero)
+            if device == "cpu"
+            else codes.pack_fragments(values)
+        )
         assert weight.shape == codes.packed_shape(n, k, torch.device(device))
         assert torch.equal(codes.unpack(weight, n, k), values)
 

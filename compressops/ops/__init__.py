@@ -13,6 +13,7 @@ from .int4_linear import int4_linear, int4_linear_pack
 from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
 from .merge_planes import merge_planes
+from .pack_panels import pack_panels
 from .round_rows import round_rows, round_rows_reference
 from .ternary_linear import ternary_linear, ternary_linear_pack, ternary_linear_rows
 from .winograd_conv2d import (
@@ -53,6 +54,7 @@ __all__ = [
     "int8_linear",
     "int8_linear_pack",
     "merge_planes",
+    "pack_panels",
     "quantize_rows",
     "round_rows",
     "round_rows_reference",

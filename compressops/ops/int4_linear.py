@@ -57,6 +57,7 @@ def int4_linear_pack(
     scales: torch.Tensor,
     zeros: torch.Tensor | None = None,
     group_size: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Prepare a weight for :func:`int4_linear` on its device.
 
@@ -65,6 +66,7 @@ def int4_linear_pack(
         scales: float32 ``[N, groups]``, groups = ceil(K / group_size).
         zeros: int8 ``[N, groups]`` from −8 to 7, or None for 0.
         group_size: a multiple of 16, or None: the whole row.
+        out: where the packed weight goes, contiguous uint8. None: into memory of its own.
 
     Returns:
         weight, scales, zeros, to be passed on as they are.
@@ -83,7 +85,7 @@ def int4_linear_pack(
     if zeros is not None:
         require(tuple(zeros.shape) == groups, op, "zeros", f"int8 {list(groups)}", zeros)
         zeros = packed_linear.pack_group_values((zeros + 8).to(torch.uint8))
-    weight = CODES.pack((codes + 8).to(torch.uint8))
+    weight = CODES.pack(codes, out)
     return weight, packed_linear.pack_group_values(scales), zeros
 
 

@@ -11,6 +11,7 @@ from ..backends import register
 from .checks import ACTIVATIONS, activate, bias_gradient, message, require
 from .conv import check_reach, check_steps, output_size, pair
 from .int8_linear import check_quantization, max_terms, quantize_x
+from .pack_panels import pack_panels, packed_out
 from .winograd_domain import memory_format
 
 OP = "int8_conv2d"
@@ -75,8 +76,15 @@ def int8_conv2d(
     )
 
 
-def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_conv2d_pack(
+    weight: torch.Tensor, groups: int = 1, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prepare an int8 weight ``[K, C / groups, R, S]`` for :func:`int8_conv2d` on its device.
+
+    Args:
+        weight: int8 ``[K, C / groups, R, S]``.
+        groups: of the convolution.
+        out: where the packed weight goes, contiguous int8. None: into memory of its own.
 
     Returns:
         The packed weight and the sum of each filter, int32 ``[K]``. Packed is int8, zero padded,
@@ -88,7 +96,7 @@ def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tenso
         - of other weights elsewhere ``[groups, K / groups, R, S, ceil(C / groups / 16), 1, 16]``.
 
     Raises:
-        ValueError: the weight is not int8 of four dimensions, or groups do not divide K.
+        ValueError: an argument is not of that form; the message names it and its value.
     """
     op = "int8_conv2d_pack"
     fits = weight.dtype == torch.int8 and weight.dim() == 4
@@ -96,8 +104,30 @@ def int8_conv2d_pack(weight: torch.Tensor, groups: int = 1) -> tuple[torch.Tenso
     K, C = weight.shape[:2]
     divides = groups >= 1 and K % groups == 0
     require(divides, op, "groups", f"a divisor of {K} output channels", groups)
-    sums = weight.sum((1, 2, 3), dtype=torch.int32)
-    return pack_as(weight, groups, *block_of(K, C, groups, weight.device.type == "cpu")), sums
+    cpu = weight.device.type == "cpu"
+    panel, depth = block_of(K, C, groups, cpu)
+    shape = packed_shape(tuple(weight.shape), groups, panel, depth)
+    packed = packed_out(op, shape, weight, torch.int8, out)
+    if not cpu or depth == 1:
+        sums = weight.sum((1, 2, 3), dtype=torch.int32)
+        return packed.copy_(pack_as(weight, groups, panel, depth)), sums
+    rows, padding = weight.contiguous().flatten(2), -(K // groups) % _PANEL
+    if padding and groups > 1:
+        # The panels of a group are whole.
+        rows = F.pad(rows.unflatten(0, (groups, -1)), (0, 0, 0, 0, 0, padding)).flatten(0, 1)
+    sums = weight.new_empty(len(rows), dtype=torch.int32)
+    pack_panels(packed, rows, 8, 0, sums)
+    return packed, sums if len(rows) == K else sums.view(groups, -1)[:, : K // groups].flatten()
+
+
+def packed_shape(
+    shape: tuple[int, int, int, int], groups: int, panel: int, depth: int
+) -> tuple[int, ...]:
+    """Of a weight ``[K, C / groups, R, S]`` in blocks as `block_of` gives them."""
+    K, C, R, S = shape
+    if depth == 1:
+        return -(-K // panel), R, S, panel, 1
+    return groups, -(-(K // groups) // panel), R, S, -(-C // depth), panel, depth
 
 
 def block_of(K: int, C: int, groups: int, cpu: bool) -> tuple[int, int]:
@@ -123,12 +153,11 @@ def pack_as(weight: torch.Tensor, groups: int, panel: int, depth: int) -> torch.
 def _packed_shape(weight, K: int, C: int, groups: int) -> tuple[int, ...]:
     """Of a packed weight of these channels (C of a group), by its own block and kernel size."""
     panel, depth = weight.shape[-2:]
-    R, S = kernel_size(weight)
     if _depthwise(K, C, groups):
-        return -(-K // _PANEL), R, S, _PANEL, 1
-    if (panel, depth) not in ((_PANEL, _DEPTH), (1, _CHUNK)):
+        panel, depth = _PANEL, 1
+    elif (panel, depth) not in ((_PANEL, _DEPTH), (1, _CHUNK)):
         panel, depth = _PANEL, _DEPTH
-    return groups, -(-(K // groups) // panel), R, S, -(-C // depth), panel, depth
+    return packed_shape((K, C, *kernel_size(weight)), groups, panel, depth)
 
 
 def _depthwise(K: int, C: int, groups: int) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
 from ..backends import register
 from .checks import ACTIVATIONS, activate, bias_gradient, message, require
-from .huge_pages import empty_to_keep
+from .pack_panels import pack_panels, packed_out
 
 # |sum| ≤ 127·128·K must fit in an int32; with zero points it is 255·128·K.
 MAX_IN_FEATURES = 131072
@@ -15,8 +14,6 @@ MAX_ASYMMETRIC_IN_FEATURES = 65536
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # CPU packing: panels of 16 output features, 4 input features side by side, as VNNI multiplies them.
 _PANEL, _DEPTH = 16, 4
-# Entries of the weight whose rows are summed together.
-_SUMMED_AT_ONCE = 1 << 13
 
 
 def int8_linear(
@@ -69,32 +66,40 @@ def int8_linear(
     )
 
 
-def int8_linear_pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def int8_linear_pack(
+    weight: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Prepare an int8 weight ``[N, K]`` for :func:`int8_linear` on its device.
+
+    Args:
+        weight: int8 ``[N, K]``.
+        out: where the packed weight goes, contiguous int8. None: into memory of its own.
 
     Returns:
         The packed weight (on a CPU ``[ceil(N/16), ceil(K/4), 16, 4]`` int8, zero padded; elsewhere
         ``[N, K]`` contiguous) and its row sums, int32 ``[N]``.
 
     Raises:
-        ValueError: the weight is not int8 of two dimensions.
+        ValueError: an argument is not of that form; the message names it and its value.
     """
+    op = "int8_linear_pack"
     if weight.dtype != torch.int8 or weight.dim() != 2:
-        raise ValueError(_message("weight", "an int8 tensor [N, K]", weight, "int8_linear_pack"))
-    if weight.device.type != "cpu":
+        raise ValueError(_message("weight", "an int8 tensor [N, K]", weight, op))
+    if weight.device.type != "cpu" and out is None:
         return weight.contiguous(), weight.sum(1, dtype=torch.int32)
-    N, K = weight.shape
-    # Nothing else of the weight's size is made: `sum` takes an int32 copy of what it sums.
-    sums = torch.empty(N, dtype=torch.int32)
-    some = max(1, _SUMMED_AT_ONCE // max(1, K))
-    for rows, out in zip(weight.split(some), sums.split(some), strict=True):
-        torch.sum(rows, 1, dtype=torch.int32, out=out)
-    if N % _PANEL or K % _DEPTH:
-        weight = F.pad(weight, (0, -K % _DEPTH, 0, -N % _PANEL))
-    shape = -(-N // _PANEL), -(-K // _DEPTH), _PANEL, _DEPTH
-    panels = empty_to_keep(weight.numel(), weight, torch.int8).view(shape)
-    panels.copy_(weight.reshape(shape[0], _PANEL, shape[1], _DEPTH).transpose(1, 2))
-    return panels, sums
+    packed = packed_out(op, packed_shape(*weight.shape, weight.device), weight, torch.int8, out)
+    if weight.device.type != "cpu":
+        return packed.copy_(weight), weight.sum(1, dtype=torch.int32)
+    sums = weight.new_empty(len(weight), dtype=torch.int32)
+    pack_panels(packed, weight.contiguous().unsqueeze(2), 8, 0, sums)
+    return packed, sums
+
+
+def packed_shape(N: int, K: int, device: torch.device) -> tuple[int, ...]:
+    """Of a weight as :func:`int8_linear_pack` makes it."""
+    if device.type != "cpu":
+        return N, K
+    return -(-N // _PANEL), -(-K // _DEPTH), _PANEL, _DEPTH
 
 
 def _unpack(weight: torch.Tensor, N: int, K: int) -> torch.Tensor:
@@ -153,7 +158,7 @@ def _check(
     if weight_scales.dim() != 1 or weight_scales.dtype != torch.float32:
         raise ValueError(_message("weight_scales", "float32 [N]", weight_scales))
     N, K = weight_scales.shape[0], x.shape[-1]
-    packed = (-(-N // _PANEL), -(-K // _DEPTH), _PANEL, _DEPTH)
+    packed = packed_shape(N, K, torch.device("cpu"))
     if weight.dtype != torch.int8 or tuple(weight.shape) not in ((N, K), packed):
         requirement = f"int8 [{N}, {K}] or packed {list(packed)}"
         raise ValueError(_message("weight", requirement, weight))

@@ -14,13 +14,20 @@ import torch
 import torch.nn.functional as F
 
 from .checks import ACTIVATIONS, activate, bias_gradient, require
-from .huge_pages import empty_to_keep
 from .int8_linear import MAX_IN_FEATURES, quantize_rows
+from .pack_panels import (
+    PANEL,
+    from_panels,
+    joined,
+    pack_panels,
+    packed_out,
+    padded_outputs,
+    to_panels,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GROUP_MULTIPLE = 16  # inputs whose codes share a word of the CPU's packing of 2 bits
-_PANEL, _DEPTH = 32, 4
-_PACKED_AT_ONCE = 1 << 18  # codes: what is made of them stays in a core's own cache
+_DEPTH = 4
 _TILE_K = 64  # inputs of a tile of a GPU's packing
 
 
@@ -47,30 +54,22 @@ class Codes:
         """Scale groups of a row; a row of no inputs has none."""
         return -(-in_features // (group_size or max(1, in_features)))
 
-    def pack(self, codes: torch.Tensor) -> torch.Tensor:
-        """Unsigned codes ``[N, K]`` as the kernels of their device read them."""
-        return (self.pack_panels if codes.device.type == "cpu" else self.pack_fragments)(codes)
-
-    def pack_panels(self, codes: torch.Tensor) -> torch.Tensor:
-        """As the CPU's kernels read them: flat, panels of 32 outputs (16 in the last where that is
-        enough), in a panel ``[word][output]``, N and K zero padded. Byte i of a word holds the
-        inputs i, 4 + i, 8 + i, … of its block, the first in the lowest bits."""
-        N, K = codes.shape
-        out = empty_to_keep(*self.packed_shape(N, K, codes.device), codes, torch.uint8)
-        # Some panels at a time: what is made on the way is larger than the result.
-        step, end = _PANEL * max(1, _PACKED_AT_ONCE // (_PANEL * max(1, K))), 0
-        for first in range(0, N, step):
-            some = codes[first : first + step]
-            padded = F.pad(some, (0, -K % self.inputs, 0, -len(some) % 16))
-            shape = (len(padded), -(-K // self.inputs), 8 // self.bits, _DEPTH)
-            panels = to_panels(_joined(padded.view(shape).transpose(2, 3), self.bits))
-            begin, end = end, end + len(panels)
-            out[begin:end] = panels
-        return out
+    def pack(self, codes: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """int8 codes ``[N, K]`` as the kernels of their device read them, without a sign, of
+        `packed_shape`: into ``out``, or memory of their own. On a CPU as `pack_panels` writes them,
+        flat, elsewhere by `pack_fragments`."""
+        packed = packed_out(
+            *(f"{self.op}_pack", self.packed_shape(*codes.shape, codes.device)),
+            *(codes, torch.uint8, out),
+        )
+        if codes.device.type != "cpu":
+            return packed.copy_(self.pack_fragments((codes + self.zero).view(torch.uint8)))
+        pack_panels(packed, codes.contiguous().unsqueeze(2), self.bits, self.zero)
+        return packed
 
     def pack_fragments(self, codes: torch.Tensor) -> torch.Tensor:
-        """As a GPU's kernels read them: ``[ceil(N / rows), ceil(K / 64), 512]``, N and K zero
-        padded; rows is 16 of 4 bits, 32 of 2 bits.
+        """Unsigned codes as a GPU's kernels read them: ``[ceil(N / rows), ceil(K / 64), 512]``, N
+        and K zero padded; rows is 16 of 4 bits, 32 of 2 bits.
 
         A tile of 512 bytes is what a warp reads at once, 16 bytes a lane. Lane 4g + t has, one
         after the other, the outputs g, 8 + g, … of the tile, and of each the inputs 4t + i, 16 +
@@ -84,7 +83,7 @@ class Codes:
         # [tile of N, output of a lane, g, tile of K, word, block of 16 in the word, t, i]
         view = padded.view(tiles, outputs, 8, -(-K // _TILE_K), words, per_byte, 4, _DEPTH)
         parts = view.permute(0, 3, 2, 6, 1, 4, 7, 5)
-        return _joined(parts, self.bits).flatten(2)
+        return joined(parts, self.bits).flatten(2)
 
     @property
     def _fragment_shape(self) -> tuple[int, int, int]:
@@ -125,53 +124,16 @@ class Codes:
         return (padded_outputs(N) * -(-K // self.inputs) * 4,)
 
 
-def _joined(parts: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bytes from the codes along the last dimension, the first in the lowest bits."""
-    shifts = bits * torch.arange(parts.shape[-1], dtype=torch.uint8, device=parts.device)
-    return (parts << shifts).sum(-1, dtype=torch.uint8)
-
-
 def _split(bytes_: torch.Tensor, bits: int) -> torch.Tensor:
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=bytes_.device)
     return (bytes_.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
 
 
-def padded_outputs(N: int) -> int:
-    """Outputs of the panels that hold N."""
-    return -(-N // 16) * 16
-
-
-def to_panels(rows: torch.Tensor) -> torch.Tensor:
-    """``[N, columns, ...]`` flat, as ``[panel][column][output of the panel][...]``."""
-    N = padded_outputs(rows.shape[0])
-    rows = F.pad(rows, (0,) * (2 * rows.dim() - 1) + (N - rows.shape[0],))
-    parts = (rows[: N // _PANEL * _PANEL], rows[N // _PANEL * _PANEL :])
-    panels = [
-        part.unflatten(0, (len(part) // width, width)).transpose(1, 2).flatten()
-        for part, width in zip(parts, (_PANEL, 16), strict=True)
-    ]
-    return torch.cat(panels)
-
-
-def from_panels(flat: torch.Tensor, N: int, columns: int, item: int = 1) -> torch.Tensor:
-    """The rows ``[N, columns · item]`` that `to_panels` had as ``[N, columns, item]``."""
-    padded, size = padded_outputs(N), columns * item
-    whole = padded // _PANEL
-    parts = [
-        part.view(panels, columns, width, item).transpose(1, 2).flatten(2)
-        for part, panels, width in (
-            (flat[: whole * _PANEL * size], whole, _PANEL),
-            (flat[whole * _PANEL * size :], (padded - whole * _PANEL) // 16, 16),
-        )
-    ]
-    return torch.cat([part.flatten(0, 1) for part in parts])[:N]
-
-
 def _panel_rows(flat: torch.Tensor, rows: torch.Tensor, N: int, columns: int) -> torch.Tensor:
     """Of what `to_panels` made of ``[N, columns]`` the ``rows``: ``[..., columns]``."""
-    panel = rows // _PANEL
-    width = torch.where(panel < padded_outputs(N) // _PANEL, _PANEL, 16)
-    start = panel * (_PANEL * columns) + rows % _PANEL
+    panel = rows // PANEL
+    width = torch.where(panel < padded_outputs(N) // PANEL, PANEL, 16)
+    start = panel * (PANEL * columns) + rows % PANEL
     column = torch.arange(columns, device=flat.device)
     return flat[start[..., None] + column * width[..., None]]
 

@@ -45,7 +45,10 @@ def ternary_linear(
 
 
 def ternary_linear_pack(
-    codes: torch.Tensor, scales: torch.Tensor, group_size: int | None = None
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Prepare a weight for :func:`ternary_linear` on its device.
 
@@ -53,6 +56,7 @@ def ternary_linear_pack(
         codes: int8 ``[N, K]`` of −1, 0 and 1.
         scales: float32 ``[N, groups]``, groups = ceil(K / group_size); or one α for all, ``[]``.
         group_size: a multiple of 16, or None: the whole row.
+        out: where the packed weight goes, contiguous uint8. None: into memory of its own.
 
     Returns:
         weight and scales, to be passed on as they are.
@@ -66,7 +70,7 @@ def ternary_linear_pack(
     groups = (codes.shape[0], CODES.groups(codes.shape[1], group_size))
     fits = scales.dtype == torch.float32 and tuple(scales.shape) in ((), groups)
     require(fits, op, "scales", f"float32 {list(groups)} or []", scales)
-    weight = CODES.pack((codes + 1).view(torch.uint8))
+    weight = CODES.pack(codes, out)
     return weight, packed_linear.pack_group_values(scales.expand(groups))
 
 
