@@ -4,29 +4,36 @@ model, and how far its first forward raises the peak memory of a process.
     python bench/bench_residency.py
 
 Floats are packed by `convert(model, Huffman())`, without loss; the others are rounded to integers.
-"forward MB" is what the peak grows by (Linux's VmHWM, in a process of its own) from the loaded
+"forward MB" is what the peak grows by (Linux's VmHWM, in a process of its own) from the converted
 model on: activations, and with packed residency one layer. "÷ allowed" is the packed model and that
 in units of 1.2 times its bytes, the activations (what decoded residency grows by), and the largest
-dense weight.
+dense weight of a layer; of a table of embeddings only rows are decoded. "load MB" is what the peak
+grows by while the packed file is loaded with packed residency, beside a float model that was there
+before, "load ÷ allowed" that in units of the file and the largest weight.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, median_ratio, merged, parser, report
+from common import ROOT, interleaved, median_ratio, merged, parser, report
+from safetensors.torch import load_file
 from torch import nn
 
 import compressops as co
 from compressops.zoo import vgg16
+from compressops.zoo.cifarnet import CifarNet
 
 
 def chain(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
@@ -39,6 +46,14 @@ def chain(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
 def vgg(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
     """VGG16's convolutions in float32, of random weights: 59 MB."""
     return vgg16.vgg16(1 / 16 if smoke else 1.0), torch.randn(1, 3, *(2 * [32 if smoke else 224]))
+
+
+def cifarnet(smoke: bool) -> tuple[nn.Module, torch.Tensor]:
+    """CifarNet as it was trained, in float32: 5 MB."""
+    del smoke
+    model = CifarNet()
+    model.load_state_dict(load_file(ROOT / "recipes" / "cifarnet.safetensors"))
+    return model, torch.randn(1, 3, 32, 32)
 
 
 def minilm(smoke: bool) -> tuple[nn.Module, dict]:
@@ -64,6 +79,7 @@ class Case:
 CASES = {
     "chain": Case(chain),
     "vgg16": Case(vgg),
+    "cifarnet": Case(cifarnet),
     "minilm": Case(minilm),
     "minilm bfloat16": Case(minilm_bfloat16),
     "minilm int8": Case(minilm, (co.Int(8), co.Huffman())),
@@ -76,8 +92,9 @@ def packed(name: str, model: nn.Module, residency: str) -> nn.Module:
 
 
 def largest(model: nn.Module) -> int:
-    """Bytes of the largest dense weight."""
-    return max(p.nbytes for p in model.parameters())
+    """Bytes of the largest dense weight of a layer."""
+    layers = (m for m in model.modules() if not isinstance(m, nn.Embedding))
+    return max(p.nbytes for layer in layers for p in layer.parameters(recurse=False))
 
 
 def call(model: nn.Module, inputs: torch.Tensor | dict) -> object:
@@ -90,17 +107,34 @@ def peak(name: str, residency: str, smoke: bool) -> dict[str, int]:
     model, inputs = CASES[name].make(smoke)
     model = packed(name, model.eval(), residency)
     kept = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    status, resets = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    with torch.no_grad():
+        forward = grown_by(partial(call, model, inputs))
+    if residency == "decoded":
+        return {"model": kept, "forward": forward}
+    float_model, _ = CASES[name].make(smoke)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "file")
+        size = co.save(model, path)
+        del model
+        load = partial(co.load, path, float_model, residency=residency)
+        load()  # imports the modules that it needs
+        loading = grown_by(load)
+    return {"model": kept, "forward": forward, "file": size, "load": loading}
+
+
+def grown_by(function: Callable[[], object]) -> int:
+    """Bytes that the process's peak grows by."""
 
     def high() -> int:
-        lines = status.read_text().splitlines()
+        lines = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
-    resets.write_text("5")
+    # What was freed before would hide what is taken.
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
     before = high()
-    with torch.no_grad():
-        call(model, inputs)
-    return {"model": kept, "forward": high() - before}
+    function()
+    return high() - before
 
 
 def measured_peak(name: str, residency: str, smoke: bool) -> dict[str, int]:
@@ -155,6 +189,10 @@ def main() -> None:
                     **{f"{how} MB": memory[how]["model"] / 1e6 for how in memory},
                     **{f"{how} forward MB": memory[how]["forward"] / 1e6 for how in memory},
                     "÷ allowed": (held + memory["packed"]["forward"]) / allowed,
+                    "file MB": memory["packed"]["file"] / 1e6,
+                    "load MB": memory["packed"]["load"] / 1e6,
+                    "load ÷ allowed": memory["packed"]["load"]
+                    / (memory["packed"]["file"] + largest(model)),
                 }
             )
     rows = merged(rows, arguments, ("model", "threads"))

@@ -218,9 +218,9 @@ def test_a_decoder_can_be_given():
     packed = PackedTensor.pack(weight, Sparse(), DynamicFixedPoint(6), Huffman(), lossy=True)
     calls = []
 
-    def decode(stream, offsets, lengths, num_symbols, chunk_size):
+    def decode(stream, offsets, lengths, num_symbols, chunk_size, out):
         calls.append(num_symbols)
-        return huffman_decode_reference(stream, offsets, lengths, num_symbols, chunk_size)
+        return huffman_decode_reference(stream, offsets, lengths, num_symbols, chunk_size, out)
 
     assert torch.equal(packed.unpack(Decoder(symbols=decode)), packed.unpack())
     assert packed.meta["count"] in calls

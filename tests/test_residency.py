@@ -71,6 +71,113 @@ def test_bit_identical(config, grad: bool, last: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+HUFFMAN = co.Huffman(chunk_size=5000)
+INTEGERS = {
+    "int8": (co.nn.Int8Linear, nn.Linear(300, 501), co.Int(8), HUFFMAN),
+    "int8 raw": (co.nn.Int8Linear, nn.Linear(300, 501), co.Int(8), co.Raw()),
+    "int4": (co.nn.Int4Linear, nn.Linear(320, 77), co.Int(4, 32, symmetric=False), HUFFMAN),
+    "int3": (co.nn.Int4Linear, nn.Linear(320, 77), co.Int(3), HUFFMAN),
+    "int4 raw": (co.nn.Int4Linear, nn.Linear(320, 501), co.Int(4), co.Raw()),
+    "ternary": (co.nn.TernaryLinear, nn.Linear(320, 501), co.Ternary(), HUFFMAN),
+    "ternary raw": (co.nn.TernaryLinear, nn.Linear(320, 501), co.Ternary(), co.Raw()),
+    "rows": (co.nn.TernaryEmbedding, nn.Embedding(501, 320), co.Ternary(), HUFFMAN),
+    "conv": (co.nn.Int8Conv2d, nn.Conv2d(64, 130, 3, padding=1), co.Int(8), HUFFMAN),
+    "conv raw": (co.nn.Int8Conv2d, nn.Conv2d(64, 130, 3), co.Int(8), co.Raw()),
+    "conv in groups": (co.nn.Int8Conv2d, nn.Conv2d(64, 68, 3, groups=4), co.Int(8), HUFFMAN),
+    "depthwise": (co.nn.Int8Conv2d, nn.Conv2d(64, 64, 3, groups=64), co.Int(8), HUFFMAN),
+    "blocks": (co.nn.BlockSparseLinear, nn.Linear(320, 77), None, HUFFMAN),
+    "int8 blocks": (co.nn.BlockSparseInt8Linear, nn.Linear(320, 77), co.Int(8), HUFFMAN),
+    "blocks of a conv": (co.nn.BlockSparseConv2d, nn.Conv2d(64, 66, 3), None, HUFFMAN),
+    "no rows": (co.nn.Int8Linear, nn.Linear(300, 0), co.Int(8), co.Raw()),
+    "no columns": (co.nn.Int4Linear, nn.Linear(0, 40), co.Int(4), co.Raw()),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("name", INTEGERS)
+def test_integers_are_bit_identical(name: str) -> None:
+    kind, layer, number, coding = INTEGERS[name]
+    decoded, packed = (
+        kind.from_float(layer, None, number, coding, residency=residency)
+        for residency in ("decoded", "packed")
+    )
+    if isinstance(layer, nn.Embedding):
+        ids = torch.tensor([[0, 3], [500, 3]])
+        assert torch.equal(packed(ids), decoded(ids))
+        for wrong in (-1, 501):
+            with pytest.raises(IndexError):
+                packed(torch.tensor([0, wrong]))
+        with pytest.raises(ValueError, match="int32 or int64"):
+            packed(ids.float())
+        return
+    shape = (2, 64, 7, 6) if layer.weight.dim() == 4 else (3, layer.in_features)
+    x, results = torch.randn(shape), []
+    for net in (decoded, packed):
+        with torch.no_grad():
+            without = net(x)
+        input = x.clone().requires_grad_()
+        y = net(input)
+        assert torch.equal(y, without)
+        if net is packed:
+            # Other layers write over its weight.
+            other = co.nn.Int8Linear.from_float(
+                nn.Linear(600, 600), None, co.Int(8), residency="packed"
+            )
+            other(torch.randn(1, 600))
+        y.square().sum().backward()
+        results.append((y.detach(), input.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+SHARED = [name for name in INTEGERS if not name.startswith(("rows", "no")) and "blocks" not in name]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_integers_take_no_memory_of_their_own(name: str) -> None:
+    kind, layer, number, coding = INTEGERS[name]
+    packed = kind.from_float(layer, None, number, coding, residency="packed")
+    held, seen = packed.packed_weight, []
+    size = layer.in_features if layer.weight.dim() == 2 else 0
+
+    def look(input, weight, *_):
+        kept = [a for a in held.kernel() if a is not None]
+        seen.append((weight.data_ptr(), torch.equal(weight, kept[0])))
+        return input
+
+    with torch.no_grad():
+        packed(torch.randn(1, size) if size else torch.randn(1, 64, 5, 5))
+        (buffer,) = scratch._idle.values()
+        assert buffer.nbytes <= 3 * layer.weight.numel() + 64 * 16
+        held.run(look, torch.zeros(1))
+    assert seen == [(buffer.data_ptr(), True)]
+
+
+def test_threads_on_integers() -> None:
+    layers = [
+        kind.from_float(nn.Linear(320, 320), None, number, HUFFMAN, residency=residency)
+        for kind, number in ((co.nn.Int8Linear, co.Int(8)), (co.nn.Int4Linear, co.Int(4, 32)))
+        for residency in ("decoded", "packed")
+    ]
+    for i in (0, 2):
+        layers[i + 1] = type(layers[i]).from_module(
+            layers[i], layers[i].packed_tensors()["weight"], "packed"
+        )
+    x, wrong = torch.randn(2, 320), []
+    with torch.no_grad():
+        expected = [layers[i](x) for i in (0, 2)]
+
+    def work(i: int) -> None:
+        with torch.no_grad():
+            wrong.extend(i for _ in range(40) if not torch.equal(layers[2 * i + 1](x), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
 def test_embedding_and_modes() -> None:
     table = nn.Embedding(50, 16, padding_idx=0)
     packed = co.convert(nn.Sequential(table), co.Huffman(), residency="packed")
@@ -93,9 +200,9 @@ def test_an_embedding_decodes_the_chunks_of_its_rows(dtype, coding, rows, monkey
     packed = co.nn.PackedEmbedding.from_float(table, coding=coding, residency="packed")
     decoded = []
 
-    def symbols(stream, offsets, lengths, count, chunk_size):
+    def symbols(stream, offsets, lengths, count, chunk_size, out=None):
         decoded.append(count)
-        return co.ops.huffman_decode(stream, offsets, lengths, count, chunk_size)
+        return co.ops.huffman_decode(stream, offsets, lengths, count, chunk_size, out)
 
     decoder = co.formats.coding.Decoder(symbols, co.ops.merge_planes)
     monkeypatch.setattr(co.ops, "DECODER", decoder)
@@ -211,6 +318,7 @@ def test_loading_packed_decodes_nothing(tmp_path, monkeypatch) -> None:
 
 PROGRAM = """
 import ctypes
+import sys
 import torch
 from torch import nn
 import compressops as co
@@ -222,29 +330,40 @@ def peak():
 torch.set_num_threads(1)
 torch.manual_seed(0)
 size, layers = 1024, 16
-net = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))).bfloat16()
-packed = co.convert(net, co.Huffman(), residency="packed")
+dtype = torch.bfloat16 if sys.argv[1] == "floats" else torch.float32
+config = {
+    "floats": co.Huffman(),
+    "int8": (co.Int(8), co.Huffman()),
+    "int4": (co.Int(4, 64), co.Huffman()),
+    "ternary": (co.Ternary(), co.Huffman()),
+}[sys.argv[1]]
+how = {"residency": "packed", "prefer": "size"}
+net = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))).to(dtype)
+for layer in net:
+    nn.init.normal_(layer.weight)
+packed = co.convert(net, config, **how)
 stored = sum(layer.packed_weight.packed().nbytes for layer in packed)
 del net
-x = torch.randn(4, size).bfloat16()
-warm = co.convert(nn.Sequential(nn.Linear(64, 64)).bfloat16(), co.Huffman(), residency="packed")
+x = torch.randn(4, size).to(dtype)
+warm = co.convert(nn.Sequential(nn.Linear(64, 64)).to(dtype), config, **how)
 with torch.no_grad():
     warm(x[:, :64])
-    x @ torch.zeros(size, size, dtype=torch.bfloat16)
+    x @ torch.zeros(size, size, dtype=dtype)
     # What converting freed would hide what a forward takes.
     ctypes.CDLL(None).malloc_trim(0)
     open("/proc/self/clear_refs", "w").write("5")
     before = peak()
     packed(x)
-print(peak() - before, stored, 2 * size * size)
+print(peak() - before, stored, size * size * dtype.itemsize)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
-def test_a_forward_takes_the_memory_of_one_layer() -> None:
+@pytest.mark.parametrize("config", ["floats", "int8", "int4", "ternary"])
+def test_a_forward_takes_the_memory_of_one_layer(config: str) -> None:
     """The packed bytes are there before: the peak may grow by one layer and a fifth of them."""
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PROGRAM, config], capture_output=True, text=True, check=True
     )
     grown, stored, layer = map(int, done.stdout.split())
     assert stored < 0.7 * 16 * layer

@@ -88,9 +88,9 @@ def unpack_bits(data: Tensor, count: int, bits: int) -> Tensor:
 def sign_extend(codes: Tensor, bits: int) -> Tensor:
     """Codes of ``bits`` bits as the signed integers that they are in two's complement, in place."""
     dtype = code_dtype(bits)
-    shift = dtype.itemsize * 8 - bits
-    codes = codes.view(dtype)
-    return codes.bitwise_left_shift_(shift).bitwise_right_shift_(shift) if shift else codes
+    codes, sign = codes.view(dtype), 1 << (bits - 1)
+    # Not by shifts, which processors have none of for bytes.
+    return codes.bitwise_xor_(sign).sub_(sign) if dtype.itemsize * 8 > bits else codes
 
 
 def packed_nbytes(count: int, bits: int) -> int:

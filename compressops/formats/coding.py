@@ -56,7 +56,7 @@ class Decoder:
     """The kernels that decoding takes; by default the references.
 
     Attributes:
-        symbols: ``(stream, offsets, lengths, num_symbols, chunk_size)`` → uint8 symbols, as
+        symbols: ``(stream, offsets, lengths, num_symbols, chunk_size, out)`` → uint8 symbols, as
             :func:`huffman_decode_reference`.
         merge: ``(out, planes, turned)``, as :func:`merge_planes_reference`.
         planes: ``(out, planes, offsets, lengths, chunk_size, turned)``, as
@@ -64,7 +64,7 @@ class Decoder:
         empty: ``(count, like, dtype)`` → memory for codes of more than a byte, where ``like`` is.
     """
 
-    symbols: Callable[[Tensor, Tensor, Tensor, int, int], Tensor] = huffman_decode_reference
+    symbols: Callable[..., Tensor] = huffman_decode_reference
     merge: Callable[[Tensor, Sequence[Tensor], bool], None] = merge_planes_reference
     planes: Callable[..., None] = decode_planes_reference
     empty: Callable[[int, Tensor, torch.dtype], Tensor] = _empty
@@ -111,8 +111,8 @@ class Coding(Axis, abc.ABC):
         """The ``count`` codes, signed integers ``[count]`` on the parts' device.
 
         Args:
-            out: where codes wider than a byte go, ``[count]``, contiguous, of their dtype;
-                ``None``: into a tensor of their own.
+            out: where they go, ``[count]``, contiguous, of their dtype; ``None``: into a tensor
+                of their own.
 
         Raises:
             ValueError: the stream is corrupt.
@@ -268,9 +268,10 @@ class Huffman(Coding):
     ) -> Tensor:
         if bits <= 8:
             if f"{name}_lengths" not in parts:
-                return sign_extend(unpack_bits(parts[name], count, bits), bits)
+                return Raw().decode(parts, name, count, bits, decoder, out)
             code = self._plane(parts, name, count, bits)
-            return sign_extend(decoder.symbols(*code, count, self.chunk_size), bits)
+            to = None if out is None else out.view(torch.uint8)
+            return sign_extend(decoder.symbols(*code, count, self.chunk_size, to), bits)
         planes = [
             self._plane(parts, plane, count, width) for plane, width in self._planes(name, bits)
         ]

@@ -131,10 +131,9 @@ class Int(Number):
             out[rows] = self.dequantize(codes[rows], some, dtype)
         return out
 
-    def zero_codes(
-        self, shape: tuple[int, ...], params: dict[str, Tensor], device: torch.device
-    ) -> Tensor:
+    def zero_codes(self, out: Tensor, params: dict[str, Tensor]) -> Tensor:
         if self.symmetric:
-            return super().zero_codes(shape, params, device)
+            return super().zero_codes(out, params)
+        shape = tuple(out.shape)
         zeros = spread(params["zeros"], shape, self.group_size)
-        return zeros.expand(matrix_shape(shape)).reshape(shape).clone()
+        return out.copy_(zeros.expand(matrix_shape(shape)).reshape(shape))

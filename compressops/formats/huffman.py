@@ -211,7 +211,12 @@ def huffman_tree(lengths: Tensor) -> HuffmanTree:
 
 
 def huffman_decode_reference(
-    stream: Tensor, offsets: Tensor, lengths: Tensor, num_symbols: int, chunk_size: int
+    stream: Tensor,
+    offsets: Tensor,
+    lengths: Tensor,
+    num_symbols: int,
+    chunk_size: int,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Decode a chunked Huffman stream with numpy; one on a GPU is copied from there and back.
 
@@ -221,6 +226,7 @@ def huffman_decode_reference(
         lengths: uint8 ``[S]``, S ≤ 256, code length of each symbol, 0 = absent.
         num_symbols: N, the symbols in the stream.
         chunk_size: symbols in a chunk, at most 32768; the last chunk may hold fewer.
+        out: uint8 ``[N]``: where they go, and then what is returned.
 
     Returns:
         uint8 ``[N]``.
@@ -234,14 +240,15 @@ def huffman_decode_reference(
     if chunks and not tree.nodes and tree.lone is None:
         raise ValueError(f"lengths have no code for the {num_symbols} symbols")
     data, bounds = stream.cpu().numpy(), offsets.tolist()
-    out = np.empty(num_symbols, dtype=np.uint8)
+    symbols = np.empty(num_symbols, dtype=np.uint8)
     for chunk in range(chunks):
-        part = out[chunk * chunk_size : (chunk + 1) * chunk_size]
+        part = symbols[chunk * chunk_size : (chunk + 1) * chunk_size]
         try:
             _decode_chunk(data[bounds[chunk] : bounds[chunk + 1]], tree, part)
         except ValueError as error:
             raise ValueError(f"chunk {chunk} {error}") from None
-    return torch.from_numpy(out).to(stream.device)
+    found = torch.from_numpy(symbols).to(stream.device)
+    return found if out is None else out.copy_(found)
 
 
 def _check_chunk_size(chunk_size: int) -> None:

@@ -133,6 +133,16 @@ class LowRank(Layout):
             return {"u": (o, p), "core": (p, q, h, w), "v": (q, i)}
         return {"u": (o, self.rank), "core": (self.rank, 1, h, w), "v": (self.rank, i)}
 
+    def check_shapes(self, shapes: Sequence[tuple[int, ...]], shape: tuple[int, ...]) -> None:
+        """Raise a ``ValueError`` unless factors of these shapes, in the order of the names, make a
+        weight of ``shape``."""
+        expected = list(self.factor_shapes(shape).values())
+        if list(shapes) != expected:
+            raise ValueError(
+                f"factors {list(shapes)} don't make a weight {list(shape)} of {self}: expected "
+                f"{expected}"
+            )
+
     def entries(self, shape: tuple[int, ...]) -> int:
         """Entries of all factors."""
         return sum(math.prod(size) for size in self.factor_shapes(shape).values())

@@ -126,12 +126,11 @@ class Number(Axis, abc.ABC):
         own; NaN stays NaN."""
         return self.dequantize(self._round(weight, params), params, weight.dtype)
 
-    def zero_codes(
-        self, shape: tuple[int, ...], params: dict[str, Tensor], device: torch.device
-    ) -> Tensor:
-        """The codes of a weight of ``shape`` that is 0.0 everywhere, in a tensor of their own."""
+    def zero_codes(self, out: Tensor, params: dict[str, Tensor]) -> Tensor:
+        """``out``, of the weight's shape and the codes' dtype, as the codes of a weight that is 0.0
+        everywhere."""
         del params
-        return torch.zeros(shape, dtype=self.code_dtype, device=device)
+        return out.zero_()
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class PackedTensor:
         lossy: bool = False,
         encoder: Encoder = huffman_encode_reference,
     ) -> PackedTensor:
-        """Pack the dense weight that the compressed model computes with.
+        """Pack the dense weight that the compressed model computes with; the parts are where it is.
 
         Args:
             weight: float32, bfloat16 or float16, any shape and device.
@@ -68,9 +68,6 @@ class PackedTensor:
                 0; the accounting counts those that it keeps.
             lossy: quantize ``weight`` instead of refusing one that is not on the grid.
             encoder: a kernel instead of the reference.
-
-        Returns:
-            its parts are on the weight's device.
 
         Raises:
             ValueError: ``unpack()`` would not give ``weight`` back bit for bit; NaN or infinities
@@ -136,12 +133,7 @@ class PackedTensor:
         shapes = [tuple(factor.shape) for factor in factors]
         if layout is None:
             layout = LowRank(max(1, shapes[0][-1] if shapes and shapes[0] else 1))
-        expected = layout.factor_shapes(tuple(shape))
-        if shapes != list(expected.values()):
-            raise ValueError(
-                f"factors {shapes} don't make a weight {list(shape)} of {layout}: expected "
-                f"{list(expected.values())}"
-            )
+        layout.check_shapes(shapes, tuple(shape))
         named = dict(zip(layout.names, factors, strict=True))
         for name, factor in named.items():
             if isinstance(factor.layout, LowRank):
@@ -191,19 +183,25 @@ class PackedTensor:
         fits = out is None or (out.dtype == self.dtype and out.is_contiguous())
         return plain and isinstance(self.layout, Dense) and fits
 
-    def dense_codes(self, decoder: Decoder | None = None) -> Tensor:
-        """The integer codes that ``number.dequantize`` takes: signed, of ``shape``; an entry that
-        is not stored has the code of 0.0.
+    def dense_codes(self, decoder: Decoder | None = None, out: Tensor | None = None) -> Tensor:
+        """The integer codes that ``number.dequantize`` takes: signed, of ``shape`` (in ``out``,
+        contiguous, if that is given); an entry that is not stored has the code of 0.0.
 
         Raises:
             ValueError: the parts are corrupt, or the layout is ``LowRank``.
         """
         if isinstance(self.layout, LowRank):
             raise ValueError("a LowRank weight has no codes of its own; its factors() have")
-        device = next(iter(self.parts.values())).device
-        zero = self.number.zero_codes(self.shape, self.params, device)
-        how = self.number.bits, self.coding.of(self.number.is_float), decoder or Decoder()
-        return self.layout.decode(self.parts, self.meta, zero, *how)
+        bits, coding = self.number.bits, self.coding.of(self.number.is_float)
+        decoder = decoder or Decoder()
+        if isinstance(self.layout, Dense):
+            flat, count = None if out is None else out.view(-1), math.prod(self.shape)
+            return coding.decode(self.parts, "codes", count, bits, decoder, flat).view(self.shape)
+        like = next(iter(self.parts.values()))
+        zero = like.new_empty(self.shape, dtype=self.number.code_dtype) if out is None else out
+        self.number.zero_codes(zero, self.params)
+        codes = self.layout.decode(self.parts, self.meta, zero, bits, coding, decoder)
+        return codes if out is None else out.copy_(codes)
 
     def __repr__(self) -> str:
         axes = f"{self.layout} × {self.number} × {self.coding}"

@@ -65,20 +65,22 @@ def _params_of(params: dict[str, Tensor], count: int, rows: Tensor) -> dict[str,
 
 
 def row_blocks(
-    packed: PackedTensor, multiple: int, decoder: Decoder
+    packed: PackedTensor, multiple: int, decoder: Decoder, out: Tensor | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """The codes of a weight's rows, ``[n, C]``, to be read alone: a multiple of so many rows at a
-    time where they can be decoded so (the last block has the rest), and else all at once. Codes of
-    whole bytes are the weight's own."""
+    time where they can be decoded so (the last block has the rest), and else all at once, then in
+    ``out`` if that is given. Codes of whole bytes are the weight's own. A multiple of 0 asks for
+    all at once."""
     rows, columns = packed.shape[0], math.prod(packed.shape[1:])
     step = max(1, _AT_ONCE // max(1, multiple * columns)) * multiple
-    whole = not (isinstance(packed.layout, Dense) and isinstance(packed.coding, Raw))
+    # Raw, by choice or because coding was not worth it.
+    raw = isinstance(packed.layout, Dense) and not is_coded(packed.parts)
     bits = packed.number.bits
-    if not whole and bits == 8:
+    if raw and bits == 8:
         yield slice(0, rows), packed.parts["codes"].view(torch.int8).view(rows, columns)
         return
-    if whole or step >= rows or multiple * bits % 8 or bits > 8:
-        yield slice(0, rows), packed.dense_codes(decoder).flatten(1)
+    if not raw or not multiple or step >= rows or multiple * bits % 8 or bits > 8:
+        yield slice(0, rows), packed.dense_codes(decoder, out).flatten(1)
         return
     size = columns * bits
     for first in range(0, rows, step):

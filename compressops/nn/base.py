@@ -209,12 +209,12 @@ class PackedModule(nn.Module):
         return held() if decoded is None else decoded
 
     def with_weight(self, function: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
-        """``function(input, weight, *args)`` with the dense weight, for as long as that takes."""
+        """``function(input, *weight, *args)`` with the weight as the function takes it (the dense
+        one, or the arguments of an op), for as long as that takes."""
         held = self._modules["packed_weight"]
-        decoded = held._buffers.get("decoded")
-        if decoded is None:
-            return held.run(function, input, *args)
-        return function(input, decoded, *args)
+        if held.residency == "decoded":
+            return function(input, *held.kernel(), *args)
+        return held.run(function, input, *args)
 
     @property
     def residency(self) -> str:

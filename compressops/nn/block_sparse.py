@@ -86,13 +86,19 @@ class BlockSparseInt8Weight(Int8Weight):
     """
 
     op = "bsr_int8_linear"
+    rows_together = 0
     arguments = ("values", "crow_indices", "col_indices", "scales", "sums")
 
     @classmethod
     def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
         return _other_layout(cls.op, layout) or super().refusal(layout, number, shape)
 
-    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    def _form(self) -> None:
+        return None
+
+    def _pack(
+        self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         rows, columns = Layout.from_spec(self._spec["layout"]).block
         # The op multiplies four inputs at once.
         block = (rows, columns if columns % 4 == 0 else 4)
@@ -140,8 +146,8 @@ class BlockSparseLinear(_BlockSparse, KernelLinear):
     layout = BlockSparse()
 
     def forward(self, input: Tensor) -> Tensor:
-        arguments = self.packed_weight.kernel()
-        return ops.bsr_linear(self.taken(input), *arguments, self.out_features, self.bias)
+        options = self.out_features, self.bias
+        return self.with_weight(ops.bsr_linear, self.taken(input), *options)
 
 
 class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
@@ -163,7 +169,7 @@ class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
     layout = BlockSparse()
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.bsr_int8_linear(self.taken(input), *self.packed_weight.kernel(), self.bias)
+        return self.with_weight(ops.bsr_int8_linear, self.taken(input), self.bias)
 
 
 class BlockSparseConv2d(_BlockSparse, ConvModule):
@@ -200,9 +206,9 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
         if self.padding_mode != "zeros" or padding != (bottom, right):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             images, padding = F.pad(images, around, mode=mode), (0, 0)
-        output = ops.bsr_conv2d(
+        output = self.with_weight(
+            ops.bsr_conv2d,
             images.contiguous(memory_format=wanted),
-            *self.packed_weight.kernel(),
             *(self.out_channels, self.kernel_size, self.bias),
             *(self.stride, padding, self.dilation),
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compressops import ops
 from compressops.formats import Layout, Number, PackedTensor, Raw
-from compressops.formats.rows import has_rows, integer_rows, rows_refusal
+from compressops.formats.rows import integer_rows, rows_refusal
 from compressops.nn.base import PackedModule
 from compressops.nn.kernel_weight import TernaryWeight
 from compressops.nn.weight import PackedWeight
@@ -45,7 +45,9 @@ class PackedEmbedding(PackedModule):
     def forward(self, input: Tensor) -> Tensor:
         held = self.packed_weight
         # Elsewhere finding the rows would wait for the device.
-        if input.device.type == "cpu" and held.keeps_none() and has_rows(held.packed()):
+        if input.device.type == "cpu" and held.keeps_none() and held.has_rows():
+            if input.dtype not in (torch.int32, torch.int64):
+                raise ValueError(f"input must be int32 or int64, got {input.dtype}")
             wanted, places = input.unique(return_inverse=True)
             for row in (wanted.min(), wanted.max()) if wanted.numel() else ():
                 if not 0 <= row < self.num_embeddings:
@@ -53,6 +55,9 @@ class PackedEmbedding(PackedModule):
                         f"input must be from 0 to {self.num_embeddings - 1}, got {int(row)}"
                     )
             return F.embedding(places, held.rows(wanted.long()))
+        return self._looked_up(input)
+
+    def _looked_up(self, input: Tensor) -> Tensor:
         return self.with_weight(F.embedding, input, self.padding_idx)
 
 
@@ -63,8 +68,7 @@ class TernaryEmbedding(PackedEmbedding):
     table (one α for the table, a row, or a group of a multiple of 16). The table may be the weight
     of a `TernaryLinear` too, in memory once.
 
-    Packed residency packs the whole table anew on each call, and breaks compiled graphs, see
-    `PackedModule`.
+    Packed residency breaks compiled graphs, see `PackedModule`.
 
     Shape: input integer ``[...]``, output ``[..., embedding_dim]`` in the dtype of the layer.
     """
@@ -72,12 +76,10 @@ class TernaryEmbedding(PackedEmbedding):
     weight_type = TernaryWeight
     op = "ternary_linear_rows"
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _looked_up(self, input: Tensor) -> Tensor:
         held = self.packed_weight
-        rows = ops.ternary_linear_rows(
-            input, *held.kernel(), self.num_embeddings, self.embedding_dim, held.group_size
-        )
-        return rows.to(held._probe.dtype)
+        sides = self.num_embeddings, self.embedding_dim, held.group_size
+        return self.with_weight(ops.ternary_linear_rows, input, *sides).to(held._probe.dtype)
 
 
 class IntegerRows(PackedWeight):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops import ops
 from compressops.nn.conv import ConvModule
 from compressops.nn.kernel_weight import GroupedWeight, Int8Weight, row_scales
+from compressops.ops.int8_conv2d import block_of, packed_shape
 
 
 class Int8ConvWeight(GroupedWeight, Int8Weight):
@@ -18,9 +20,16 @@ class Int8ConvWeight(GroupedWeight, Int8Weight):
     """
 
     op = "int8_conv2d"
+    rows_together = 0  # those of a group are
 
-    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        weight, sums = ops.int8_conv2d_pack(codes.view(self.shape), self.groups)
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        block = block_of(*self.shape[:2], self.groups, self.device.type == "cpu")
+        return packed_shape(tuple(self.shape), self.groups, *block), torch.int8
+
+    def _pack(
+        self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        weight, sums = ops.int8_conv2d_pack(codes.view(self.shape), self.groups, out)
         return weight, row_scales(params, len(codes)), sums
 
 
@@ -48,13 +57,10 @@ class Int8Conv2d(ConvModule):
         self.packed_weight = weight.for_groups(self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, scales, sums = self.packed_weight.kernel()
         input, padding = self._padded(self.taken(input))
         batched = input if input.dim() == 4 else input.unsqueeze(0)
-        output = ops.int8_conv2d(
-            *(batched, weight, scales, sums, self.bias),
-            *(self.stride, padding, self.dilation, self.groups),
-        )
+        geometry = self.stride, padding, self.dilation, self.groups
+        output = self.with_weight(ops.int8_conv2d, batched, self.bias, *geometry)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -14,16 +14,19 @@ from compressops.formats import Int, Layout, LowRank, Number, PackedTensor, Tern
 from compressops.formats.rows import row_blocks
 from compressops.nn.weight import PackedWeight, as_bytes, outside_graphs
 from compressops.ops.huge_pages import empty_to_keep
-from compressops.ops.int8_linear import MAX_IN_FEATURES
+from compressops.ops.int4_linear import CODES as INT4
+from compressops.ops.int8_linear import MAX_IN_FEATURES, packed_shape
 from compressops.ops.packed_linear import GROUP_MULTIPLE
+from compressops.ops.ternary_linear import CODES as TERNARY
 
 
 class KernelWeight(PackedWeight):
     """A weight that an op multiplies with in a form of its own, mostly as integer codes.
 
     Decoded residency holds what the op's packing makes of it (on a CPU its own blocking),
-    packed residency packs anew on each use. A subclass names the op and the arguments that `_pack`
-    gives, and says which numbers the op computes with.
+    packed residency packs anew on each use, on a CPU into memory that all packed weights share. A
+    subclass names the op and the arguments that `_pack` gives, and says which numbers the op
+    computes with.
 
     Raises:
         ValueError: the op has no such weight; the message says what it needs.
@@ -58,9 +61,20 @@ class KernelWeight(PackedWeight):
             return f"{cls.op} needs at most {MAX_IN_FEATURES} inputs (int32 sums), got {columns}"
         return None
 
-    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        """The op's arguments from int8 codes ``[rows, columns]`` and the number's parameters."""
+    def _pack(
+        self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """The op's arguments from int8 codes ``[rows, columns]`` and the number's parameters, the
+        first of them in ``out`` if that is given."""
         raise NotImplementedError
+
+    @property
+    def _sides(self) -> tuple[int, int]:
+        return self.shape[0], math.prod(self.shape[1:])
+
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        """Shape and dtype of the first argument where they don't depend on the codes."""
+        return None
 
     def _set_packed(self, packed: PackedTensor) -> None:
         why = self.refusal(packed.layout, packed.number, packed.shape)
@@ -92,24 +106,30 @@ class KernelWeight(PackedWeight):
                 for name, (dtype, size) in shapes.items()
             }
         elif device.type == "cpu" and self.rows_together:
-            return self._packed_in_blocks(self.packed())
+            return self._packed_in_blocks()
         else:
             packed = self.packed()
             codes, params = packed.dense_codes(ops.DECODER), packed.params
         return self._pack(codes.flatten(1), params)
 
-    def _packed_in_blocks(self, packed: PackedTensor) -> tuple[Tensor | None, ...]:
+    def _packed_in_blocks(
+        self, out: Tensor | None = None, memory: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         """Some rows at a time: codes of a byte each take more than both packed forms."""
+        packed = self.packed()
         count, params = self.shape[0], packed.params
         whole: list[_Growing | None] = []
-        for rows, codes in row_blocks(packed, self.rows_together, ops.DECODER):
+        for rows, codes in row_blocks(packed, self.rows_together, ops.DECODER, memory):
             if len(codes) == count:
-                return self._pack(codes, params)
+                return self._pack(codes, params, out)
             some = {name: p if p.shape[0] == 1 else p[rows] for name, p in params.items()}
             block = self._pack(codes, some)
             if not whole:
-                blocks = -(-count // len(codes))
-                whole = [None if part is None else _Growing(part, blocks) for part in block]
+                blocks, places = -(-count // len(codes)), (out, *(len(block) - 1) * [None])
+                whole = [
+                    None if part is None else _Growing(part, blocks, place)
+                    for part, place in zip(block, places, strict=True)
+                ]
             for growing, part in zip(whole, block, strict=True):
                 if growing is not None:
                     growing.append(part)
@@ -132,6 +152,16 @@ class KernelWeight(PackedWeight):
             return tuple([buffer(name) for name in self._argument_buffers])
         return self._decode_kernel()
 
+    def _shared_nbytes(self) -> int:
+        form = self._form() if self.device.type == "cpu" else None
+        return 0 if form is None else _padded_size(form) + self.shape.numel()
+
+    def _decode_into(self, buffer: Tensor) -> tuple[Tensor | None, ...]:
+        shape, dtype = form = self._form()
+        out = buffer[: math.prod(shape)].view(dtype).view(shape)
+        codes = buffer[_padded_size(form) :].view(torch.int8).view(self.shape)
+        return self._packed_in_blocks(out, codes)
+
 
 class Int8Weight(KernelWeight):
     """A weight of row-wise symmetric 8-bit integers for `ops.int8_linear`.
@@ -149,8 +179,13 @@ class Int8Weight(KernelWeight):
         fits = number == Int(bits=8, group_size=None, symmetric=True)
         return None if fits else "Int(bits=8, group_size=None, symmetric=True)"
 
-    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
-        return int8_kernel(codes, params)
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return packed_shape(*self._sides, self.device), torch.int8
+
+    def _pack(
+        self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        return int8_kernel(codes, params, out)
 
 
 class Int4Weight(KernelWeight):
@@ -170,9 +205,14 @@ class Int4Weight(KernelWeight):
             return "Int of 2 to 4 bits"
         return _needed_groups(number, columns)
 
-    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return INT4.packed_shape(*self._sides, self.device), torch.uint8
+
+    def _pack(
+        self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         zeros = params.get("zeros")
-        return ops.int4_linear_pack(codes, params["scales"], zeros, self.group_size)
+        return ops.int4_linear_pack(codes, params["scales"], zeros, self.group_size, out)
 
 
 class TernaryWeight(KernelWeight):
@@ -190,14 +230,19 @@ class TernaryWeight(KernelWeight):
     def needs(cls, number: Number, columns: int) -> str | None:
         return _needed_groups(number, columns) if isinstance(number, Ternary) else "Ternary"
 
-    def _pack(self, codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    def _form(self) -> tuple[tuple[int, ...], torch.dtype] | None:
+        return TERNARY.packed_shape(*self._sides, self.device), torch.uint8
+
+    def _pack(
+        self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
         scales, (rows, columns) = params["scales"], codes.shape
         # One α for all is [1, 1], which is also the shape of a single row's only group.
         if scales.shape == (1, 1) and columns:
             scales = scales.reshape(())
         elif not columns:
             scales = scales.new_zeros(rows, 0)
-        return ops.ternary_linear_pack(codes, scales, self.group_size)
+        return ops.ternary_linear_pack(codes, scales, self.group_size, out)
 
 
 class GroupedWeight(KernelWeight):
@@ -222,9 +267,11 @@ class GroupedWeight(KernelWeight):
             super()._materialize()
 
 
-def int8_kernel(codes: Tensor, params: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def int8_kernel(
+    codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments of `Int8Weight`, from int8 codes ``[rows, columns]`` and their scales."""
-    weight, sums = ops.int8_linear_pack(codes)
+    weight, sums = ops.int8_linear_pack(codes, out)
     # A copy: of a mapped file the pages around the scales would stay in memory with them.
     return weight, row_scales(params, len(codes)).clone(), sums
 
@@ -236,13 +283,20 @@ def row_scales(params: dict[str, Tensor], rows: int) -> Tensor:
     return scales.reshape(-1) if scales.numel() else scales.new_zeros(rows)
 
 
+def _padded_size(form: tuple[tuple[int, ...], torch.dtype]) -> int:
+    """Bytes of a tensor of bytes, with what stands behind it on a line of its own."""
+    return -(-math.prod(form[0]) // 64) * 64
+
+
 class _Growing:
     """A tensor of blocks that follow each other in the first dimension, none longer than the
-    first."""
+    first; in ``out``, as long as all of them, if that is given."""
 
-    def __init__(self, first: Tensor, blocks: int) -> None:
-        flat = empty_to_keep(blocks * first.numel(), first, first.dtype)
-        self.all, self.end = flat.view(blocks * len(first), *first.shape[1:]), 0
+    def __init__(self, first: Tensor, blocks: int, out: Tensor | None = None) -> None:
+        if out is None:
+            flat = empty_to_keep(blocks * first.numel(), first, first.dtype)
+            out = flat.view(blocks * len(first), *first.shape[1:])
+        self.all, self.end = out, 0
 
     def append(self, block: Tensor) -> None:
         begin, self.end = self.end, self.end + len(block)

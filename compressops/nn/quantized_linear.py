@@ -121,10 +121,11 @@ class Int8Linear(IntegerLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         # Not through Module's __getattr__, which takes half a microsecond for each.
-        held, arguments = self._buffers, self._modules["packed_weight"].kernel()
+        held = self._buffers
         quantization = (held["x_scale"], held["x_zero"], self.symmetric or self.static)
         activation = self.activation or "none"
-        return ops.int8_linear(self.taken(input), *arguments, self.bias, activation, *quantization)
+        options = self.bias, activation, *quantization
+        return self.with_weight(ops.int8_linear, self.taken(input), *options)
 
 
 class Int4Linear(IntegerLinear):
@@ -160,15 +161,15 @@ class Int4Linear(IntegerLinear):
         self.quantize_x = True
 
     def forward(self, input: Tensor) -> Tensor:
-        held, quantize_x = self.packed_weight, self.quantize_x
-        return ops.int4_linear(
+        quantize_x = self.quantize_x
+        return self.with_weight(
+            ops.int4_linear,
             self.taken(input),
-            *held.kernel(),
             self.out_features,
-            held.group_size,
+            self.packed_weight.group_size,
             self.bias,
             self.activation or "none",
-            quantize_x=input.device.type == "cpu" if quantize_x is None else quantize_x,
+            input.device.type == "cpu" if quantize_x is None else quantize_x,
         )
 
 
@@ -193,9 +194,9 @@ class TernaryLinear(IntegerLinear):
     row_numbers = (Int(8),)
 
     def forward(self, input: Tensor) -> Tensor:
-        held = self.packed_weight
-        arguments = (*held.kernel(), self.out_features, held.group_size, self.bias)
-        return ops.ternary_linear(self.taken(input), *arguments, self.activation or "none")
+        options = self.out_features, self.packed_weight.group_size, self.bias
+        input = self.taken(input)
+        return self.with_weight(ops.ternary_linear, input, *options, self.activation or "none")
 
 
 def flag(name: str, value: Any, default: bool | None) -> bool | None:

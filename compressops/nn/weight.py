@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 
 from compressops import ops
 from compressops.formats import Coding, Layout, Number, PackedTensor
-from compressops.formats.rows import unpack_rows
+from compressops.formats.rows import has_rows, unpack_rows
 from compressops.nn import scratch
 from compressops.ops.checks import version
 from compressops.ops.huge_pages import empty_to_keep
@@ -167,6 +167,11 @@ class PackedWeight(nn.Module):
         out = flat.as_strided(self.shape, self._strides)
         return self.packed().unpack(ops.DECODER, out=out)
 
+    def has_rows(self) -> bool:
+        """Whether `rows` gives those of the decoded weight, without the others."""
+        packed = self.packed()
+        return packed.dtype == self._probe.dtype and has_rows(packed)
+
     def rows(self, wanted: Tensor) -> Tensor:
         """The rows of these indices (int64 ``[n]``, each once), in the compute dtype."""
         return unpack_rows(self.packed(), wanted, ops.DECODER).to(self._probe.dtype)
@@ -177,23 +182,25 @@ class PackedWeight(nn.Module):
         kept = self.residency == "decoded" or torch.compiler.is_compiling() or probe.is_meta
         return not (kept or _has_interpreters())
 
+    def kernel(self) -> tuple[Tensor | None, ...]:
+        """The weight as a layer's function takes it."""
+        decoded = self._buffers.get("decoded")
+        return (self._decode() if decoded is None else decoded,)
+
     def run(self, function: Callable[..., Tensor], input: Tensor, *args: Any) -> Tensor:
-        """``function(input, weight, *args)`` with the dense weight, which is decoded into memory
-        that all packed weights share and is gone when this returns.
+        """``function(input, *kernel, *args)`` with what `kernel` gives. Where the weight is not
+        kept, that is decoded into memory that all packed weights share, and gone when this returns.
 
         For a backward pass nothing of it is kept either: the weight is decoded again.
         """
-        probe = self._probe
-        if not self.keeps_none():
-            return function(input, self._decode(), *args)
-        nbytes = self.shape.numel() * probe.element_size()
-        with scratch.lease(self, probe.device, nbytes) as buffer:
-            flat = buffer.view(probe.dtype)
-            weight = flat.as_strided(self.shape, self._strides)
-            self.packed().unpack(ops.DECODER, out=weight)
+        nbytes = self._shared_nbytes() if self.keeps_none() else 0
+        if not nbytes:
+            return function(input, *self.kernel(), *args)
+        with scratch.lease(self, self._probe.device, nbytes) as buffer:
+            kernel = self._decode_into(buffer)
             if not torch.is_grad_enabled():
-                return function(input, weight, *args)
-            address = flat.untyped_storage().data_ptr()
+                return function(input, *kernel, *args)
+            address = buffer.untyped_storage().data_ptr()
 
             def keep(saved: Tensor) -> Any:
                 if saved.untyped_storage().data_ptr() != address or not saved.numel():
@@ -201,10 +208,21 @@ class PackedWeight(nn.Module):
                 return saved.shape, saved.stride(), saved.storage_offset()
 
             def restore(kept: Any) -> Tensor:
-                return kept if isinstance(kept, Tensor) else self._decode().as_strided(*kept)
+                return kept if isinstance(kept, Tensor) else self.kernel()[0].as_strided(*kept)
 
             with torch.autograd.graph.saved_tensors_hooks(keep, restore):
-                return function(input, weight, *args)
+                return function(input, *kernel, *args)
+
+    def _shared_nbytes(self) -> int:
+        """Bytes of shared memory that `_decode_into` takes; 0: it cannot."""
+        return self.shape.numel() * self._probe.element_size()
+
+    def _decode_into(self, buffer: Tensor) -> tuple[Tensor | None, ...]:
+        """`kernel` of a weight that is not kept; only the first tensor is in the buffer, and begins
+        there."""
+        weight = buffer.view(self._probe.dtype).as_strided(self.shape, self._strides)
+        self.packed().unpack(ops.DECODER, out=weight)
+        return (weight,)
 
     def forward(self) -> Tensor:
         """The dense weight in the compute dtype."""

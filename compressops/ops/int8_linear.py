@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..backends import register
+from .bsr import rows_of
 from .checks import ACTIVATIONS, activate, bias_gradient, message, require
 from .pack_panels import pack_panels, packed_out
 
@@ -278,7 +279,7 @@ def _backward(ctx, grad):
         dequantized = rows.to(grad.dtype) * weight_scales.to(grad.dtype)[:, None]
         grad_x = grad @ dequantized
     if bias is not None and ctx.needs_input_grad[4]:
-        grad_bias = bias_gradient(grad.reshape(-1, grad.shape[-1]), 0, bias)
+        grad_bias = bias_gradient(rows_of(grad), 0, bias)
     return grad_x, None, None, None, grad_bias, None, None, None, None
 
 

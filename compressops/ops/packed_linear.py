@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .bsr import rows_of
 from .checks import ACTIVATIONS, activate, bias_gradient, require
 from .int8_linear import MAX_IN_FEATURES, quantize_rows
 from .pack_panels import (
@@ -282,7 +283,7 @@ def backward(kind: Codes, ctx, grad: torch.Tensor, call):
         dense = dequantize(kind, weight, scales, zeros, N, K, ctx.group_size, torch.float32)
         grad_x = grad @ dense.to(grad.dtype)
     if bias is not None and ctx.needs_bias_grad:
-        grad_bias = bias_gradient(grad.reshape(-1, grad.shape[-1]), 0, bias)
+        grad_bias = bias_gradient(rows_of(grad), 0, bias)
     return grad_x, grad_bias
 
 
