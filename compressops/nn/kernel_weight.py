@@ -185,7 +185,9 @@ class Int8Weight(KernelWeight):
     def _pack(
         self, codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        return int8_kernel(codes, params, out)
+        weight, sums = ops.int8_linear_pack(codes, out)
+        # A copy: of a mapped file the pages around the scales would stay in memory with them.
+        return weight, row_scales(params, len(codes)).clone(), sums
 
 
 class Int4Weight(KernelWeight):
@@ -265,15 +267,6 @@ class GroupedWeight(KernelWeight):
     def _materialize(self) -> None:
         if self.groups is not None:
             super()._materialize()
-
-
-def int8_kernel(
-    codes: Tensor, params: dict[str, Tensor], out: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of `Int8Weight`, from int8 codes ``[rows, columns]`` and their scales."""
-    weight, sums = ops.int8_linear_pack(codes, out)
-    # A copy: of a mapped file the pages around the scales would stay in memory with them.
-    return weight, row_scales(params, len(codes)).clone(), sums
 
 
 def row_scales(params: dict[str, Tensor], rows: int) -> Tensor:
