@@ -50,7 +50,7 @@ def test_quantizing_twice_changes_nothing(number: Number, dtype: torch.dtype):
         assert torch.equal(number.fake_quantize(weight, params), values)
         assert torch.equal(number.fake_quantize(values, params), values)
         assert not torch.signbit(values[values == 0]).any() or number.is_float
-        zeros = number.zero_codes(shape, params, weight.device)
+        zeros = number.zero_codes(torch.empty(shape, dtype=number.code_dtype), params)
         assert torch.equal(number.dequantize(zeros, params), torch.zeros(shape))
 
 
