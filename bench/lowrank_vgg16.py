@@ -18,13 +18,13 @@ five. A run that was killed goes on where it stopped.
 from __future__ import annotations
 
 import copy
-import dataclasses
+import statistics
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_lowrank import CALIBRATION, HELD_OUT, errors, multiply_accumulates
+from bench_lowrank import CALIBRATION, HELD_OUT, multiply_accumulates
 from common import merged, parser, write
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -68,30 +68,47 @@ def training_images(photographs: int, others: int) -> TensorDataset:
     return TensorDataset(torch.cat(images), torch.zeros(count, dtype=torch.int64))
 
 
-def features(model: nn.Sequential, x: Tensor) -> list[Tensor]:
-    found = []
-    for name, module in model.named_children():
-        x = module(x)
-        if name in GROUPS:
-            found.append(x.clone())
-    return found
-
-
 def measured(dense: nn.Sequential, ours: nn.Sequential, x: Tensor) -> dict:
-    theirs, mine = features(dense, x), features(ours, x)
-    whole, layer = errors(dense, ours, x)
-    distances = [
-        (F.normalize(b, dim=1) - F.normalize(a, dim=1)).square().sum(1).mean()
-        for a, b in zip(theirs, mine, strict=True)
-    ]
+    layers, groups, distance, theirs, mine = [], [], 0.0, x, x
+    for name, module in dense.named_children():
+        other, after = ours.get_submodule(name), module(theirs.clone())
+        if isinstance(module, nn.Conv2d):
+            layers.append(relative(other(theirs), after))
+        theirs, mine = after, other(mine.clone())
+        if name in GROUPS:
+            groups.append(relative(mine, theirs))
+            apart = F.normalize(mine, dim=1) - F.normalize(theirs, dim=1)
+            distance += apart.square().sum(1).mean().item()
     return {
         "× fewer MACs": multiply_accumulates(dense, x) / multiply_accumulates(ours, x),
-        "output error": whole,
-        "output error squared": whole**2,
-        "groups": [((b - a).norm() / a.norm()).item() for a, b in zip(theirs, mine, strict=True)],
-        "layer error": layer,
-        "perceptual": sum(distances).item(),
+        "output error": groups[-1],
+        "output error squared": groups[-1] ** 2,
+        "groups": groups,
+        "layer error": statistics.mean(error**2 for error in layers) ** 0.5,
+        "perceptual": distance,
     }
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def calibrated(
+    dense: nn.Sequential, form: str, macs: float, crops: tuple[Tensor, ...], folder: Path
+) -> tuple[nn.Sequential, co.Factorize]:
+    """The factorized network and the stage that has its ranks, kept in the folder."""
+    path, model = folder / f"{form}-{macs}-{len(crops)}.pt", copy.deepcopy(dense)
+    if path.exists():
+        kept = torch.load(path)
+        stage = co.Factorize(ranks=kept["ranks"])
+        stage.attach(model)
+        model.load_state_dict(kept["state"])
+        return model, stage
+    stage = co.Factorize(form, macs=macs, calibration=len(crops)).apply(model, crops)
+    stage = co.Factorize(ranks=stage.ranks)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"ranks": stage.ranks, "state": model.state_dict()}, path)
+    return model, stage
 
 
 def retrain(scales: list[float], steps: int, lr: float, arguments: Namespace) -> co.Retrain:
@@ -100,7 +117,8 @@ def retrain(scales: list[float], steps: int, lr: float, arguments: Namespace) ->
         batch_size=arguments.batch_size,
         optimizer=arguments.optimizer,
         lr=lr,
-        schedule="constant",
+        schedule="linear",
+        warmup=0.2,
         ce_weight=0.0,
         convolutions="winograd",
         checkpoint_seconds=1e9,
@@ -123,7 +141,7 @@ def main() -> None:
     out.add_argument("--steps", type=int, nargs="*", default=[50] * 6, help="of each --lr")
     out.add_argument("--batch-size", type=int, default=4)
     out.add_argument("--optimizer", default="adamw")
-    out.add_argument("--lr", type=float, nargs="*", default=[1e-4] * 3 + [5e-5] * 2 + [2e-5])
+    out.add_argument("--lr", type=float, nargs="*", default=[2e-5] * 6)
     out.add_argument("--merge", action="store_true", help="keep the rows that the file has")
     out.add_argument("--workdir", type=Path, required=True)
     arguments = out.parse_args()
@@ -140,24 +158,25 @@ def main() -> None:
         write("VGG16 factorized and trained", merged(rows, arguments, tuple(row)), arguments)
 
     for macs in arguments.budgets:
-        model = copy.deepcopy(dense)
-        co.Factorize(arguments.form, macs=macs, calibration=len(crops)).apply(model, crops)
+        model, _ = calibrated(dense, arguments.form, macs, crops, arguments.workdir)
         note({"form": arguments.form, "budget": macs, "calibrated": True, "steps": 0}, model)
     for form in arguments.forms:
-        cut[form], plain = copy.deepcopy(dense), copy.deepcopy(dense)
-        stage = co.Factorize(form, macs=arguments.macs, calibration=len(crops))
-        stage = stage.apply(cut[form], crops)
-        # The same ranks, and no data.
-        dataclasses.replace(stage, calibration=0).attach(plain)
-        for calibrated, model in ((False, plain), (True, cut[form])):
-            row = {"form": form, "budget": arguments.macs, "calibrated": calibrated, "steps": 0}
+        cut[form], stage = calibrated(dense, form, arguments.macs, crops, arguments.workdir)
+        plain = copy.deepcopy(dense)
+        stage.attach(plain)  # the same ranks, and no data
+        for fitted, model in ((False, plain), (True, cut[form])):
+            row = {"form": form, "budget": arguments.macs, "calibrated": fitted, "steps": 0}
             note(row, model)
     if not arguments.steps:
         return
     data, model = training_images(arguments.photographs, arguments.others), cut[arguments.form]
     row = {"form": arguments.form, "budget": arguments.macs, "calibrated": True}
     with torch.no_grad():
-        scales = [f.square().mean().item() for f in features(dense, data.tensors[0][::100])]
+        x, scales = data.tensors[0][::100], []
+        for name, module in dense.named_children():
+            x = module(x)
+            if name in GROUPS:
+                scales.append(x.square().mean().item())
     stages: list[co.Retrain] = []
     for steps, lr in zip(arguments.steps, arguments.lr, strict=True):
         stages.append(retrain(scales, steps, lr, arguments))
