@@ -181,7 +181,8 @@ def main() -> None:
     for steps, lr in zip(arguments.steps, arguments.lr, strict=True):
         stages.append(retrain(scales, steps, lr, arguments))
         run = co.compress(model, co.Recipe(stages), data, teacher=dense, workdir=arguments.workdir)
-        note(row | {"steps": sum(stage.steps for stage in stages)}, run.model)
+        how = {"steps": sum(stage.steps for stage in stages), "optimizer": arguments.optimizer}
+        note(row | how | {"lr": lr}, run.model)
 
 
 if __name__ == "__main__":
