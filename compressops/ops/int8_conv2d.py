@@ -115,9 +115,9 @@ def int8_conv2d_pack(
     if padding and groups > 1:
         # The panels of a group are whole.
         rows = F.pad(rows.unflatten(0, (groups, -1)), (0, 0, 0, 0, 0, padding)).flatten(0, 1)
-    sums = weight.new_empty(len(rows), dtype=torch.int32)
+    sums = weight.new_empty(rows.shape[0], dtype=torch.int32)
     pack_panels(packed, rows, 8, 0, sums)
-    return packed, sums if len(rows) == K else sums.view(groups, -1)[:, : K // groups].flatten()
+    return packed, sums if rows.shape[0] == K else sums.view(groups, -1)[:, : K // groups].flatten()
 
 
 def packed_shape(

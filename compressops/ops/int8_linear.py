@@ -91,7 +91,7 @@ def int8_linear_pack(
     packed = packed_out(op, packed_shape(*weight.shape, weight.device), weight, torch.int8, out)
     if weight.device.type != "cpu":
         return packed.copy_(weight), weight.sum(1, dtype=torch.int32)
-    sums = weight.new_empty(len(weight), dtype=torch.int32)
+    sums = weight.new_empty(weight.shape[0], dtype=torch.int32)
     pack_panels(packed, weight.contiguous().unsqueeze(2), 8, 0, sums)
     return packed, sums
 
