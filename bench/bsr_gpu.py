@@ -44,27 +44,36 @@ def int8_arguments(
     return torch.randn(m, k, device=DEVICE).to(dtype), *packed, scales, sums
 
 
+def any_order(crow: torch.Tensor) -> torch.Tensor:
+    return torch.randperm(len(crow) - 1, device=DEVICE).to(torch.int32)
+
+
 def cases(op: str, small: bool) -> Iterator[Check]:
-    """Blocks of whole tiles, and others, which Triton serves; ragged edges."""
+    """Blocks of whole tiles, and others, which Triton serves; ragged edges; rows in any order."""
     shapes = [(1, 200, 70, (16, 16)), (17, 136, 150, (32, 32)), (65, 97, 129, (64, 16))]
     shapes += [(5, 90, 70, (16, 4)), (9, 40, 50, (24, 20))]
     if not small:
         shapes += [(300, 1024, 1031, (128, 128)), (0, 64, 64, (16, 16)), (16, 4096, 4096, (64, 64))]
-    quantizations = itertools.cycle([(), *int8_quantizations()])
+    quantizations = itertools.cycle([(None, None, True), *int8_quantizations()])
     for (m, k, n, block), dtype in itertools.product(shapes, FLOATS):
         bound = PACKED_BOUNDS[dtype]
         refused = () if block[0] % 16 == block[1] % 16 == 0 else ("cuda",)
         bias, activation = torch.randn(n, device=DEVICE), ("none", "relu", "gelu")[(m + k) % 3]
         if op == "bsr_int8_linear":
             arguments = int8_arguments(m, k, n, block, 0.5, dtype)
-            arguments = (*arguments, bias, activation, *next(quantizations))
+            order = any_order(arguments[2])
+            arguments = (*arguments, bias, activation, *next(quantizations), order)
             yield Check(op, arguments, refused_by=refused)
             continue
         values, crow, col = blocks(n, k, block, 0.5, dtype)
         x, grad = (torch.randn(m, size, device=DEVICE).to(dtype) for size in (k, n))
         # Of grad_values: sums of m products, in float32 whatever the dtype.
         arguments, bound, relative = {
-            "bsr_linear": ((x, values, crow, col, n, bias, activation), bound, bound),
+            "bsr_linear": (
+                (x, values, crow, col, n, bias, activation, any_order(crow)),
+                bound,
+                bound,
+            ),
             "bsr_linear_grad_x": ((grad, values, crow, col, k), 2 * bound, bound),
             "bsr_linear_grad_values": ((grad, x, crow, col, list(block)), 1e-5 * (m + 1), 1e-5),
         }[op]
@@ -100,7 +109,8 @@ def conv_cases(small: bool) -> Iterator[Check]:
         bound, bias = PACKED_BOUNDS[dtype], torch.randn(k, device=DEVICE)
         arguments = conv_arguments(shape, k, kernel, block, 0.5, dtype)
         whole = block[1] % 8 == shape[1] % 8 == 0
-        arguments = (*arguments, bias, *steps, ("none", "relu", "gelu")[k % 3])
+        activation, order = ("none", "relu", "gelu")[k % 3], any_order(arguments[2])
+        arguments = (*arguments, bias, *steps, activation, order)
         refused = () if whole else ("cuda",)
         yield Check("bsr_conv2d", arguments, bound, bound, refused_by=refused)
 
@@ -113,7 +123,8 @@ CASES: dict[str, Callable[[bool], Iterator[Check]]] = {
 
 
 def _call(op: str, m: int, block: tuple[int, int], density: float) -> tuple[Callable, int, tuple]:
-    """The op in bfloat16, how many weights are stored, and its operands x or grad, and blocks."""
+    """The op in bfloat16, how many weights are stored, and its operands x or grad, and blocks.
+    Where it takes an order of their rows, it has none."""
     dtype = torch.bfloat16
     x = torch.randn(m, SIZE, device=DEVICE).to(dtype)
     if op == "bsr_int8_linear":
@@ -200,6 +211,11 @@ def rows(op: str, seconds: Callable[[list[Callable], int], float]) -> Callable:
                 theirs = functools.partial(F.linear, x, dense)
             peer = seconds([theirs], rounds)
             said = [f"torch bf16 dense, η {stored / SIZE**2 * peer / ours:.2f}"]
+            if op in ("bsr_linear", "bsr_int8_linear"):
+                order = co.ops.bsr_row_order(*weight[1:], block, SIZE, SIZE)
+                with co.backend(backend):
+                    alike = seconds([functools.partial(call, row_order=order)], rounds)
+                said.append(f"with likes together: {alike / ours:.2f} of the time")
             if op == "bsr_linear" and m % 16 == 0:
                 for name, other in _torch_bsr(x, *weight):
                     said.append(f"{name}: {seconds([other], rounds) / ours:.2f} times as long")

@@ -1,31 +1,32 @@
-"""What a GPU would gain of rows of blocks in an order by similarity.
+"""What a GPU gains of rows of blocks in the order of `ops.bsr_row_order`.
 
     python bench/bsr_row_order.py --blocks runs/bert/minilm_blocks.safetensors
 
 A block of threads of `bsr_linear` computes 128 outputs, and fetches x for each column that any of
-its rows of blocks stores. "x" is the part of all columns that this union is, on average, "greedy"
-and "swaps" how much less it is when similar rows stand together: each group begins with the
-fullest row that is left and takes those that add the fewest columns; then rows of different groups
-change places as long as that helps. "traffic" is what the second leaves of a step's bytes in 16
-bits, the stored blocks included.
+its rows of blocks stores. "x" is the part of all columns that this union is, on average, "saved"
+how much less it is in the order that a layer has of them on a GPU, and "traffic" what that leaves
+of a step's bytes in 16 bits, the stored blocks included; "s" are the seconds that finding the
+orders of all layers takes, on the CPU.
 
 Masks of the encoder of MiniLM that `bench/bert_sst2.py minilm_blocks` trains, and, in blocks of
 other sizes, those of its weights of greatest norm in each layer, which is no training; and random
-ones, of as many blocks in each layer.
+ones, of as many blocks in each layer; and random ones of a large layer.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from bench_bert_speed import SHAPE, build
 from bench_blocks_convert import trained
 from common import parser, report
 from torch import Tensor, nn
 
-OUTPUTS = 128  # of a block of threads
+import compressops as co
+from compressops.ops.bsr_row_order import TILE, columns_of_tiles
+
 BYTES = 2
 
 
@@ -37,74 +38,36 @@ def norms(weight: Tensor, block: tuple[int, int]) -> Tensor:
     return tiles.square().sum((1, 3))
 
 
-def greatest(scores: Tensor, density: float) -> np.ndarray:
+def greatest(scores: Tensor, density: float) -> Tensor:
     least = scores.flatten().topk(round(density * scores.numel())).values.min()
-    return (scores >= least).numpy()
+    return scores >= least
 
 
-def union(mask: np.ndarray, order: np.ndarray, group: int) -> int:
-    padded = np.pad(mask[order], ((0, -len(mask) % group), (0, 0)))
-    return int(padded.reshape(-1, group, mask.shape[1]).any(1).sum())
+def ordered(mask: Tensor, r: int) -> Tensor:
+    """The rows of a mask as tiles shall take them."""
+    sizes = (mask.shape[0] * r, mask.shape[1])
+    _, crow, col = co.ops.bsr_from_dense(torch.empty(sizes, dtype=torch.bool), (r, 1), mask)
+    order = co.ops.bsr_row_order(crow, col, (r, 1), *sizes)
+    return mask if order is None else mask[order.long()]
 
 
-def greedy(mask: np.ndarray, group: int) -> np.ndarray:
-    left, counts, order = np.arange(len(mask)), mask.sum(1), []
-    while len(left):
-        place = counts[left].argmax()
-        columns = np.zeros(mask.shape[1], bool)
-        for _ in range(min(group, len(left))):
-            order.append(left[place])
-            columns |= mask[left[place]]
-            left = np.delete(left, place)
-            added = (mask[left] & ~columns).sum(1)
-            place = np.lexsort((-counts[left], added))[0] if len(left) else 0
-    return np.array(order)
-
-
-def swapped(mask: np.ndarray, order: np.ndarray, group: int, most: int = 20) -> np.ndarray:
-    """Up to ``most`` times over all rows, or until no exchange of two helps."""
-    order, places = order.copy(), np.arange(len(order))
-    counts = np.add.reduceat(mask[order].astype(int), places[::group])
-    for _ in range(most):
-        before = order.copy()
-        for place in places:
-            mine, row = place // group, mask[order[place]]
-            others = places[places // group != mine]
-            if not len(others):
-                break
-            rest, theirs = counts[mine] - row, mask[order[others]]
-            change = ((rest > 0) | theirs).sum(1) - (counts[mine] > 0).sum()
-            change += (((counts[others // group] - theirs) > 0) | row).sum(1)
-            change -= (counts[others // group] > 0).sum(1)
-            best = change.argmin()
-            if change[best] < 0:
-                other, at = theirs[best].astype(int), others[best]
-                counts[mine] += other - row
-                counts[at // group] += row - other
-                order[[place, at]] = order[[at, place]]
-        if (order == before).all():
-            break
-    return order
-
-
-def row(name: str, masks: list[np.ndarray], block: tuple[int, int]) -> dict:
-    group = OUTPUTS // block[0]
-    unions = np.zeros(3)
-    for mask in masks:
-        order = greedy(mask, group)
-        orders = (np.arange(len(mask)), order, swapped(mask, order, group))
-        unions += [union(mask, each, group) for each in orders]
-    stored = sum(mask.sum() for mask in masks)
-    columns = sum(-(-len(mask) // group) * mask.shape[1] for mask in masks)
+def row(name: str, masks: list[Tensor], block: tuple[int, int]) -> dict:
+    r, c = block
+    began = time.perf_counter()
+    likes = [ordered(mask, r) for mask in masks]
+    seconds = time.perf_counter() - began
+    unions = [sum(columns_of_tiles(m.numpy(), r) for m in each) for each in (masks, likes)]
+    stored = sum(int(mask.sum()) for mask in masks)
+    columns = sum(-(-len(mask) // (TILE // r)) * mask.shape[1] for mask in masks)
     # For as many rows of x as a block of threads has outputs.
-    bytes_of = unions * OUTPUTS * block[1] * BYTES + stored * block[0] * block[1] * BYTES
+    bytes_of = [union * TILE * c * BYTES + stored * r * c * BYTES for union in unions]
     return {
-        **{"masks": name, "block": f"{block[0]}×{block[1]}"},
-        "density": float(stored / sum(mask.size for mask in masks)),
-        "x": float(unions[0] / columns),
-        "greedy": float(1 - unions[1] / unions[0]),
-        "swaps": float(1 - unions[2] / unions[0]),
-        "traffic": float(bytes_of[2] / bytes_of[0]),
+        **{"masks": name, "block": f"{r}×{c}"},
+        "density": stored / sum(mask.numel() for mask in masks),
+        "x": unions[0] / columns,
+        "saved": 1 - unions[1] / unions[0],
+        "traffic": bytes_of[1] / bytes_of[0],
+        "s": seconds,
     }
 
 
@@ -113,7 +76,6 @@ def main() -> None:
     out.add_argument("--blocks", type=Path, help="the trained file")
     arguments = out.parse_args()
     torch.manual_seed(0)
-    generator = np.random.default_rng(0)
     shape = SHAPE | {"num_hidden_layers": 1} if arguments.smoke else SHAPE
     model = build(shape)
     if arguments.blocks:
@@ -128,14 +90,18 @@ def main() -> None:
     for block in ((16, 1), (16, 16), (32, 32), (64, 64)):
         scores = [norms(weight, block) for weight in layers]
         if block == (16, 1) and arguments.blocks:
-            cases = {"trained": [(score > 0).numpy() for score in scores]}
+            cases = {"trained": [score > 0 for score in scores]}
         else:
             densities = (0.2,) if block == (16, 1) else (0.1, 0.2, 0.5)
             cases = {f"greatest of {d:.0%}": [greatest(s, d) for s in scores] for d in densities}
         for case, masks in cases.items():
             rows.append(row(f"{name}, {case}", masks, block))
-            random = [generator.random(mask.shape) < mask.mean() for mask in masks]
+            random = [torch.rand(mask.shape) < mask.float().mean() for mask in masks]
             rows.append(row("random", random, block))
+    size = 1024 if arguments.smoke else 8192
+    for block in ((16, 16), (32, 32)):
+        mask = torch.rand(size // block[0], size // block[1]) < 0.1
+        rows.append(row(f"random, {size}²", [mask], block))
     report("Columns of x that a block of threads fetches", rows, arguments)
 
 

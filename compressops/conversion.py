@@ -162,6 +162,8 @@ class Conversion:
             name: run
             for name, run in runs.items()
             if kernels.is_candidate(run)
+            # An activation that it computes would be lost.
+            and getattr(run, "activation", None) is None
             # A layer that stays hooked computes its weight on each call.
             and (isinstance(run, PackedModule) or why_not(run) is None)
         }

@@ -49,9 +49,10 @@ def convert(
             tuple combines up to one of each. Linear layers of some integers then round their
             activations too (`Int8Linear`, `Int4Linear`, `TernaryLinear`): so does a layer that was
             trained with the number, if the config names it again. A ReLU or exact GELU module that
-            is called right after such a layer is computed by the layer, and `Fused` stands in its
-            place, where nothing else uses what is between them. A mapping gives one of these per
-            glob on layer names (first match wins; ``None`` leaves a layer as it is).
+            is called right after a layer that runs on integers or stored blocks is computed by it,
+            and `Fused` stands in its place, where nothing else uses what is between them. A mapping
+            gives one of these per glob on layer names (first match wins; ``None`` leaves a layer as
+            it is).
         filter_fn: ``filter_fn(module, name)`` false: the layer stays.
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
         prefer: ``"speed"``: no layer ends slower than the dense layer that it replaces. With

@@ -1,4 +1,4 @@
-"""Activations that the linear layer before them computes, while its results are in the cache.
+"""Activations that the layer before them computes, while its results are in the cache.
 
 That a module calls both in turn, and uses what is between them for nothing else, is not read from
 its source, but seen: its ``forward`` runs once on stand-ins of its children.
@@ -21,11 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from compressops.model_state import join
 from compressops.nn import Fused, PackedModule
-from compressops.nn.quantized_linear import IntegerLinear
+from compressops.nn.fused import Activating
 
 if TYPE_CHECKING:
     from compressops.conversion import Conversion
 
+# The layers: what their inputs and outputs are called, and where those are in a tensor.
+_FEATURES = {
+    nn.Linear: ("in_features", "out_features", -1),
+    nn.Conv2d: ("in_channels", "out_channels", -3),
+}
 _BEFORE = ("_forward_pre_hooks",)
 _AFTER = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -46,8 +51,8 @@ def activation_of(module: nn.Module) -> str | None:
 
 
 def pairs(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """Of each linear layer whose output an activation module takes, and nothing else does: its
-    name, the activation module's, and the activation's.
+    """Of each linear layer or 2-D convolution whose output an activation module takes, and nothing
+    else does: its name, the activation module's, and the activation's.
 
     Not found are layers or activations that have several places in the model, that a hook watches,
     and those of a module whose ``forward`` takes more than one tensor.
@@ -57,7 +62,7 @@ def pairs(model: nn.Module) -> dict[str, tuple[str, str]]:
     for name, parent in model.named_modules():
         # Both in one place, so that nobody else calls the one without the other.
         alone = {k: m for k, m in parent._modules.items() if places[id(m)] == 1}
-        layers = {k for k, m in alone.items() if _is_linear(m) and not _watched(m, *_AFTER)}
+        layers = {k for k, m in alone.items() if _source(m) and not _watched(m, *_AFTER)}
         activations = {
             key: activation
             for key, module in alone.items()
@@ -72,8 +77,8 @@ def pairs(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 
 def fuse(job: Conversion) -> None:
-    """Let the integer layers of a conversion compute the activations that follow them."""
-    candidates = {name for name, new in job.built.items() if isinstance(new, IntegerLinear)}
+    """Let the layers of a conversion that can compute the activations that follow them, do so."""
+    candidates = {name for name, new in job.built.items() if isinstance(new, Activating)}
     if not candidates:
         return
     for name, (after, activation) in pairs(job.model).items():
@@ -114,10 +119,12 @@ def settle_loaded(job: Conversion) -> None:
         raise ValueError(f"layer {name!r}: the file has no layer that computes its {activation}")
 
 
-def _is_linear(module: nn.Module) -> bool:
+def _source(module: nn.Module) -> type[nn.Module] | None:
+    """The float layer that it is or stands for, where its output may be fused with what follows."""
     kind = parametrize.type_before_parametrizations(module)
     source = kind.source if issubclass(kind, PackedModule) else kind
-    return source is nn.Linear and "forward" not in vars(module)
+    fits = source in _FEATURES and "forward" not in vars(module)
+    return source if fits else None
 
 
 def _watched(module: nn.Module, *hooks: str) -> bool:
@@ -130,7 +137,9 @@ class _StandIn(nn.Module):
     def __init__(self, child: nn.Module, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
-        self.width = child.out_features if _is_linear(child) else None
+        source = _source(child)
+        _, outputs, self.at = _FEATURES.get(source, (None, None, None))
+        self.outputs = None if source is None else getattr(child, outputs)
         self.calls: list[tuple[Tensor, ...]] = []
         self.results: list[Tensor] = []
 
@@ -138,7 +147,10 @@ class _StandIn(nn.Module):
         tensors = tuple(t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
         with self.watch.away():
             first = tensors[0]
-            size = first.shape if self.width is None else (*first.shape[:-1], self.width)
+            size = list(first.shape)
+            if self.outputs is not None:
+                # Of a convolution as many pixels as it takes: nobody reads them.
+                size[self.at] = self.outputs
             result = first.new_zeros(size)
         self.calls.append(tensors)
         self.results.append(result)
@@ -169,7 +181,7 @@ class _Watch(TorchDispatchMode):
 
 
 def _in_turn(parent: nn.Module) -> Iterator[tuple[str, str]]:
-    """The names of two children, the second of which takes what the linear first one gives, as it
+    """The names of two children, the second of which takes what the first, a layer, gives, as it
     is, once a call; and nothing else sees that."""
     if "forward" in vars(parent):
         return
@@ -177,17 +189,19 @@ def _in_turn(parent: nn.Module) -> Iterator[tuple[str, str]]:
     children = {k: child for k, child in parent._modules.items() if child is not None}
     stands = {k: _StandIn(child, watch) for k, child in children.items()}
     probe.__dict__ = {**vars(parent), "_modules": stands}
-    first = next(child for child in children.values() if _is_linear(child))
+    first = next(child for child in children.values() if _source(child))
+    inputs = getattr(first, _FEATURES[_source(first)][0])
+    example = torch.zeros((1, 2, inputs) if _source(first) is nn.Linear else (2, inputs, 8, 8))
     try:
         with torch.random.fork_rng([]), torch.no_grad(), watch:
-            output = type(parent).forward(probe, torch.zeros(1, 2, first.in_features))
+            output = type(parent).forward(probe, example)
     except Exception:
         return
     kept = [t for t in tree_leaves((output, list(vars(probe).values()))) if isinstance(t, Tensor)]
     seen = Counter(_memory(t) for t in (*watch.used, *kept))
     seen.update(_memory(t) for stand in stands.values() for call in stand.calls for t in call)
     for name, stand in stands.items():
-        if stand.width is None or len(stand.results) != 1 or seen[_memory(stand.results[0])] != 1:
+        if stand.outputs is None or len(stand.results) != 1 or seen[_memory(stand.results[0])] != 1:
             continue
         for after, other in stands.items():
             taken = [t for call in other.calls for t in call]

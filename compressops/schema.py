@@ -32,7 +32,7 @@ SCHEMAS = {
     "round_rows": "(Tensor x, bool symmetric=True) -> Tensor",
     "bsr_linear": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_features, "
-        "Tensor? bias=None, str activation='none') -> Tensor"
+        "Tensor? bias=None, str activation='none', Tensor? row_order=None) -> Tensor"
     ),
     "bsr_linear_grad_x": (
         "(Tensor grad, Tensor values, Tensor crow_indices, Tensor col_indices, int in_features) "
@@ -45,12 +45,13 @@ SCHEMAS = {
     "bsr_conv2d": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, int out_channels, "
         "int[] kernel_size, Tensor? bias=None, int[] stride=[1, 1], int[] padding=[0, 0], "
-        "int[] dilation=[1, 1], str activation='none') -> Tensor"
+        "int[] dilation=[1, 1], str activation='none', Tensor? row_order=None) -> Tensor"
     ),
     "bsr_int8_linear": (
         "(Tensor x, Tensor values, Tensor crow_indices, Tensor col_indices, "
         "Tensor weight_scales, Tensor weight_sums, Tensor? bias=None, str activation='none', "
-        "Tensor? x_scale=None, Tensor? x_zero=None, bool symmetric=True) -> Tensor"
+        "Tensor? x_scale=None, Tensor? x_zero=None, bool symmetric=True, "
+        "Tensor? row_order=None) -> Tensor"
     ),
     "huffman_decode": (
         "(Tensor stream, Tensor offsets, Tensor lengths, int num_symbols, int chunk_size) -> Tensor"

@@ -165,6 +165,45 @@ def test_strided_gradients(kernel: torch.device, m: int) -> None:
     assert torch.equal(found, co.ops.bsr_linear_grad_values(flat, x, crow, col, (16, 16)))
 
 
+def bent(bad: float, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """grad and x of three rows, each with a bad number in its second block's share, and a weight
+    [30, 27] of the first and the last of four blocks."""
+    keep = torch.tensor([[True, False], [False, True]], device=device)
+    weight = torch.randn(30, 27, device=device) + 3
+    grad, x = torch.randn(3, 30, device=device), torch.randn(3, 27, device=device)
+    grad[1, 20] = x[2, 18] = bad
+    return grad, x, *co.ops.bsr_from_dense(weight, (16, 16), keep)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@GRAD_X
+def test_what_no_stored_block_meets_has_no_say_in_grad_x(kernel: torch.device, bad: float) -> None:
+    grad, _, *weight = bent(bad, kernel)
+    for pack in (False, True):
+        weight = co.ops.bsr_linear_pack(*weight, 30, 27) if pack else weight
+        found = co.ops.bsr_linear_grad_x(grad, *weight, 27)
+        sound = co.ops.bsr_linear_grad_x(grad.nan_to_num(0, 0, 0), *weight, 27)
+        assert not found[1, 16:].isfinite().any()
+        found[1, 16:] = sound[1, 16:]
+        assert torch.allclose(found, sound, atol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@GRAD_VALUES
+def test_what_no_stored_block_meets_has_no_say_in_grad_values(
+    kernel: torch.device, bad: float
+) -> None:
+    grad, x, _, *indices = bent(bad, kernel)
+    found = co.ops.bsr_linear_grad_values(grad, x, *indices, (16, 16))
+    numbers = (grad.nan_to_num(0, 0, 0), x.nan_to_num(0, 0, 0))
+    sound = co.ops.bsr_linear_grad_values(*numbers, *indices, (16, 16))
+    # Row 4 of the last block is grad's, column 2 is x's.
+    assert not found[1, 4, :11].isfinite().any()
+    assert not found[1, :14, 2].isfinite().any()
+    found[1, 4], found[1, :, 2] = sound[1, 4], sound[1, :, 2]
+    assert torch.allclose(found, sound, atol=1e-5)
+
+
 BAD = {
     "grad": [torch.randn(3, 50).double(), torch.tensor(1.0), torch.randn(3, 70)],
     "crow_indices": [

@@ -158,6 +158,40 @@ def test_bsr_int8_linear(library, case, kernel, splits, how):
     assert_matches(y, args, dense, **options)
 
 
+def any_order(crow: torch.Tensor) -> torch.Tensor:
+    return torch.randperm(len(crow) - 1, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_of_blocks_in_any_order(library, kernel, splits):
+    """Blocks of a part of a tile, of several tiles and of no whole ones; the last row is ragged."""
+    for block in ((16, 16), (64, 16), (48, 16), (144, 16), (256, 32)):
+        case = Case(18, 100, 530, block, dtype=torch.bfloat16, activation="relu")
+        x, *weight, n, bias, activation = make(case, torch.device("cpu"))
+        options = {"kernel": kernel, "splits": splits, "row_order": any_order(weight[1])}
+        y = bsr_multiply(library, x, weight, n, bias, activation, **options)
+        check(y, x, co.ops.bsr_to_dense(*weight, n, case.k), bias, activation)
+    args, dense = make_int8(Case(18, 100, 150, (32, 32)), torch.device("cpu"), pack=False)
+    x, *weight, scales, sums, bias, activation = args
+    options["row_order"] = any_order(weight[1])
+    quantization = (scales, sums, None, None, True)
+    y = bsr_multiply(library, x, weight, 150, bias, activation, quantization, **options)
+    assert_matches(y, args, dense)
+
+
+def test_an_order_that_is_none_stays_within_the_arrays(library):
+    x, *weight, n, _, _ = make(Case(5, 100, 300, density=0.5), torch.device("cpu"))
+    rows, right = len(weight[1]) - 1, bsr_multiply(library, x, weight, n)
+    for bad in (-1, -(2**31), rows, 2**31 - 1, 3):
+        order = torch.arange(rows, dtype=torch.int32)
+        order[7] = bad
+        y = bsr_multiply(library, x, weight, n, row_order=order, splits=2)
+        left_out = y == 77
+        assert left_out[:, 7 * 16 : 8 * 16].all()
+        assert torch.allclose(y[~left_out], right[~left_out], atol=1e-5)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_bits_do_not_depend_on_the_order(library, kernel):
     """The blocks that share an output arrive in any order, and are added in one."""
@@ -279,6 +313,12 @@ PLANTS = {
     ),
     "a block that comes first adds": (
         Plant(SPLIT, "1u) + 1 == splits", "1u) + 2 == splits"),
+        "wrong result|a ticket is left",
+    ),
+    "the order of rows left out": (
+        Plant(
+            LINEAR, "bsr_row(args, (first_n + thread) / outputs)", "(first_n + thread) / outputs"
+        ),
         "wrong result",
     ),
     "missing __syncwarp": (
@@ -321,8 +361,9 @@ def test_planted_mistakes_are_found(planted, name, order):
     def verdict() -> str:
         library = planted[name]
         try:
-            y = bsr_multiply(library, x, (values, crow, col), n, splits=3, order=order)
-            check(y, x, dense)
+            rows = torch.arange(len(crow) - 1, dtype=torch.int32).flip(0)
+            options = {"splits": 3, "order": order, "row_order": rows}
+            check(bsr_multiply(library, x, (values, crow, col), n, **options), x, dense)
             found = bsr_grad_values(library, grad, x, crow, col, case.block, order=order)
             with co.backend("eager"):
                 wanted = co.ops.bsr_linear_grad_values(grad, x, crow, col, case.block)

@@ -11,7 +11,7 @@ from cuda_on_cpu import harness
 from cuda_on_cpu.bsr_conv2d import bsr_conv2d
 from cuda_on_cpu.harness import KernelError, Plant
 from test_bsr_conv2d import CPU, Case, assert_matches, make
-from test_cuda_on_cpu_bsr import KERNELS, ORDERS
+from test_cuda_on_cpu_bsr import KERNELS, ORDERS, any_order
 
 import compressops as co
 
@@ -46,6 +46,7 @@ def run(library, case: Case, **options) -> None:
     x, values, crow, col, k, kernel, bias, *rest = args
     order = ORDERS[(case.c + case.h + case.w + case.n) % len(ORDERS)]
     weight = (values, crow, col)
+    options["row_order"] = any_order(crow) if options.pop("ordered", False) else None
     y = bsr_conv2d(library, x, weight, k, kernel, bias, *rest, order=order, **options)
     args = (x.contiguous(memory_format=torch.channels_last), *args[1:])
     assert_matches(y.contiguous(memory_format=torch.channels_last), args)
@@ -60,7 +61,9 @@ def test_matches_float64(library, case, dtype):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("splits", [1, 3])
 def test_every_kernel(library, kernel, splits):
-    run(library, replace(SIXTEEN, dtype=torch.bfloat16, k=140), kernel=kernel, splits=splits)
+    case = replace(SIXTEEN, dtype=torch.bfloat16, k=140)
+    for ordered in (False, True):
+        run(library, case, kernel=kernel, splits=splits, ordered=ordered)
 
 
 def test_what_no_stored_block_meets_is_not_read(library):

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compressops import fusion
+from compressops import fusion, kernels
 from compressops.compress import Quantize
 from compressops.convert import convert, from_packed
-from compressops.formats import Huffman, Int, Number, Ternary
+from compressops.formats import BlockSparse, Huffman, Int, Number, Ternary
 from compressops.nn import Fused, Int8Linear, PackedLinear
 from compressops.report import report
 from compressops.serialize import load, save
@@ -105,6 +105,70 @@ def test_fused(case: str, number: Number, monkeypatch: pytest.MonkeyPatch) -> No
     assert (grads[0] - grads[1]).abs().mean() < 1e-2 * grads[1].abs().mean()
     # The model that was given is as it was.
     assert str(model) == str(before)
+
+
+class Residual(nn.Module):
+    """As of a ResNet without batch norms: the second sum is activated, and nobody's alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(8, 32, 3, 2, 1), nn.Conv2d(32, 32, 3, padding=1)
+        self.relu, self.after = nn.ReLU(), nn.ReLU(inplace=True)
+        self.shortcut, self.norm = nn.Conv2d(8, 32, 1, 2), nn.BatchNorm2d(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.relu(self.first(x)))
+        return self.after(y + self.norm(self.shortcut(x)))
+
+
+IMAGES = torch.randn(2, 8, 9, 10, generator=torch.Generator().manual_seed(0))
+FUSED_CONVOLUTIONS = {
+    "Sequential": (
+        lambda: nn.Sequential(
+            *(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 24, 3, 1, "same")),
+            *(nn.GELU(), nn.Flatten(), nn.Linear(24 * 12, 20), nn.ReLU(inplace=True)),
+        ),
+        {"0": ("1", "relu"), "3": ("4", "gelu"), "6": ("7", "relu")},
+    ),
+    "residual": (Residual, {"first": ("relu", "relu")}),
+    "batch norm": (
+        lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU()),
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FUSED_CONVOLUTIONS)
+@pytest.mark.parametrize("config", [BlockSparse((4, 1)), Int(8)], ids=str)
+def test_convolutions(
+    case: str, config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, expected = FUSED_CONVOLUTIONS[case]
+    model = make().eval()
+    assert fusion.pairs(model) == expected
+    packed, plain = convert(model, config, prefer="size"), unfused(model, config, monkeypatch)
+    found = {name for name, module in packed.named_modules() if type(module) is Fused}
+    assert found == {after for after, _ in expected.values()}
+    x = IMAGES.clone().requires_grad_()
+    ours, theirs = packed(x), plain(x)
+    # Codes of what follows a GELU may tip over to the next.
+    close = 1e-5 if isinstance(config, BlockSparse) else 2e-2
+    torch.testing.assert_close(ours, theirs, atol=close, rtol=close)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, theirs)]
+    assert (grads[0] - grads[1]).abs().mean() < close * grads[1].abs().mean()
+    save(packed, tmp_path / "net.safetensors")
+    assert torch.equal(load(tmp_path / "net.safetensors", make().eval())(IMAGES), packed(IMAGES))
+
+
+def test_a_layer_with_an_activation_does_not_become_winograd(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = convert(FUSED_CONVOLUTIONS["Sequential"][0]().eval(), BlockSparse(), prefer="size")
+    seen: list[str] = []
+    monkeypatch.setattr(kernels, "choose", lambda model, layers, *_: seen.extend(layers) or {})
+    again = convert(packed, example_inputs=IMAGES)
+    assert seen == []
+    assert torch.equal(again(IMAGES), packed(IMAGES))
 
 
 def both(block: Block, x: Tensor) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 import compressops as co
 from compressops import ops
 from compressops.formats import Dense, Huffman, Int, Raw
-from compressops.nn import Int8Conv2d, PackedConv2d
+from compressops.nn import Fused, Int8Conv2d, PackedConv2d
 from compressops.report import report
 
 RESIDENCY = pytest.mark.parametrize("residency", ["decoded", "packed"])
@@ -140,7 +140,7 @@ def test_convert_save_load(residency: str, tmp_path: Path) -> None:
     model, x = net(), torch.randn(2, 8, 9, 9)
     packed = co.convert(model, INT8, prefer="size", residency=residency)
     # A depthwise convolution has too few products for it.
-    assert [type(m) for m in packed] == [Int8Conv2d, nn.ReLU, PackedConv2d]
+    assert [type(m) for m in packed] == [Int8Conv2d, Fused, PackedConv2d]
     co.save(packed, tmp_path / "net.safetensors")
     again = co.load(tmp_path / "net.safetensors", net())
     assert type(again[0]) is Int8Conv2d

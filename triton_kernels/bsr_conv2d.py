@@ -30,13 +30,15 @@ def bsr_conv2d(
     padding: Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
     activation: str = "none",
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The op, on pairs for kernel_size, stride, padding and dilation; arguments and errors are its
     own."""
     weight, steps = (values, crow_indices, col_indices), (stride, padding, dilation)
-    check(x, *weight, out_channels, kernel_size, bias, *steps, activation)
+    check(x, *weight, out_channels, kernel_size, bias, *steps, activation, row_order)
     N, channels, *size = x.shape
     bsr.check_indices_once(OP, *weight, math.prod(kernel_size) * channels)
+    bsr.check_row_order(OP, row_order, crow_indices)
     out = output_size(x, kernel_size, *steps)
     y = x.new_empty((N, *out, out_channels))
     if y.numel():

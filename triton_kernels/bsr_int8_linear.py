@@ -27,13 +27,16 @@ def bsr_int8_linear(
     x_scale: torch.Tensor | None = None,
     x_zero: torch.Tensor | None = None,
     symmetric: bool = True,
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`int8_linear` with a weight in block-sparse rows; see
     :func:`compressops.ops.bsr_int8_linear`."""
     indices = (crow_indices, col_indices)
     quantization = (x_scale, x_zero, symmetric)
-    check(x, values, *indices, weight_scales, weight_sums, bias, activation, *quantization)
+    epilogue = (weight_scales, weight_sums, bias, activation)
+    check(x, values, *indices, *epilogue, *quantization, row_order)
     bsr.check_indices_once(OP, values, *indices, x.shape[-1])
+    bsr.check_row_order(OP, row_order, crow_indices)
     y = x.new_empty((*x.shape[:-1], len(weight_scales)))
     if y.numel():
         # Launches go to the current device.

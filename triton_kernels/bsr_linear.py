@@ -22,11 +22,13 @@ def bsr_linear(
     out_features: int,
     bias: torch.Tensor | None = None,
     activation: str = "none",
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``activation(x @ W.T + bias)``, W in block-sparse rows; see
     :func:`compressops.ops.bsr_linear`."""
-    check(x, values, crow_indices, col_indices, out_features, bias, activation)
+    check(x, values, crow_indices, col_indices, out_features, bias, activation, row_order)
     bsr.check_indices_once(OP, values, crow_indices, col_indices, x.shape[-1])
+    bsr.check_row_order(OP, row_order, crow_indices)
     y = x.new_empty((*x.shape[:-1], out_features))
     if y.numel():
         # Launches go to the current device.

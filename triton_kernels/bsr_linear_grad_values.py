@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from compressops.ops import bsr
-from compressops.ops.bsr_linear import GRAD_VALUES, check_grad_values
+from compressops.ops.bsr_linear_grad import GRAD_VALUES, check_grad_values
 
 from .bsr import interpreted
 from .tiles import rows_of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from compressops.ops import bsr
-from compressops.ops.bsr_linear import GRAD_X, check_grad_x
+from compressops.ops.bsr_linear_grad import GRAD_X, check_grad_x
 
 from .bsr import multiply
 from .tiles import rows_of

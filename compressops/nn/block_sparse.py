@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,11 @@ from compressops import ops
 from compressops.formats import BlockSparse, Layout, Number, PackedTensor
 from compressops.nn.base import PackedModule
 from compressops.nn.conv import ConvModule
+from compressops.nn.fused import Activating
 from compressops.nn.kernel_weight import GroupedWeight, Int8Weight, KernelWeight, row_scales
 from compressops.nn.linear import KernelLinear
 from compressops.nn.weight import outside_graphs
-from compressops.ops.bsr import DTYPES
+from compressops.ops.bsr import DTYPES, block_size_of, refusal
 from compressops.ops.winograd_domain import memory_format
 
 
@@ -24,11 +26,11 @@ class BlockSparseWeight(KernelWeight):
     """A weight in the layout `BlockSparse`, of any number, for `ops.bsr_linear`.
 
     Its arguments: the stored blocks in the dtype of the layer, decoded, as `ops.bsr_linear_pack`
-    lays them out, and their indices.
+    lays them out, their indices, and in decoded residency on a GPU the `ops.bsr_row_order`.
     """
 
     op = "bsr_linear"
-    arguments = ("values", "crow_indices", "col_indices")
+    arguments = ("values", "crow_indices", "col_indices", "row_order")
 
     @classmethod
     def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
@@ -39,7 +41,9 @@ class BlockSparseWeight(KernelWeight):
         weight = self._decode()
         # The op computes in these dtypes alone, and refuses the activations of others itself.
         weight = weight if weight.dtype in DTYPES else weight.float()
-        return _blocks(ops.bsr_linear_pack, *self._matrix(weight))
+        matrix, block = self._matrix(weight)
+        kernel = _blocks(ops.bsr_linear_pack, matrix, block)
+        return *kernel, _row_order(self, matrix.shape, *kernel)
 
     def _matrix(self, weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """What the op multiplies with, ``[rows, columns]``, and the size of its blocks."""
@@ -82,12 +86,13 @@ class BlockSparseInt8Weight(Int8Weight):
     `ops.bsr_int8_linear`.
 
     Its arguments: the codes of the stored blocks as `ops.bsr_int8_linear_pack` lays them out, their
-    indices, ``scales`` float32 ``[out]`` and ``sums`` int32 ``[out]``.
+    indices, ``scales`` float32 ``[out]``, ``sums`` int32 ``[out]`` and the order of
+    `BlockSparseWeight`.
     """
 
     op = "bsr_int8_linear"
     rows_together = 0
-    arguments = ("values", "crow_indices", "col_indices", "scales", "sums")
+    arguments = ("values", "crow_indices", "col_indices", "scales", "sums", "row_order")
 
     @classmethod
     def refusal(cls, layout: Layout, number: Number, shape: tuple[int, ...]) -> str | None:
@@ -103,10 +108,11 @@ class BlockSparseInt8Weight(Int8Weight):
         # The op multiplies four inputs at once.
         block = (rows, columns if columns % 4 == 0 else 4)
         *kernel, sums = _blocks(ops.bsr_int8_linear_pack, codes, block)
-        return *kernel, row_scales(params, len(codes)), sums
+        order = _row_order(self, codes.shape, *kernel)
+        return *kernel, row_scales(params, len(codes)), sums, order
 
 
-class _BlockSparse(PackedModule):
+class _BlockSparse(Activating):
     """What block-sparse layers share: how much of the weight they hold, and what that costs."""
 
     @property
@@ -115,6 +121,16 @@ class _BlockSparse(PackedModule):
         packed = self.packed_weight.packed()
         stored = packed.layout.stored(packed.shape, packed.meta)
         return min(1.0, stored / max(1, math.prod(packed.shape)))
+
+    def with_blocks(self, op: Callable[..., Tensor], input: Tensor, *options: Any) -> Tensor:
+        """As `with_weight`, of an op whose last argument is the order of the rows of blocks."""
+        count = len(self.weight_type.arguments) - 1
+
+        def call(input: Tensor, *arguments: Any) -> Tensor:
+            weight, row_order = arguments[:count], arguments[count]
+            return op(input, *weight, *arguments[count + 1 :], row_order)
+
+        return self.with_weight(call, input, *options)
 
     def hollow(self) -> PackedModule:
         """A layer like this one with no block at all: it takes the time that all others have in
@@ -138,6 +154,9 @@ class BlockSparseLinear(_BlockSparse, KernelLinear):
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
+    Args:
+        activation: see `Activating`.
+
     Shape: input ``[..., in_features]`` float32, float16 or bfloat16, output
     ``[..., out_features]``.
     """
@@ -146,8 +165,8 @@ class BlockSparseLinear(_BlockSparse, KernelLinear):
     layout = BlockSparse()
 
     def forward(self, input: Tensor) -> Tensor:
-        options = self.out_features, self.bias
-        return self.with_weight(ops.bsr_linear, self.taken(input), *options)
+        options = self.out_features, self.bias, self.activation or "none"
+        return self.with_blocks(ops.bsr_linear, self.taken(input), *options)
 
 
 class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
@@ -161,6 +180,9 @@ class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
+    Args:
+        activation: see `Activating`.
+
     Shape: input ``[..., in_features]`` float32, float16 or bfloat16, output
     ``[..., out_features]``.
     """
@@ -169,7 +191,9 @@ class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
     layout = BlockSparse()
 
     def forward(self, input: Tensor) -> Tensor:
-        return self.with_weight(ops.bsr_int8_linear, self.taken(input), self.bias)
+        quantization = None, None, True
+        options = self.bias, self.activation or "none", *quantization
+        return self.with_blocks(ops.bsr_int8_linear, self.taken(input), *options)
 
 
 class BlockSparseConv2d(_BlockSparse, ConvModule):
@@ -182,6 +206,9 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
+    Args:
+        activation: see `Activating`.
+
     Shape: input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]`` float32, float16 or bfloat16.
     """
 
@@ -191,8 +218,8 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
     layout = BlockSparse((16, 1))
     op = "bsr_conv2d"
 
-    def __init__(self, module: nn.Module, weight: BlockSparseConvWeight) -> None:
-        super().__init__(module, weight)
+    def __init__(self, module: nn.Module, weight: BlockSparseConvWeight, **settings: Any) -> None:
+        super().__init__(module, weight, **settings)
         self.packed_weight = weight.for_groups(self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -206,11 +233,12 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
         if self.padding_mode != "zeros" or padding != (bottom, right):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             images, padding = F.pad(images, around, mode=mode), (0, 0)
-        output = self.with_weight(
+        output = self.with_blocks(
             ops.bsr_conv2d,
             images.contiguous(memory_format=wanted),
             *(self.out_channels, self.kernel_size, self.bias),
             *(self.stride, padding, self.dilation),
+            self.activation or "none",
         )
         # Of one channel, the input is in both formats.
         output = output.contiguous(memory_format=wanted)
@@ -229,6 +257,26 @@ def _blocks(
         kernel = (matrix.new_empty(0, *block), crow, columns)
         return kernel if matrix.is_floating_point() else (*kernel, sums)
     return pack(*ops.bsr_from_dense(matrix, block), *matrix.shape)
+
+
+def _row_order(
+    weight: KernelWeight,
+    shape: tuple[int, ...],
+    values: Tensor,
+    crow_indices: Tensor,
+    col_indices: Tensor,
+) -> Tensor | None:
+    """In which order the kernel shall take the rows of blocks. Finding one takes longer than a
+    layer's call: a weight that is packed for each call has none."""
+    if weight.residency == "packed" or not _takes_order(values):
+        return None
+    block = block_size_of(values)
+    return ops.bsr_row_order(crow_indices, col_indices, block, *shape)
+
+
+def _takes_order(values: Tensor) -> bool:
+    """Whether the kernel for such blocks has tiles of several rows."""
+    return values.is_cuda and refusal(values, values.dtype) is None
 
 
 def _other_layout(op: str, layout: Layout) -> str | None:

@@ -29,8 +29,8 @@ class ConvModule(PackedModule):
         "padding_mode",
     )
 
-    def __init__(self, module: nn.Module, weight: PackedWeight) -> None:
-        super().__init__(module, weight)
+    def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
+        super().__init__(module, weight, **settings)
         # For F.pad: padding before and after each dimension, last dimension first. The float
         # layers' own name, so that a packed layer can be built from either.
         self._reversed_padding_repeated_twice = list(module._reversed_padding_repeated_twice)

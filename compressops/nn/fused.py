@@ -1,4 +1,4 @@
-"""What stands in the place of an activation that the layer before it computes."""
+"""Layers that compute the activation after them, and what stands in its place."""
 
 from __future__ import annotations
 
@@ -6,11 +6,29 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compressops.nn.quantized_linear import fusable
+from compressops.nn.base import PackedModule
+from compressops.nn.weight import PackedWeight
+from compressops.ops.checks import ACTIVATIONS
+
+FUSABLE = tuple(name for name in ACTIVATIONS if name != "none")
+
+
+class Activating(PackedModule):
+    """A layer whose op computes an activation at once.
+
+    Args:
+        activation: ``"relu"``, ``"gelu"`` (exact) or ``None``, of the layer's output.
+    """
+
+    settings = ("activation",)
+
+    def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
+        super().__init__(module, weight, **settings)
+        self.activation = fusable("activation", self.activation)
 
 
 class Fused(nn.Module):
-    """An activation whose result the linear layer before it gives already: returns its input.
+    """An activation whose result the layer before it gives already: returns its input.
 
     `convert` puts it there, so that the modules of a model keep their names and the one that calls
     layer and activation in turn stays as it is. It has no parameters and no state.
@@ -50,3 +68,14 @@ class Fused(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.activation}, computed by the layer before"
+
+
+def fusable(name: str, value: Any) -> str | None:
+    """``value``: an activation that an op computes, or ``None``.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if value not in FUSABLE and value is not None:
+        raise ValueError(f"{name} must be one of {FUSABLE} or None, got {value!r}")
+    return value

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressops import ops
 from compressops.nn.conv import ConvModule
+from compressops.nn.fused import Activating
 from compressops.nn.kernel_weight import GroupedWeight, Int8Weight, row_scales
 from compressops.ops.int8_conv2d import block_of, packed_shape
 
@@ -33,7 +36,7 @@ class Int8ConvWeight(GroupedWeight, Int8Weight):
         return weight, row_scales(params, len(codes)), sums
 
 
-class Int8Conv2d(ConvModule):
+class Int8Conv2d(Activating, ConvModule):
     """`torch.nn.Conv2d` as W8A8: weight ``Int(bits=8)`` per output channel, activations quantized
     per image.
 
@@ -44,6 +47,9 @@ class Int8Conv2d(ConvModule):
 
     Packed residency breaks compiled graphs, see `PackedModule`.
 
+    Args:
+        activation: see `Activating`.
+
     Shape: input ``[N, in_channels, H, W]`` or ``[in_channels, H, W]``.
     """
 
@@ -52,15 +58,15 @@ class Int8Conv2d(ConvModule):
     weight_type = Int8ConvWeight
     op = "int8_conv2d"
 
-    def __init__(self, module: nn.Module, weight: Int8ConvWeight) -> None:
-        super().__init__(module, weight)
+    def __init__(self, module: nn.Module, weight: Int8ConvWeight, **settings: Any) -> None:
+        super().__init__(module, weight, **settings)
         self.packed_weight = weight.for_groups(self.groups)
 
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(self.taken(input))
         batched = input if input.dim() == 4 else input.unsqueeze(0)
-        geometry = self.stride, padding, self.dilation, self.groups
-        output = self.with_weight(ops.int8_conv2d, batched, self.bias, *geometry)
+        options = self.stride, padding, self.dilation, self.groups, self.activation or "none"
+        output = self.with_weight(ops.int8_conv2d, batched, self.bias, *options)
         return output if input.dim() == 4 else output.squeeze(0)
 
     def _padded(self, input: Tensor) -> tuple[Tensor, tuple[int, int]]:

@@ -11,30 +11,14 @@ from torch import Tensor, nn
 
 from compressops import ops
 from compressops.formats import Int
+from compressops.nn.fused import Activating
 from compressops.nn.kernel_weight import Int4Weight, Int8Weight, TernaryWeight
 from compressops.nn.linear import KernelLinear
 from compressops.nn.weight import PackedWeight, as_bytes
-from compressops.ops.checks import ACTIVATIONS
 from compressops.ops.int8_linear import MAX_ASYMMETRIC_IN_FEATURES
 
-FUSABLE = tuple(name for name in ACTIVATIONS if name != "none")
 
-
-class IntegerLinear(KernelLinear):
-    """What the layers below share: the activation that their op computes at once.
-
-    Args:
-        activation: ``"relu"``, ``"gelu"`` (exact) or ``None``, of the layer's output.
-    """
-
-    settings = ("activation",)
-
-    def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
-        super().__init__(module, weight, **settings)
-        self.activation = fusable("activation", self.activation)
-
-
-class Int8Linear(IntegerLinear):
+class Int8Linear(Activating, KernelLinear):
     """`torch.nn.Linear` as W8A8: weight ``Int(bits=8)`` per row, activations in 8 bits.
 
     Runs `ops.int8_linear`. Activations are quantized row by row to their own range (dynamic), or
@@ -49,14 +33,14 @@ class Int8Linear(IntegerLinear):
         symmetric: whether activations are quantized without a zero point; default true.
         static: whether there are buffers ``x_scale`` float32 ``[]`` and, unless symmetric,
             ``x_zero`` int8 ``[]``, which the state of the layer then holds; default false.
-        activation: as of all layers on integers.
+        activation: see `Activating`.
 
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
 
     weight_type = Int8Weight
     row_numbers = (Int(8), Int(8, symmetric=False))
-    settings = ("symmetric", "static", *IntegerLinear.settings)
+    settings = ("symmetric", "static", *Activating.settings)
 
     def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         super().__init__(module, weight, **settings)
@@ -128,7 +112,7 @@ class Int8Linear(IntegerLinear):
         return self.with_weight(ops.int8_linear, self.taken(input), *options)
 
 
-class Int4Linear(IntegerLinear):
+class Int4Linear(Activating, KernelLinear):
     """`torch.nn.Linear` on weights of 2 to 4 bits, ``Int(bits=4, group_size=…)`` and the like.
 
     Runs `ops.int4_linear`: one scale a row, or one for each group of inputs (a multiple of 16),
@@ -143,14 +127,14 @@ class Int4Linear(IntegerLinear):
     Args:
         quantize_x: whether activations are quantized; ``None``: on a CPU, whose integer
             multipliers are the faster ones, and nowhere else.
-        activation: as of all layers on integers.
+        activation: see `Activating`.
 
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
 
     weight_type = Int4Weight
     row_numbers = (Int(8),)
-    settings = ("quantize_x", *IntegerLinear.settings)
+    settings = ("quantize_x", *Activating.settings)
 
     def __init__(self, module: nn.Module, weight: PackedWeight, **settings: Any) -> None:
         super().__init__(module, weight, **settings)
@@ -173,7 +157,7 @@ class Int4Linear(IntegerLinear):
         )
 
 
-class TernaryLinear(IntegerLinear):
+class TernaryLinear(Activating, KernelLinear):
     """`torch.nn.Linear` on weights −α, 0 and α of 2 bits, and activations in 8 bits (W2A8).
 
     Runs `ops.ternary_linear`: one α for the tensor, a row, or a group of inputs (a multiple of 16).
@@ -185,7 +169,7 @@ class TernaryLinear(IntegerLinear):
     Packed residency breaks compiled graphs, see `PackedModule`.
 
     Args:
-        activation: as of all layers on integers.
+        activation: see `Activating`.
 
     Shape: input ``[..., in_features]``, output ``[..., out_features]``.
     """
@@ -209,15 +193,4 @@ def flag(name: str, value: Any, default: bool | None) -> bool | None:
         return default
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true, false or None, got {value!r}")
-    return value
-
-
-def fusable(name: str, value: Any) -> str | None:
-    """``value``: an activation that an op computes, or ``None``.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if value not in FUSABLE and value is not None:
-        raise ValueError(f"{name} must be one of {FUSABLE} or None, got {value!r}")
     return value

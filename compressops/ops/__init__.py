@@ -4,7 +4,9 @@ from ..formats.coding import Decoder
 from .bsr import bsr_from_dense, bsr_to_dense
 from .bsr_conv2d import bsr_conv2d
 from .bsr_int8_linear import bsr_int8_linear, bsr_int8_linear_pack
-from .bsr_linear import bsr_linear, bsr_linear_grad_values, bsr_linear_grad_x, bsr_linear_pack
+from .bsr_linear import bsr_linear, bsr_linear_pack
+from .bsr_linear_grad import bsr_linear_grad_values, bsr_linear_grad_x
+from .bsr_row_order import bsr_row_order
 from .huffman_decode import huffman_decode, huffman_decode_out
 from .huffman_decode_planes import huffman_decode_planes
 from .huffman_encode import huffman_encode
@@ -40,6 +42,7 @@ __all__ = [
     "bsr_linear_grad_values",
     "bsr_linear_grad_x",
     "bsr_linear_pack",
+    "bsr_row_order",
     "bsr_to_dense",
     "choose_tile",
     "cook_toom",

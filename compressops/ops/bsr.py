@@ -123,6 +123,37 @@ def rows_of_blocks(crow_indices: torch.Tensor, nnz: int) -> torch.Tensor:
     return torch.searchsorted(crow_indices[1:], numbers, right=True, out_int32=True)
 
 
+def products(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    out_features: int,
+    in_features: int,
+    transposed: bool = False,
+) -> torch.Tensor:
+    """float32 ``x @ W.T``, or ``x @ W``, in plain PyTorch, of stored blocks alone, whatever ``x``
+    holds where no block meets it."""
+    x, size = x.float(), (out_features, in_features)
+    dense = bsr_to_dense(values.float(), crow_indices, col_indices, *size)
+    y = x @ (dense if transposed else dense.t())
+    if y.isfinite().all():
+        return y
+    # Its 0 · NaN are not ours: once more without what no stored block meets.
+    blocks, out, inner = unpacked(values).float(), row_indices(crow_indices), col_indices.long()
+    if transposed:
+        blocks, out, inner, size = blocks.transpose(1, 2), inner, out, size[::-1]
+    r, c = blocks.shape[1:]
+    rows, columns = grid(size, (r, c))
+    tiles = F.pad(rows_of(x), (0, columns * c - size[1])).unflatten(1, (-1, c))
+    # What a block holds beyond the last input is ignored, whatever it is.
+    beyond = inner[:, None] * c + torch.arange(c, device=x.device) >= size[1]
+    blocks = blocks.masked_fill(beyond[:, None], 0)
+    sums = x.new_zeros(rows, len(tiles), r)
+    sums.index_add_(0, out, torch.einsum("mbc,brc->bmr", tiles[:, inner], blocks))
+    return sums.transpose(0, 1).reshape(len(tiles), rows * r)[:, : size[0]].reshape(y.shape)
+
+
 def unpacked(values: torch.Tensor) -> torch.Tensor:
     """``[nnz, r, c]`` of either form."""
     return values.transpose(1, 2).flatten(2) if values.dim() == 4 else values
@@ -160,6 +191,20 @@ def check_structure(
     )
     fits = len(col_indices) == len(values)
     require(fits, op, "col_indices", f"int32 [{len(values)}]", col_indices)
+
+
+def check_weight(
+    op: str,
+    like: torch.Tensor,
+    values: torch.Tensor,
+    crow_indices: torch.Tensor,
+    col_indices: torch.Tensor,
+    out_features: int,
+    in_features: int,
+) -> None:
+    """As `check_structure`, of floats where ``like`` is."""
+    require(values.device == like.device, op, "values", f"on {like.device}", values)
+    check_structure(op, values, crow_indices, col_indices, out_features, in_features, DTYPES, (1,))
 
 
 def check_index_tensors(
@@ -239,6 +284,33 @@ def check_index_values_once(
     _sound[col_indices] = (TensorWeakRef(crow_indices), state)
 
 
+# By row_order: the version and number of rows with which it was found to be one.
+_permutations = WeakTensorKeyDictionary()
+
+
+def check_row_order(
+    op: str, row_order: torch.Tensor | None, crow_indices: torch.Tensor, values: bool = True
+) -> None:
+    """Raise a ``ValueError`` unless ``row_order`` fits a weight; with ``values`` unless it is a
+    permutation too, which of a tensor that nobody wrote to since is known at once."""
+    if row_order is None:
+        return
+    rows, device = len(crow_indices) - 1, crow_indices.device
+    fits = row_order.dtype == torch.int32 and row_order.device == device
+    fits = fits and tuple(row_order.shape) == (rows,)
+    require(fits, op, "row_order", f"int32 [{rows}] on {device} or None", row_order)
+    state = (version(row_order), rows)
+    if not values or _permutations.get(row_order) == state:
+        return
+    ordered = row_order.sort().values
+    wrong = (ordered != torch.arange(rows, device=device)).nonzero().flatten()
+    if len(wrong):
+        at = int(wrong[0])
+        form = f"a permutation of 0 to {rows - 1}"
+        require(False, op, "row_order", form, f"{int(ordered[at])} in the place of {at}, sorted")
+    _permutations[row_order] = state
+
+
 def check_indices_once(
     op: str,
     values: torch.Tensor,
@@ -251,9 +323,16 @@ def check_indices_once(
     check_index_values_once(op, crow_indices, col_indices, columns)
 
 
-def refusal(block_size: Sequence[int], dtype: torch.dtype, transposed: bool) -> str | None:
-    """Why the CUDA kernel that multiplies by blocks, or transposed ones, in a dtype takes none of
-    this size; None: it does."""
+def refusal(values: torch.Tensor, dtype: torch.dtype, transposed: bool = False) -> str | None:
+    """Why the CUDA kernel that multiplies x of a dtype by blocks, or transposed ones, does not take
+    these; None: it does."""
+    if values.dim() == 4:
+        return "values that were packed for a CPU"
+    if values.dtype == torch.int8:
+        dtype = torch.int8
+    elif values.dtype != dtype:
+        dtype = torch.float32  # in which operands of two dtypes are multiplied
+    block_size = values.shape[1:]
     out, depth = reversed(block_size) if transposed else block_size
     if out % CELL == 0 and depth * dtype.itemsize % 16 == 0:
         return None

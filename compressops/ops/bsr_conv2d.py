@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from ..backends import register
 from . import bsr
-from .bsr_linear import bsr_linear, bsr_linear_grad_x, check_weight, refusal, values_gradient
+from .bsr_linear import bsr_linear
+from .bsr_linear_grad import bsr_linear_grad_x, values_gradient
 from .checks import bias_gradient, require
 from .conv import MOST, check_pair, check_reach, check_steps, output_size, pair
 from .winograd_domain import memory_format
@@ -32,6 +33,7 @@ def bsr_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     activation: str = "none",
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``activation(conv2d(x, W) + bias)`` with W in block-sparse rows (BSR).
 
@@ -60,6 +62,7 @@ def bsr_conv2d(
         bias: float ``[K]`` or None.
         stride, padding, dilation: one integer, or two (rows, columns); padding is on each side.
         activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
+        row_order: as in :func:`bsr_linear`.
 
     Returns:
         ``[N, K, OH, OW]`` in the dtype of ``x``, with OH = ⌊(H + 2·padding − dilation·(R − 1) − 1)
@@ -74,7 +77,7 @@ def bsr_conv2d(
     """
     return _call(
         *(x, values, crow_indices, col_indices, out_channels, pair(kernel_size), bias),
-        *(pair(stride), pair(padding), pair(dilation), activation),
+        *(pair(stride), pair(padding), pair(dilation), activation, row_order),
     )
 
 
@@ -90,6 +93,7 @@ def check(
     padding=(0, 0),
     dilation=(1, 1),
     activation="none",
+    row_order=None,
 ) -> None:
     fits = x.dim() == 4 and x.dtype in bsr.DTYPES and all(size >= 1 for size in x.shape[1:])
     form = "float32, float16 or bfloat16 [N, C, H, W], empty in N alone"
@@ -100,7 +104,8 @@ def check(
     require(out_channels >= 0, OP, "out_channels", "0 or more", out_channels)
     bsr.check_epilogue(OP, x, bias, out_channels, activation)
     width = _inputs(x, kernel_size)
-    check_weight(OP, x, values, crow_indices, col_indices, out_channels, width)
+    bsr.check_weight(OP, x, values, crow_indices, col_indices, out_channels, width)
+    bsr.check_row_order(OP, row_order, crow_indices, values=False)
 
 
 def _guard(
@@ -115,17 +120,19 @@ def _guard(
     padding=(0, 0),
     dilation=(1, 1),
     activation="none",
+    row_order=None,
 ) -> str | None:
     weight, steps = (values, crow_indices, col_indices), (stride, padding, dilation)
-    check(x, *weight, out_channels, kernel_size, bias, *steps, activation)
+    check(x, *weight, out_channels, kernel_size, bias, *steps, activation, row_order)
     width = _inputs(x, kernel_size)
     bsr.check_indices_once(OP, *weight, width)
+    bsr.check_row_order(OP, row_order, crow_indices)
     if width > MOST or any(x.shape[2 + i] + 2 * padding[i] > MOST for i in (0, 1)):
         return "its coordinates are numbers of 32 bits"
     piece = 16 // (x.dtype if x.dtype == values.dtype else torch.float32).itemsize
     if x.shape[1] % piece:
         return f"images of {x.shape[1]} channels: it reads {piece} at once"
-    return refusal(x, values, transposed=False)
+    return bsr.refusal(values, x.dtype)
 
 
 def _inputs(x: torch.Tensor, kernel_size: Sequence[int]) -> int:
@@ -170,8 +177,10 @@ def _eager(
     padding=(0, 0),
     dilation=(1, 1),
     activation="none",
+    row_order=None,
 ) -> torch.Tensor:
     bsr.check_indices(OP, values, crow_indices, col_indices, _inputs(x, kernel_size))
+    bsr.check_row_order(OP, row_order, crow_indices)
     weight = (values, crow_indices, col_indices, out_channels, bias, activation)
     geometry = (kernel_size, stride, padding, dilation)
     y = torch.cat(
@@ -195,6 +204,7 @@ def _fake(
     padding=(0, 0),
     dilation=(1, 1),
     activation="none",
+    row_order=None,
 ) -> torch.Tensor:
     size = (x.shape[0], out_channels, *output_size(x, kernel_size, stride, padding, dilation))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -202,23 +212,22 @@ def _fake(
 
 def _setup_context(ctx, inputs, output) -> None:
     x, values, crow_indices, col_indices, ctx.out_channels, kernel_size, bias = inputs[:7]
-    *steps, ctx.activation = inputs[7:]
+    *steps, ctx.activation, row_order = inputs[7:]
     ctx.geometry = (kernel_size, *steps)
     saved = output if ctx.activation == "relu" else None
-    ctx.save_for_backward(x, values, crow_indices, col_indices, bias, saved)
+    ctx.save_for_backward(x, values, crow_indices, col_indices, bias, row_order, saved)
 
 
 def _backward(ctx, grad):
-    x, values, crow_indices, col_indices, bias, output = ctx.saved_tensors
+    x, values, crow_indices, col_indices, bias, row_order, output = ctx.saved_tensors
     indices, geometry = (crow_indices, col_indices), ctx.geometry
     # Compiled graphs leave out arguments at the end that have their default.
     needs_x, needs_values, *_, needs_bias = (*ctx.needs_input_grad, *(False,) * 5)[:7]
     if ctx.activation == "relu":
         grad = torch.ops.aten.threshold_backward(grad, output, 0)
     elif ctx.activation == "gelu":
-        before = _call(
-            *(x, values, *indices, ctx.out_channels, geometry[0], bias, *geometry[1:], "none")
-        )
+        weight = (values, *indices, ctx.out_channels)
+        before = _call(x, *weight, geometry[0], bias, *geometry[1:], "none", row_order)
         grad = torch.ops.aten.gelu_backward(grad, before)
     parts = list(_split(x, geometry, grad.permute(0, 2, 3, 1)))
     grad_x = grad_values = grad_bias = None
@@ -232,7 +241,7 @@ def _backward(ctx, grad):
         grad_values = values_gradient(OP, pairs, values, *indices)
     if bias is not None and needs_bias:
         grad_bias = bias_gradient(grad, (0, 2, 3), bias)
-    return grad_x, grad_values, None, None, None, None, grad_bias, None, None, None, None
+    return grad_x, grad_values, *(None,) * 4, grad_bias, *(None,) * 5
 
 
 def _folded(

@@ -6,7 +6,7 @@ import torch
 
 from ..backends import register
 from . import bsr
-from .bsr_linear import bsr_linear_grad_x
+from .bsr_linear_grad import bsr_linear_grad_x
 from .checks import activate, bias_gradient, require
 from .int8_linear import check_quantization, max_terms, quantize_x
 
@@ -26,6 +26,7 @@ def bsr_int8_linear(
     x_scale: torch.Tensor | None = None,
     x_zero: torch.Tensor | None = None,
     symmetric: bool = True,
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """:func:`int8_linear` with a weight ``[N, K]`` in block-sparse rows (BSR).
 
@@ -46,6 +47,7 @@ def bsr_int8_linear(
         bias: float ``[N]`` or None.
         activation: ``"none"``, ``"relu"`` or ``"gelu"`` (exact).
         x_scale, x_zero, symmetric: as in :func:`int8_linear`.
+        row_order: as in :func:`bsr_linear`.
 
     Returns:
         ``[..., N]`` in the dtype of ``x``.
@@ -55,7 +57,7 @@ def bsr_int8_linear(
     """
     return _call(
         *(x, values, crow_indices, col_indices, weight_scales, weight_sums),
-        *(bias, activation, x_scale, x_zero, symmetric),
+        *(bias, activation, x_scale, x_zero, symmetric, row_order),
     )
 
 
@@ -112,6 +114,7 @@ def check(
     x_scale=None,
     x_zero=None,
     symmetric=True,
+    row_order=None,
 ) -> None:
     fits = weight_scales.dim() == 1 and weight_scales.dtype == torch.float32
     fits = fits and weight_scales.device == x.device
@@ -126,14 +129,28 @@ def check(
     fits = weight_sums.dtype == torch.int32 and tuple(weight_sums.shape) == (N,)
     fits = fits and weight_sums.device == x.device
     require(fits, OP, "weight_sums", f"int32 [{N}] on {x.device}", weight_sums)
+    bsr.check_row_order(OP, row_order, crow_indices, values=False)
 
 
-def _guard(x, values, crow_indices, col_indices, *rest, **options) -> str | None:
-    check(x, values, crow_indices, col_indices, *rest, **options)
+def _guard(
+    x,
+    values,
+    crow_indices,
+    col_indices,
+    weight_scales,
+    weight_sums,
+    bias=None,
+    activation="none",
+    x_scale=None,
+    x_zero=None,
+    symmetric=True,
+    row_order=None,
+) -> str | None:
+    weight = (values, crow_indices, col_indices, weight_scales, weight_sums)
+    check(x, *weight, bias, activation, x_scale, x_zero, symmetric, row_order)
     bsr.check_indices_once(OP, values, crow_indices, col_indices, x.shape[-1])
-    if values.dim() == 4:
-        return "values that were packed for a CPU"
-    return bsr.refusal(values.shape[1:], values.dtype, transposed=False)
+    bsr.check_row_order(OP, row_order, crow_indices)
+    return bsr.refusal(values, x.dtype)
 
 
 def _eager(
@@ -148,8 +165,10 @@ def _eager(
     x_scale=None,
     x_zero=None,
     symmetric=True,
+    row_order=None,
 ) -> torch.Tensor:
     bsr.check_indices(OP, values, crow_indices, col_indices, x.shape[-1])
+    bsr.check_row_order(OP, row_order, crow_indices)
     q, scales, zeros = quantize_x(x, x_scale, x_zero, symmetric)
     shape = (weight_scales.shape[0], x.shape[-1])
     dense = bsr.bsr_to_dense(values.double(), crow_indices, col_indices, *shape)
@@ -165,18 +184,19 @@ def _fake(x, values, crow_indices, col_indices, weight_scales, *_args, **_option
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    x, *weight, bias, ctx.activation, x_scale, x_zero, ctx.symmetric = inputs
+    x, *weight, bias, ctx.activation, x_scale, x_zero, ctx.symmetric, row_order = inputs
     ctx.in_features = x.shape[-1]
     kept = {"none": None, "relu": output, "gelu": x}[ctx.activation]
-    ctx.save_for_backward(*weight, bias, x_scale, x_zero, kept)
+    ctx.save_for_backward(*weight, bias, x_scale, x_zero, row_order, kept)
 
 
 def _backward(ctx, grad):
-    *weight, bias, x_scale, x_zero, kept = ctx.saved_tensors
+    *weight, bias, x_scale, x_zero, row_order, kept = ctx.saved_tensors
     if ctx.activation == "relu":
         grad = torch.ops.aten.threshold_backward(grad, kept, 0)
     elif ctx.activation == "gelu":
-        before = _call(kept, *weight, bias, "none", x_scale, x_zero, ctx.symmetric)
+        quantization = (x_scale, x_zero, ctx.symmetric)
+        before = _call(kept, *weight, bias, "none", *quantization, row_order)
         grad = torch.ops.aten.gelu_backward(grad, before)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
@@ -187,7 +207,7 @@ def _backward(ctx, grad):
     # Compiled graphs leave out arguments at the end that have their default.
     if bias is not None and any(ctx.needs_input_grad[6:7]):
         grad_bias = bias_gradient(bsr.rows_of(grad), 0, bias)
-    return grad_x, *(None,) * 5, grad_bias, None, None, None, None
+    return grad_x, *(None,) * 5, grad_bias, *(None,) * 5
 
 
 _call = register(

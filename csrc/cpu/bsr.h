@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -99,6 +100,23 @@ inline BsrBlocks check_blocks(const char* op, const Tensor& values, const Tensor
   blocks.col = check_index(op, "col_indices", col_indices, blocks.nnz);
   check_indices(op, blocks);
   return blocks;
+}
+
+// An order of the rows of blocks changes no result, and is of no use here: a panel of x stays in
+// the caches for all strips. It has to be one nevertheless.
+inline void check_row_order(const char* op, const std::optional<Tensor>& row_order,
+                            const BsrBlocks& blocks) {
+  if (!row_order) return;
+  const Tensor order = check_index(op, "row_order", *row_order, blocks.rows);
+  const int32_t* rows = static_cast<const int32_t*>(order.const_data_ptr());
+  std::vector<bool> seen(blocks.rows);
+  for (int64_t i = 0; i < blocks.rows; ++i) {
+    const bool fits = rows[i] >= 0 && rows[i] < blocks.rows && !seen[rows[i]];
+    COMPRESSOPS_CHECK(fits, op, "row_order",
+                      "a permutation of 0 to " + std::to_string(blocks.rows - 1),
+                      std::to_string(rows[i]) + " at " + std::to_string(i));
+    seen[rows[i]] = true;
+  }
 }
 
 // A weight as the kernels read it: strips of `r` outputs, as BsrStrip says.

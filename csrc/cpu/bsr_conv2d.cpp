@@ -291,7 +291,7 @@ Tensor bsr_conv2d(const Tensor& x, const Tensor& values, const Tensor& crow_indi
                   const Tensor& col_indices, int64_t out_channels, std::vector<int64_t> kernel_size,
                   const std::optional<Tensor>& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                  const std::string& activation) {
+                  const std::string& activation, const std::optional<Tensor>& row_order) {
   check_image(kOp, x);
   const Element element = element_of(kOp, x, "x");
   const Element stored = element_of(kOp, values, "values");
@@ -310,6 +310,7 @@ Tensor bsr_conv2d(const Tensor& x, const Tensor& values, const Tensor& crow_indi
   const int64_t inputs = sizes.R * sizes.S * sizes.C;
   const BsrBlocks blocks =
       check_blocks(kOp, values, crow_indices, col_indices, out_channels, inputs, 1);
+  check_row_order(kOp, row_order, blocks);
   const Activation parsed = parse_activation(kOp, activation);
   if (bias)
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == out_channels, kOp,

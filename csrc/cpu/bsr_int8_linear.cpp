@@ -73,7 +73,8 @@ Tensor bsr_int8_linear(const Tensor& x, const Tensor& values, const Tensor& crow
                        const Tensor& col_indices, const Tensor& weight_scales,
                        const Tensor& weight_sums, const std::optional<Tensor>& bias,
                        const std::string& activation_name, const std::optional<Tensor>& x_scale,
-                       const std::optional<Tensor>& x_zero, bool symmetric) {
+                       const std::optional<Tensor>& x_zero, bool symmetric,
+                       const std::optional<Tensor>& row_order) {
   COMPRESSOPS_CHECK(x.is_cpu() && x.dim() >= 1, kOp, "x", "a CPU tensor [..., K]", x);
   element_of(kOp, x, "x");
   COMPRESSOPS_CHECK(weight_scales.dim() == 1, kOp, "weight_scales", "a CPU float32 tensor [N]",
@@ -88,6 +89,7 @@ Tensor bsr_int8_linear(const Tensor& x, const Tensor& values, const Tensor& crow
                     x);
   COMPRESSOPS_CHECK(values.scalar_type() == ScalarType::Char, kOp, "values", "int8", values);
   const BsrBlocks blocks = check_blocks(kOp, values, crow_indices, col_indices, N, K, kQuad);
+  check_row_order(kOp, row_order, blocks);
   if (bias)
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, kOp, "bias",
                       "a CPU tensor [" + std::to_string(N) + "]", *bias);

@@ -60,10 +60,12 @@ void multiply(const BsrWeight& weight, const Tensor& x, Element element, int64_t
 // x · W.T, or x · W where it is transposed.
 Tensor product(const char* op, const char* argument, const Tensor& x, const Tensor& values,
                const Tensor& crow_indices, const Tensor& col_indices, int64_t N, int64_t K,
-               bool transposed, const std::optional<Tensor>& bias, const std::string& activation) {
+               bool transposed, const std::optional<Tensor>& bias, const std::string& activation,
+               const std::optional<Tensor>& row_order) {
   const Element element = element_of(op, x, argument);
   const Element stored = element_of(op, values, "values");
   const BsrBlocks blocks = check_blocks(op, values, crow_indices, col_indices, N, K, 1);
+  check_row_order(op, row_order, blocks);
   const Activation parsed = parse_activation(op, activation);
   if (bias)
     COMPRESSOPS_CHECK(bias->is_cpu() && bias->dim() == 1 && bias->size(0) == N, op, "bias",
@@ -86,11 +88,12 @@ Tensor product(const char* op, const char* argument, const Tensor& x, const Tens
 
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indices,
                   const Tensor& col_indices, int64_t out_features,
-                  const std::optional<Tensor>& bias, const std::string& activation) {
+                  const std::optional<Tensor>& bias, const std::string& activation,
+                  const std::optional<Tensor>& row_order) {
   constexpr const char* kOp = "bsr_linear";
   COMPRESSOPS_CHECK(x.is_cpu() && x.dim() >= 1, kOp, "x", "a CPU tensor [..., K]", x);
   return product(kOp, "x", x, values, crow_indices, col_indices, out_features, x.size(x.dim() - 1),
-                 false, bias, activation);
+                 false, bias, activation, row_order);
 }
 
 Tensor bsr_linear_grad_x(const Tensor& grad, const Tensor& values, const Tensor& crow_indices,
@@ -98,7 +101,7 @@ Tensor bsr_linear_grad_x(const Tensor& grad, const Tensor& values, const Tensor&
   constexpr const char* kOp = "bsr_linear_grad_x";
   COMPRESSOPS_CHECK(grad.is_cpu() && grad.dim() >= 1, kOp, "grad", "a CPU tensor [..., N]", grad);
   return product(kOp, "grad", grad, values, crow_indices, col_indices, grad.size(grad.dim() - 1),
-                 in_features, true, std::nullopt, "none");
+                 in_features, true, std::nullopt, "none", std::nullopt);
 }
 
 }  // namespace

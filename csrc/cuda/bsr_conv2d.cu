@@ -40,7 +40,7 @@ Tensor bsr_conv2d(const Tensor& x, const Tensor& values, const Tensor& crow_indi
                   const Tensor& col_indices, int64_t out_channels, std::vector<int64_t> kernel_size,
                   const OptionalTensor& bias, std::vector<int64_t> stride,
                   std::vector<int64_t> padding, std::vector<int64_t> dilation,
-                  const std::string& activation_name) {
+                  const std::string& activation_name, const OptionalTensor& row_order) {
   COMPRESSOPS_CHECK(x.is_cuda() && x.dim() == 4 && is_float_dtype(x) && x.size(1) >= 1 &&
                         x.size(2) >= 1 && x.size(3) >= 1,
                     kOp, "x",
@@ -57,7 +57,7 @@ Tensor bsr_conv2d(const Tensor& x, const Tensor& values, const Tensor& crow_indi
   const int64_t N = out_channels, K = kernel_size[0] * kernel_size[1] * windows.C;
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const BsrBlocks blocks =
-      checked_blocks(kOp, values, crow_indices, col_indices, N, K, x, dtype, false);
+      checked_blocks(kOp, values, crow_indices, col_indices, N, K, x, dtype, false, row_order);
   const OptionalTensor float_bias = checked_bias(kOp, bias, N, x);
   const Activation activation = parse_activation(activation_name, kOp);
   const Tensor y = new_images(x, {x.size(0), N, windows.OH, windows.OW}, true);

@@ -10,12 +10,13 @@ Tensor bsr_int8_linear(const Tensor& x, const Tensor& values, const Tensor& crow
                        const Tensor& col_indices, const Tensor& weight_scales,
                        const Tensor& weight_sums, const OptionalTensor& bias,
                        const std::string& activation_name, const OptionalTensor& x_scale,
-                       const OptionalTensor& x_zero, bool symmetric) {
+                       const OptionalTensor& x_zero, bool symmetric,
+                       const OptionalTensor& row_order) {
   const auto [how, K, N] =
       checked_rows(kOp, x, weight_scales, weight_sums, x_scale, x_zero, symmetric);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const BsrBlocks blocks =
-      checked_blocks(kOp, values, crow_indices, col_indices, N, K, x, ScalarType::Char, false);
+  const BsrBlocks blocks = checked_blocks(kOp, values, crow_indices, col_indices, N, K, x,
+                                          ScalarType::Char, false, row_order);
   const OptionalTensor float_bias = checked_bias(kOp, bias, N, x);
   const Activation activation = parse_activation(activation_name, kOp);
   const Tensor y = new_result(x, N);

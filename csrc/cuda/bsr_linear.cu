@@ -7,13 +7,13 @@ constexpr const char* kOp = "bsr_linear";
 
 Tensor bsr_linear(const Tensor& x, const Tensor& values, const Tensor& crow_indices,
                   const Tensor& col_indices, int64_t out_features, const OptionalTensor& bias,
-                  const std::string& activation_name) {
+                  const std::string& activation_name, const OptionalTensor& row_order) {
   COMPRESSOPS_CHECK(x.is_cuda() && x.dim() >= 1 && is_float_dtype(x), kOp, "x",
                     "a CUDA float32, float16 or bfloat16 tensor [..., K]", x);
   const int64_t N = out_features, K = x.size(x.dim() - 1);
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const BsrBlocks blocks = checked_blocks(kOp, values, crow_indices, col_indices, N, K, x,
-                                          common_dtype(x, values), false);
+                                          common_dtype(x, values), false, row_order);
   const OptionalTensor float_bias = checked_bias(kOp, bias, N, x);
   const Activation activation = parse_activation(activation_name, kOp);
   const Tensor y = new_result(x, N);

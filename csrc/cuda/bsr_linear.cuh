@@ -3,7 +3,8 @@
 // images. One kernel, on mma.sync in 16 bits and in int8 (sm_80 and newer), and on fused
 // multiply-adds in float32.
 //
-// A block computes kBlockM rows of 128 outputs: eight groups of 16, each of one row of blocks. It
+// A block computes kBlockM rows of 128 outputs: eight groups of 16, each of one row of blocks;
+// which rows of blocks come together is for the caller to say, who may know which are alike. It
 // walks over the columns that any of them stores: rows of x for a column are fetched once for all
 // groups, and each group multiplies them by its own stored block, or not at all. So 16 × 16 blocks
 // that fill a fraction d of the matrix read 1 − (1 − d)^8 of x a block, instead of 8 d: at 20 %
@@ -46,7 +47,10 @@ struct BsrArgs {
   Global<const int> starts;     // [rows + 1]
   Global<const int> columns;    // [nnz]: the blocks' columns; rows, if transposed
   Global<const int64_t> order;  // [nnz], if transposed: the blocks' numbers
-  Global<const float> bias;     // [N] or null
+  // In which order tiles take the rows of blocks: [rows], a permutation, or null: as they are.
+  Global<const int> row_order;
+  int64_t width;             // outputs that tiles cover: see bsr_width
+  Global<const float> bias;  // [N] or null
   Activation activation;
   // Of int8: of rows of x; and of outputs.
   Global<const float> x_scales;
@@ -59,6 +63,22 @@ struct BsrArgs {
   FloatType y_type;
   Global<uint8_t> y;  // [M, N]
 };
+
+// Without an order of the rows, tiles end with the outputs. With one the last row of blocks, which
+// may have fewer, can stand anywhere.
+template <class Input>
+inline int64_t bsr_width(const BsrArgs<Input>& args) {
+  return args.row_order == nullptr ? args.N : args.rows * args.r;
+}
+
+// The row of blocks that stands at `place`. A list that is no permutation leads nowhere: what is no
+// row is passed over, rows that it has twice are written twice alike, and the others not at all.
+template <class Input>
+__device__ __forceinline__ int64_t bsr_row(const BsrArgs<Input>& args, int64_t place) {
+  if (args.row_order == nullptr || place >= args.rows) return place;
+  // A negative one is above all others as an unsigned number.
+  return static_cast<unsigned>(load_nc<int>(args.row_order, place));
+}
 
 // kWarpsM warps have 16 kTilesM rows each; kWarpsK take different chunks of kSlots in a stage.
 template <int kTilesM_, int kWarpsM_, int kWarpsK_, int kSlots_, int kStages_>
@@ -131,28 +151,6 @@ struct BsrCursor {
   }
 };
 
-// 16 bytes of a row of blocks from input k on, zeros past K, of which it has some.
-template <class Input>
-__device__ __forceinline__ int4 load_some(Global<const Input> values, int64_t count) {
-  constexpr int kSize = static_cast<int>(sizeof(Input));
-  unsigned words[4] = {0, 0, 0, 0};
-#pragma unroll
-  for (int i = 0; i < 16 / kSize; ++i) {
-    if (i >= count) continue;
-    if constexpr (kSize == 4) {
-      words[i] = __float_as_uint(load_nc<Input>(values, i));
-    } else if constexpr (kSize == 2) {
-      const unsigned bits = load_nc<uint16_t>(view_as<const uint16_t>(values), i);
-      words[i / 2] |= bits << 16 * (i % 2);
-    } else {
-      words[i / 4] |= static_cast<unsigned>(static_cast<uint8_t>(load_nc<Input>(values, i)))
-                      << 8 * (i % 4);
-    }
-  }
-  return make_int4(static_cast<int>(words[0]), static_cast<int>(words[1]),
-                   static_cast<int>(words[2]), static_cast<int>(words[3]));
-}
-
 template <class Input>
 __device__ __forceinline__ float bsr_value(const BsrArgs<Input>& args, int64_t m, int64_t n,
                                            typename BsrOperands<Input>::Sum sum) {
@@ -185,14 +183,15 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
   const int64_t tile = blockIdx.x / args.splits, split = blockIdx.x % args.splits;
   int64_t tile_m, tile_n;
   tile_of_block(tile, ceil_div<int64_t>(args.M, Tile::kBlockM),
-                ceil_div<int64_t>(args.N, kBsrBlockN), &tile_m, &tile_n);
+                ceil_div<int64_t>(args.width, kBsrBlockN), &tile_m, &tile_n);
+  // first_n and what is counted from it are places of outputs, in the order of the rows.
   const int64_t first_m = tile_m * Tile::kBlockM, first_n = tile_n * kBsrBlockN;
   const int64_t outputs = kTransposed ? args.c : args.r;  // of a block
   const int64_t inputs = kTransposed ? args.r : args.c;
   const int chunks = static_cast<int>(ceil_div<int64_t>(inputs, kInputs));
 
   BsrCursor<kTransposed> cursor;
-  cursor.start(args, (first_n + lane % kBsrGroups * kBsrCell) / outputs, split);
+  cursor.start(args, bsr_row(args, (first_n + lane % kBsrGroups * kBsrCell) / outputs), split);
 
   const Shared<int4> windows = slice(shared, kStages * kStage, kWindows ? Tile::kBlockM : 0);
   if constexpr (kWindows) {
@@ -372,12 +371,15 @@ __global__ void __launch_bounds__(Tile::kThreads) bsr_multiply(BsrArgs<Input> ar
     if (warp_k == 0) results[place(row, n)] = flat[e];
   }
   __syncthreads();
-  for (int at = thread; at < Tile::kBlockM * kBsrBlockN; at += Tile::kThreads) {
-    const int row = at / kBsrBlockN, column = at % kBsrBlockN;
-    const int64_t m = first_m + row, n = first_n + column;
-    if (m >= args.M || n >= args.N) continue;
+  // A thread writes one output of every row.
+  static_assert(Tile::kThreads == kBsrBlockN);
+  const int64_t n =
+      bsr_row(args, (first_n + thread) / outputs) * outputs + (first_n + thread) % outputs;
+  for (int row = 0; row < Tile::kBlockM; ++row) {
+    const int64_t m = first_m + row;
+    if (m >= args.M || n >= args.N) break;
     store_float(args.y, args.y_type, m * args.N + n,
-                bsr_value(args, m, n, static_cast<Sum>(results[place(row, column)])));
+                bsr_value(args, m, n, static_cast<Sum>(results[place(row, thread)])));
   }
 }
 

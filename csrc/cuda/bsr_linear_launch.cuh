@@ -29,7 +29,8 @@ struct BsrPlan {
   int64_t partials;  // sums of scratch
 };
 
-// cells: of 16 outputs × 16 inputs (32 of int8) that the weight stores.
+// N: outputs that tiles cover; cells: of 16 outputs × 16 inputs (32 of int8) that the weight
+// stores.
 inline BsrPlan plan_bsr(int64_t M, int64_t N, int64_t cells, int64_t multiprocessors,
                         BsrKernel forced = BsrKernel::kAuto, int64_t forced_splits = 0) {
   for (const BsrChoice& choice : kBsrChoices) {

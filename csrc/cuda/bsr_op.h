@@ -15,6 +15,7 @@ namespace compressops {
 
 struct BsrBlocks {
   Tensor values, crow, col;  // contiguous, values on 16 bytes
+  OptionalTensor row_order;
   int64_t nnz, r, c;
   int64_t rows, columns;  // of the grid of blocks
 };
@@ -35,7 +36,8 @@ inline Tensor checked_index(const char* op, const Tensor& tensor, const char* ar
 // The blocks of a weight [N, K] in the type of `dtype`.
 inline BsrBlocks checked_blocks(const char* op, const Tensor& values, const Tensor& crow_indices,
                                 const Tensor& col_indices, int64_t N, int64_t K, const Tensor& x,
-                                ScalarType dtype, bool transposed) {
+                                ScalarType dtype, bool transposed,
+                                const OptionalTensor& row_order = std::nullopt) {
   constexpr int64_t kMost = int64_t{1} << 40;
   COMPRESSOPS_CHECK(N >= 0 && N <= kMost, op, "out_features", "from 0 to 2^40", N);
   COMPRESSOPS_CHECK(K >= 0 && K <= kMost, op, "in_features", "from 0 to 2^40", K);
@@ -56,6 +58,9 @@ inline BsrBlocks checked_blocks(const char* op, const Tensor& values, const Tens
   blocks.rows = ceil_div(N, blocks.r), blocks.columns = ceil_div(K, blocks.c);
   blocks.crow = checked_index(op, crow_indices, "crow_indices", blocks.rows + 1, x);
   blocks.col = checked_index(op, col_indices, "col_indices", blocks.nnz, x);
+  if (row_order) {
+    blocks.row_order = checked_index(op, *row_order, "row_order", blocks.rows, x);
+  }
   return blocks;
 }
 
@@ -106,26 +111,30 @@ inline Tensor new_result(const Tensor& x, int64_t N) {
 template <bool kTransposed, bool kWindows = false, class Input>
 void multiply_blocks(const char* op, const BsrBlocks& blocks, BsrArgs<Input> args,
                      const Tensor& starts, const Tensor& columns, const Tensor& y) {
+  args.rows = kTransposed ? blocks.columns : blocks.rows;
+  args.r = blocks.r, args.c = blocks.c;
+  args.row_order = data_of<int>(blocks.row_order);
+  args.width = bsr_width(args);
   const int64_t cell = int64_t{kBsrCell} * BsrOperands<Input>::kInputs;
-  const BsrPlan plan = plan_bsr(args.M, args.N, blocks.nnz * (blocks.r * blocks.c / cell),
+  const BsrPlan plan = plan_bsr(args.M, args.width, blocks.nnz * (blocks.r * blocks.c / cell),
                                 multiprocessor_count(y, op));
+  const cudaStream_t stream = current_stream(y, op);
   OptionalTensor partials, tickets;
   if (plan.splits > 1) {
     // Sums of floats or of integers, of 4 bytes.
     partials = torch::stable::new_empty(y, {plan.partials}, ScalarType::Int);
-    tickets = torch::stable::new_zeros(y, {plan.tiles}, ScalarType::Int);
+    tickets = stream_tickets(y, plan.tiles, stream, op);
     args.partials = data_of<typename BsrOperands<Input>::Sum>(*partials);
     args.tickets = data_of<unsigned>(*tickets);
   }
   args.values = static_cast<const Input*>(blocks.values.const_data_ptr());
-  args.nnz = blocks.nnz, args.r = blocks.r, args.c = blocks.c;
-  args.rows = kTransposed ? blocks.columns : blocks.rows;
+  args.nnz = blocks.nnz;
   args.starts = static_cast<const int*>(starts.const_data_ptr());
   args.columns = static_cast<const int*>(columns.const_data_ptr());
   args.splits = plan.splits;
   args.y_type = float_type(y);
   args.y = data_of<uint8_t>(y);
-  check_cuda(launch_bsr<kTransposed, kWindows>(args, plan, current_stream(y, op)), op);
+  check_cuda(launch_bsr<kTransposed, kWindows>(args, plan, stream), op);
 }
 
 // call(x, T{}) with x in the type that both operands are multiplied in.

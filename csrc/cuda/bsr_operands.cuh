@@ -20,6 +20,28 @@ __device__ __forceinline__ int bsr_place(int row, int piece) {
   }
 }
 
+// 16 bytes of a row of blocks from input k on, zeros past K, of which it has some.
+template <class Input>
+__device__ __forceinline__ int4 load_some(Global<const Input> values, int64_t count) {
+  constexpr int kSize = static_cast<int>(sizeof(Input));
+  unsigned words[4] = {0, 0, 0, 0};
+#pragma unroll
+  for (int i = 0; i < 16 / kSize; ++i) {
+    if (i >= count) continue;
+    if constexpr (kSize == 4) {
+      words[i] = __float_as_uint(load_nc<Input>(values, i));
+    } else if constexpr (kSize == 2) {
+      const unsigned bits = load_nc<uint16_t>(view_as<const uint16_t>(values), i);
+      words[i / 2] |= bits << 16 * (i % 2);
+    } else {
+      words[i / 4] |= static_cast<unsigned>(static_cast<uint8_t>(load_nc<Input>(values, i)))
+                      << 8 * (i % 4);
+    }
+  }
+  return make_int4(static_cast<int>(words[0]), static_cast<int>(words[1]),
+                   static_cast<int>(words[2]), static_cast<int>(words[3]));
+}
+
 // Products of 16 kTilesM rows of x with a cell, 16 outputs of one chunk of inputs. Lanes hold the
 // sums as mma.sync has them: rows lane / 4 + 8 i, and outputs 2 (lane % 4) + odd + 8 half.
 //

@@ -20,8 +20,8 @@ cudaError_t run_windows(const Buffers& b, int64_t images, const BsrWindows& wind
 // c, splits, kernel, activation, type of y.
 CUDA_ON_CPU_EXPORT int run_bsr_conv2d(int dtype, const int64_t* s, const void* x,
                                       const void* values, const int* crow, const int* columns,
-                                      const float* bias, void* y, int mode, unsigned seed,
-                                      char* message) {
+                                      const float* bias, void* y, const int* row_order, int mode,
+                                      unsigned seed, char* message) {
   return cuda_on_cpu::guarded(mode, seed, message, [&] {
     const auto size = [&](int i) { return static_cast<int>(s[i]); };
     const BsrWindows windows = {size(3), size(4),  size(2),  size(5),  size(6),  size(8),
@@ -31,6 +31,7 @@ CUDA_ON_CPU_EXPORT int run_bsr_conv2d(int dtype, const int64_t* s, const void* x
     b.nnz = s[15], b.r = s[16], b.c = s[17], b.splits = s[18], b.kernel = s[19];
     b.activation = s[20], b.y_type = s[21];
     b.x = x, b.values = values, b.crow = crow, b.columns = columns, b.bias = bias, b.y = y;
+    b.row_order = row_order;
     if (dtype == 2) return run_windows<__nv_bfloat16>(b, s[0], windows);
 #ifdef CUDA_ON_CPU_BF16_ONLY  // compiles in a fraction of the time
     throw cuda_on_cpu::Error("no such kernel in this library");

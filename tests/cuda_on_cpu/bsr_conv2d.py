@@ -29,6 +29,7 @@ def bsr_conv2d(
     kernel: str = "auto",
     splits: int = 0,
     order: str = "forward",
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bsr_conv2d on ``x`` [N, C, H, W]; channels last as the kernel's result is."""
     N, C, H, W = x.shape
@@ -42,7 +43,7 @@ def bsr_conv2d(
         library.run_bsr_conv2d,
         ctypes.c_int(DTYPES[x.dtype]),
         (c_int64 * len(sizes))(*sizes),
-        *map(pointer, (pixels, *weight, bias, y)),
+        *map(pointer, (pixels, *weight, bias, y, row_order)),
         order=order,
     )
     return y.permute(0, 3, 1, 2)

@@ -92,12 +92,12 @@ CUDA_ON_CPU_EXPORT int run_bsr_linear(int dtype, int quantized, int transposed, 
                                       const int* columns, const int* sorted, const int64_t* order,
                                       const float* bias, const float* scales,
                                       const int* weight_sums, const float* x_scale,
-                                      const int8_t* x_zero, void* y, int mode, unsigned seed,
-                                      char* message) {
+                                      const int8_t* x_zero, void* y, const int* row_order, int mode,
+                                      unsigned seed, char* message) {
   return cuda_on_cpu::guarded(mode, seed, message, [&] {
-    const Buffers b = {s[0],   s[1],  s[2],  s[3],   s[4],        s[5],    s[6],   s[7],
-                       s[8],   s[9],  s[10], s[11],  x,           values,  crow,   columns,
-                       sorted, order, bias,  scales, weight_sums, x_scale, x_zero, y};
+    const Buffers b = {s[0], s[1],   s[2],        s[3],    s[4],   s[5], s[6],     s[7],   s[8],
+                       s[9], s[10],  s[11],       x,       values, crow, columns,  sorted, order,
+                       bias, scales, weight_sums, x_scale, x_zero, y,    row_order};
 #ifdef CUDA_ON_CPU_BF16_ONLY  // compiles in a fraction of the time
     if (dtype == 2 && !quantized && !transposed) return run_float<__nv_bfloat16>(b, false);
     throw cuda_on_cpu::Error("no such kernel in this library");

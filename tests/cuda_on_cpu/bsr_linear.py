@@ -26,6 +26,7 @@ def bsr_multiply(
     kernel: str = "auto",
     splits: int = 0,
     order: str = "forward",
+    row_order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bsr_linear or its gradient of x (``transposed``) on ``x`` ``[M, K]`` (dense rows); with
     ``quantization`` (weight_scales, weight_sums, x_scale, x_zero, symmetric) bsr_int8_linear."""
@@ -41,7 +42,7 @@ def bsr_multiply(
         *map(ctypes.c_int, (DTYPES[x.dtype], quantization is not None, transposed)),
         (c_int64 * len(sizes))(*sizes),
         *map(pointer, (x, values, crow, col, sorted_columns, blocks, bias)),
-        *map(pointer, (scales, sums, x_scale, x_zero, y)),
+        *map(pointer, (scales, sums, x_scale, x_zero, y, row_order)),
         order=order,
     )
     return y

@@ -26,6 +26,7 @@ struct Buffers {
   const float* x_scale;
   const int8_t* x_zero;
   void* y;
+  const int* row_order;
 };
 
 template <class Input, bool kTransposed, bool kWindows = false>
@@ -41,22 +42,24 @@ cudaError_t run(const Buffers& b, BsrArgs<Input> args) {
                          b.nnz, kMultiprocessors, starts.array(), block_rows.array(), nullptr);
   }
   const int64_t cells = b.nnz * (b.r * b.c / (kBsrCell * BsrOperands<Input>::kInputs));
-  const BsrPlan plan =
-      plan_bsr(b.M, b.N, cells, kMultiprocessors, static_cast<BsrKernel>(b.kernel), b.splits);
+  args.N = b.N;
+  args.r = b.r;
+  args.rows = kTransposed ? columns : rows;
+  if (b.row_order) args.row_order = Global<const int>(b.row_order, args.rows, "row_order");
+  args.width = bsr_width(args);
+  const BsrPlan plan = plan_bsr(b.M, args.width, cells, kMultiprocessors,
+                                static_cast<BsrKernel>(b.kernel), b.splits);
   const Scratch<Sum> partials(plan.partials, "partials");
   const Scratch<unsigned> tickets(plan.tiles, "tickets");
   for (int64_t i = 0; i < plan.tiles; ++i) tickets.array()[i] = 0;
   // An earlier launch may have left the right ones there.
   for (int64_t i = 0; i < plan.partials; ++i) partials.array()[i] = static_cast<Sum>(1e9f);
   args.M = b.M;
-  args.N = b.N;
   args.K = b.K;
   args.values =
       Global<const Input>(static_cast<const Input*>(b.values), b.nnz * b.r * b.c, "values");
   args.nnz = b.nnz;
-  args.r = b.r;
   args.c = b.c;
-  args.rows = kTransposed ? columns : rows;
   args.starts = kTransposed ? Global<const int>(starts.array()) : crow;
   args.columns = kTransposed ? Global<const int>(block_rows.array())
                              : Global<const int>(b.columns, b.nnz, "col_indices");
@@ -68,7 +71,11 @@ cudaError_t run(const Buffers& b, BsrArgs<Input> args) {
   args.tickets = tickets.array();
   args.y_type = static_cast<FloatType>(b.y_type);
   args.y = Global<uint8_t>(static_cast<uint8_t*>(b.y), b.M * b.N * (b.y_type == 0 ? 4 : 2), "y");
-  return launch_bsr<kTransposed, kWindows>(args, plan, nullptr);
+  const cudaError_t error = launch_bsr<kTransposed, kWindows>(args, plan, nullptr);
+  for (int64_t i = 0; i < plan.tiles; ++i) {
+    if (tickets.array()[i] != 0) throw cuda_on_cpu::Error("a ticket is left for the next launch");
+  }
+  return error;
 }
 
 }  // namespace
