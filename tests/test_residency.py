@@ -15,6 +15,7 @@ from torch import nn
 
 import compressops as co
 from compressops.formats import PackedTensor
+from compressops.formats.coding import is_coded
 from compressops.formats.rows import has_rows, unpack_rows
 from compressops.nn import scratch
 
@@ -71,6 +72,12 @@ def test_bit_identical(config, grad: bool, last: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def normal(layer: nn.Module) -> nn.Module:
+    """With weights that are worth coding: uniform ones are not."""
+    nn.init.normal_(layer.weight)
+    return layer
+
+
 HUFFMAN = co.Huffman(chunk_size=5000)
 INTEGERS = {
     "int8": (co.nn.Int8Linear, nn.Linear(300, 501), co.Int(8), HUFFMAN),
@@ -97,10 +104,13 @@ INTEGERS = {
 @pytest.mark.parametrize("name", INTEGERS)
 def test_integers_are_bit_identical(name: str) -> None:
     kind, layer, number, coding = INTEGERS[name]
+    normal(layer)
     decoded, packed = (
         kind.from_float(layer, None, number, coding, residency=residency)
         for residency in ("decoded", "packed")
     )
+    if coding is HUFFMAN and name != "depthwise":
+        assert is_coded(packed.packed_tensors()["weight"].parts)
     if isinstance(layer, nn.Embedding):
         ids = torch.tensor([[0, 3], [500, 3]])
         assert torch.equal(packed(ids), decoded(ids))
@@ -119,14 +129,22 @@ def test_integers_are_bit_identical(name: str) -> None:
         y = net(input)
         assert torch.equal(y, without)
         if net is packed:
-            # Other layers write over its weight.
-            other = co.nn.Int8Linear.from_float(
-                nn.Linear(600, 600), None, co.Int(8), residency="packed"
-            )
-            other(torch.randn(1, 600))
+            # Another layer writes over its weight.
+            turned = copy.deepcopy(layer)
+            turned.weight.data.neg_()
+            kind.from_float(turned, None, number, coding, residency="packed")(x)
         y.square().sum().backward()
         results.append((y.detach(), input.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_rows_of_a_table_in_another_dtype_are_rounded_once() -> None:
+    table, ids = normal(nn.Embedding(50, 64)).half(), torch.arange(50)
+    decoded, packed = (
+        co.nn.TernaryEmbedding.from_float(table, None, co.Ternary(), residency=residency).float()
+        for residency in ("decoded", "packed")
+    )
+    assert torch.equal(packed(ids), decoded(ids))
 
 
 SHARED = [name for name in INTEGERS if not name.startswith(("rows", "no")) and "blocks" not in name]
@@ -135,6 +153,7 @@ SHARED = [name for name in INTEGERS if not name.startswith(("rows", "no")) and "
 @pytest.mark.parametrize("name", SHARED)
 def test_integers_take_no_memory_of_their_own(name: str) -> None:
     kind, layer, number, coding = INTEGERS[name]
+    normal(layer)
     packed = kind.from_float(layer, None, number, coding, residency="packed")
     held, seen = packed.packed_weight, []
     size = layer.in_features if layer.weight.dim() == 2 else 0
@@ -154,7 +173,7 @@ def test_integers_take_no_memory_of_their_own(name: str) -> None:
 
 def test_threads_on_integers() -> None:
     layers = [
-        kind.from_float(nn.Linear(320, 320), None, number, HUFFMAN, residency=residency)
+        kind.from_float(normal(nn.Linear(320, 320)), None, number, HUFFMAN, residency=residency)
         for kind, number in ((co.nn.Int8Linear, co.Int(8)), (co.nn.Int4Linear, co.Int(4, 32)))
         for residency in ("decoded", "packed")
     ]
