@@ -38,6 +38,7 @@ class BackendError(RuntimeError):
 
 _eager: dict[str, Kernel] = {}
 _guards: dict[str, Callable[..., str | None]] = {}
+_preparing: set[str] = set()
 _override: ContextVar[str | None] = ContextVar("compressops_backend", default=None)
 _chosen: dict[tuple[str, str, str | None], tuple[str, Kernel]] = {}
 
@@ -182,6 +183,11 @@ def _serving(op: str, device: str) -> tuple[str, Kernel]:
 
 
 def _choose(op: str, device: str, asked: str | None) -> tuple[str, Kernel]:
+    if op in _preparing:
+        for candidate in (*([asked] if asked else []), *ORDER.get(device, ()), "eager"):
+            kernel, _ = _find(op, candidate, device)
+            if kernel is not None:
+                return candidate, kernel
     if asked is not None:
         kernel, reason = _find(op, asked, device)
         if kernel is None:
@@ -231,6 +237,7 @@ def register(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., object] | None = None,
     guard: Callable[..., str | None] | None = None,
+    prepares: bool = False,
 ) -> Kernel:
     """Wire an op of ``schema.SCHEMAS`` to its kernels; returns the callable that runs it.
 
@@ -244,7 +251,11 @@ def register(
         guard: asked before each call of the CUDA kernel: raises ``ValueError`` for what that cannot
             check without waiting for the GPU, and gives the reason where it has no kernel for such
             arguments, so that the next backend serves; or ``None``.
+        prepares: it puts the operands of other ops in their form. A backend that was asked for by
+            name for those serves it where it can, and else, without a word, another.
     """
+    if prepares:
+        _preparing.add(op)
     if guard is not None:
         _guards[op] = guard
 

@@ -113,6 +113,31 @@ def test_matches_float64(number: co.Int, ranges: str, case: tuple, masked: bool)
     torch.testing.assert_close(output.double(), (p @ v).transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("masks", [None, (1, 1), (3, 1), (3, 4)], ids=str)
+@pytest.mark.parametrize("ranges", ["rows", "running"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_without_gradients_sequences_go_one_by_one(count: int, ranges: str, masks: tuple) -> None:
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(count, heads, 9, 8) for heads in (4, 2, 2))
+    mask = None
+    if masks is not None:
+        mask = torch.where(torch.rand(min(count, masks[0]), masks[1], 9, 9) < 0.3, -1e9, 0.0)
+    module = nn.Module()
+    parts = [quantizer(co.Int(8), ranges) for _ in AttentionQuantizer.parts]
+    attach(module, AttentionQuantizer(*parts))
+    attention(module, query, key, value, mask)  # running ranges begin
+    module.eval()
+    expected = attention(module, query, key, value, mask)
+    calls = []
+    parts[2].register_forward_hook(lambda _, args, __: calls.append(tuple(args[0].shape)))
+    with torch.no_grad():
+        found = attention(module, query, key, value, mask)
+    assert calls == [(1, 4, 9, 9)] * count
+    for one, other in zip(found, expected, strict=True):
+        assert one.is_contiguous()
+        torch.testing.assert_close(one, other)
+
+
 def test_gradients_are_straight_through() -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3)]

@@ -57,6 +57,17 @@ def test_a_backend_asked_for_by_name_serves_or_raises_with_reasons() -> None:
     assert "eager: can" in message
 
 
+def test_what_prepares_operands_serves_whatever_is_asked_for(recwarn) -> None:
+    weight = torch.randint(-128, 128, (5, 7), dtype=torch.int8)
+    expected = co.ops.int8_linear_pack(weight)
+    for name in ("cuda", "triton", "eager"):
+        with co.backend(name):
+            assert backends.name("pack_panels", "cpu") == ("eager" if name == "eager" else "cpu")
+            for one, other in zip(co.ops.int8_linear_pack(weight), expected, strict=True):
+                assert torch.equal(one, other)
+    assert not recwarn
+
+
 def test_override_nests_and_ends() -> None:
     args = arguments()
     with co.backend("eager"):

@@ -127,16 +127,32 @@ def attention(
         query, key, value = rounds.query(query), rounds.key(key), rounds.value(value)
     if (repeats := query.shape[1] // key.shape[1]) > 1:
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    # [N, heads, L, d] @ [N, heads, d, L]; one name, so that each is freed when the next is there.
-    p = query @ key.transpose(2, 3)
-    p = p.mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        p = p + attention_mask
-    p = nn.functional.softmax(p, dim=-1, dtype=_exact(p)).to(query.dtype)
-    p = nn.functional.dropout(p, p=dropout, training=module.training)
-    if rounds is not None:
-        p = rounds.probabilities(p)
-    return (p @ value).transpose(1, 2).contiguous(), p
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:
+        # [N, heads, L, d] @ [N, heads, d, L]: one name, so that each is freed after the next.
+        p = (query @ key.transpose(2, 3)).mul_(scaling)
+        if mask is not None:
+            p = p + mask
+        p = nn.functional.softmax(p, dim=-1, dtype=_exact(p)).to(query.dtype)
+        p = nn.functional.dropout(p, p=dropout, training=module.training)
+        if rounds is not None:
+            p = rounds.probabilities(p)
+        return [(p @ value).transpose(1, 2).contiguous(), p]
+
+    if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return tuple(attend(query, key, value, attention_mask))
+    # A sequence at a time: what is between the steps stays in the cache, and is small enough for
+    # glibc to use its memory again, which it does not do for aligned blocks of megabytes.
+    N, heads, L, _ = query.shape
+    y = query.new_empty(N, L, heads, value.shape[3])
+    p = query.new_empty(N, heads, L, key.shape[2])
+    mask = None if attention_mask is None else attention_mask.expand(N, -1, -1, -1)
+    for n in range(N):
+        one = slice(n, n + 1)
+        parts = (query[one], key[one], value[one], None if mask is None else mask[one])
+        y[one], p[one] = attend(*parts)
+    return y, p
 
 
 def _exact(scores: Tensor) -> torch.dtype:

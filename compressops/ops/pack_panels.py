@@ -134,4 +134,4 @@ def from_panels(flat: torch.Tensor, N: int, columns: int, item: int = 1) -> torc
     return torch.cat([part.flatten(0, 1) for part in parts])[:N]
 
 
-_call = register(OP, eager=_eager, fake=_fake, check=_check)
+_call = register(OP, eager=_eager, fake=_fake, check=_check, prepares=True)
