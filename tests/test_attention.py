@@ -138,6 +138,14 @@ def test_without_gradients_sequences_go_one_by_one(count: int, ranges: str, mask
         torch.testing.assert_close(one, other)
 
 
+def test_masks_that_would_mask_nothing_are_errors() -> None:
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"attention_mask must be what is added.*torch\.bool"):
+        attention(nn.Module(), x, x, x, torch.ones(1, 1, 3, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="is_causal"):
+        attention(nn.Module(), x, x, x, None, is_causal=True)
+
+
 def test_gradients_are_straight_through() -> None:
     torch.manual_seed(0)
     tensors = [torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -151,6 +152,20 @@ def test_decodes_into_a_buffer(kernel: torch.device, chunk_size: int) -> None:
 def test_buffers_that_do_not_fit_are_errors(out: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"huffman_decode: argument 'out' must be .*, got "):
         co.ops.huffman_decode(*make(skewed(300, 12), 64), out=out)
+
+
+@FAST_KERNELS
+def test_a_result_that_overwrites_the_offsets_stays_inside(kernel: torch.device) -> None:
+    symbols = torch.zeros(300, dtype=torch.uint8, device=kernel)
+    wild = torch.tensor([0, 1 << 45, (1 << 45) + 105, (1 << 45) + 210])
+    symbols[40:72] = wild.view(torch.uint8)  # what the first chunk writes over the offsets
+    lengths = torch.full((256,), 8, dtype=torch.uint8, device=kernel)
+    stream, offsets = co.ops.huffman_encode(symbols, lengths, 100)
+    memory = torch.zeros(100, dtype=torch.int64, device=kernel)
+    memory[5:9] = offsets
+    out = memory.view(torch.uint8)[:300]
+    with contextlib.suppress(ValueError):
+        co.ops.huffman_decode(stream, memory[5:9], lengths, 300, 100, out=out)
 
 
 @ALL_KERNELS

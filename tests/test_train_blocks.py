@@ -147,6 +147,32 @@ def test_masks_that_move_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not seen
 
 
+def test_a_mask_in_the_place_of_another_is_followed() -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(4, 32)
+    co.Prune(density=0.25, granularity="block", block=(16, 2)).attach(model)
+    mask = find(model[0], Mask)
+    with sparse_linears(model):
+        model(x)
+        mask.mask = mask.mask.roll(16, 0)
+        torch.testing.assert_close(model(x), x @ model[0].weight.t() + model[0].bias)
+        state = dict(model.state_dict())
+        key = next(key for key in state if key.endswith(".mask"))
+        model.load_state_dict(state | {key: state[key].roll(2, 1)}, assign=True)
+        torch.testing.assert_close(model(x), x @ model[0].weight.t() + model[0].bias)
+
+
+def test_graphs_and_transforms_run_densely(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(32, 32)), torch.randn(4, 32)
+    co.Prune(density=0.25, granularity="block", block=(16, 2)).attach(model)
+    expected, seen = model(x), calls(monkeypatch)
+    with sparse_linears(model):
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        grad = torch.func.grad(lambda x: model(x).sum())(x)
+    torch.testing.assert_close(grad, model[0].weight.sum(0).expand(4, -1))
+    assert not seen
+
+
 def test_everything_else_runs_as_it_would(monkeypatch: pytest.MonkeyPatch) -> None:
     class Own(nn.Linear):
         def forward(self, x):

@@ -135,7 +135,7 @@ def parts_of_blob(
         if chunk.numel() % dtype.itemsize:
             raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
         # Cloned, so that it is aligned and does not keep the whole file in memory.
-        aligned = not chunk.data_ptr() % dtype.itemsize
+        aligned = not (chunk.data_ptr() | chunk.storage_offset()) % dtype.itemsize
         part = (chunk if aligned and not copy else chunk.clone()).view(dtype)
         if shape is not None and part.numel() != math.prod(shape):
             raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")

@@ -122,6 +122,16 @@ def attention(
     """
     if given := [name for name in _UNKNOWN if kwargs.get(name) is not None]:
         raise ValueError(f"rounded attention does not take {given[0]} of {type(module).__name__}")
+    if attention_mask is not None and not attention_mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask must be what is added to scores, got {attention_mask.dtype} of "
+            f"{type(module).__name__}"
+        )
+    if kwargs.get("is_causal") and attention_mask is None and query.shape[2] > 1:
+        raise ValueError(
+            f"rounded attention takes no is_causal without attention_mask, got it of "
+            f"{type(module).__name__}"
+        )
     rounds = getattr(module, "attention_quantizer", None)
     if rounds is not None:
         query, key, value = rounds.query(query), rounds.key(key), rounds.value(value)

@@ -202,13 +202,31 @@ class PackedWeight(nn.Module):
                 return function(input, *kernel, *args)
             address = buffer.untyped_storage().data_ptr()
 
-            def keep(saved: Tensor) -> Any:
+            packed = self.packed()
+
+            # With hooks autograd itself no longer sees what was written to since. Detached, because a
+            # result would hold itself; autograd puts the tensor back into its graph.
+            def keep(saved: Tensor) -> tuple:
                 if saved.untyped_storage().data_ptr() != address or not saved.numel():
-                    return saved
+                    return saved.detach(), version(saved)
                 return saved.shape, saved.stride(), saved.storage_offset()
 
-            def restore(kept: Any) -> Tensor:
-                return kept if isinstance(kept, Tensor) else self.kernel()[0].as_strided(*kept)
+            def restore(kept: tuple) -> Tensor:
+                if len(kept) == 2:
+                    saved, seen = kept
+                    if version(saved) != seen:
+                        raise RuntimeError(
+                            f"a tensor that the backward pass of a layer of shape "
+                            f"{list(self.shape)} needs was written to in place: its version is "
+                            f"{version(saved)} instead of {seen}"
+                        )
+                    return saved
+                if self.packed() is not packed:
+                    raise RuntimeError(
+                        f"the packed weight of shape {list(self.shape)} was changed between "
+                        f"forward and backward"
+                    )
+                return self.kernel()[0].as_strided(*kept)
 
             with torch.autograd.graph.saved_tensors_hooks(keep, restore):
                 return function(input, *kernel, *args)

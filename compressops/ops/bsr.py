@@ -276,6 +276,9 @@ def check_index_values_once(
     """As `check_index_values`, but of tensors that nobody wrote to since they were checked, it is
     silent at once. A check waits for the GPU, which a layer cannot afford at each call and a
     CUDA graph not at all."""
+    if crow_indices.is_inference() or col_indices.is_inference():  # they count no writes
+        check_index_values(op, crow_indices, col_indices, columns)
+        return
     state = (version(crow_indices), version(col_indices), columns)
     rows, known = _sound.get(col_indices, (None, None))
     if known == state and rows() is crow_indices:
@@ -300,7 +303,8 @@ def check_row_order(
     fits = fits and tuple(row_order.shape) == (rows,)
     require(fits, op, "row_order", f"int32 [{rows}] on {device} or None", row_order)
     state = (version(row_order), rows)
-    if not values or _permutations.get(row_order) == state:
+    counts = not row_order.is_inference()  # its writes
+    if not values or (counts and _permutations.get(row_order) == state):
         return
     ordered = row_order.sort().values
     wrong = (ordered != torch.arange(rows, device=device)).nonzero().flatten()
@@ -308,7 +312,8 @@ def check_row_order(
         at = int(wrong[0])
         form = f"a permutation of 0 to {rows - 1}"
         require(False, op, "row_order", form, f"{int(ordered[at])} in the place of {at}, sorted")
-    _permutations[row_order] = state
+    if counts:
+        _permutations[row_order] = state
 
 
 def check_indices_once(

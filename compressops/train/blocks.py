@@ -32,12 +32,12 @@ def sparse_linears(*models: nn.Module) -> Iterator[list[str]]:
     those that are kept, forward and in both gradients (`ops.bsr_linear`).
 
     It concerns `nn.Linear` whose weight has a `Mask` of blocks of 16 entries or more, and of them
-    the calls on CPU tensors of float32, float16 or bfloat16 while the mask keeps at most two fifths
-    of the blocks, and lets none come back (``Mask.recover``); everything else runs as it would. A
-    mask that moves is followed from the next call on. The weight is computed by its
-    parametrizations as ever, so that quantizers act, and the optimizer trains the same dense
-    original, whose gradient is 0 in what is pruned. Under autocast the input is cast, as for
-    `nn.Linear`, but not the weight.
+    the calls outside compiled graphs and torch.func, on CPU tensors of float32, float16 or
+    bfloat16, while the mask keeps at most two fifths of the blocks, and lets none come back
+    (``Mask.recover``); everything else runs as it would. A mask that moves is followed from the
+    next call on. The weight is computed by its parametrizations as ever, so that quantizers act,
+    and the optimizer trains the same dense original, whose gradient is 0 in what is pruned. Under
+    autocast the input is cast, as for `nn.Linear`, but not the weight.
 
     Results differ from those of masked dense products by the order of sums; and an Inf or NaN of
     the input does not reach outputs that have no block there.
@@ -76,14 +76,15 @@ class _Stored:
 
     def __init__(self, mask: Mask) -> None:
         self.mask = mask
-        self._version = -1
+        self._seen: tuple[Tensor, int] | None = None
 
     def blocks(self) -> _Blocks | None:
         """``None`` where the dense product is to run."""
         if self.mask.recover:
             return None
-        if self._version != self.mask.mask._version:
-            self._version = self.mask.mask._version
+        mask = self.mask.mask
+        if self._seen is None or self._seen[0] is not mask or self._seen[1] != mask._version:
+            self._seen = mask, mask._version
             self._found = self._find()
         return self._found
 
@@ -123,7 +124,10 @@ def _forward(module: nn.Linear, stored: _Stored, input: Tensor) -> Tensor:
         taken = input.to(torch.get_autocast_dtype("cpu"))
     elif input.dtype != weight.dtype:
         taken = None
-    blocks = stored.blocks()
+    # A graph cannot hold how many blocks there are, and `_Gather` has no rule for torch.func.
+    plain = torch._C._functorch.peek_interpreter_stack() is None
+    plain = plain and not torch.compiler.is_compiling()
+    blocks = stored.blocks() if plain else None
     fits = taken is not None and input.device.type == weight.device.type == "cpu"
     fits = fits and weight.dtype in DTYPES and taken.dtype in DTYPES
     if blocks is None or not fits or input.shape[-1:] != weight.shape[1:]:

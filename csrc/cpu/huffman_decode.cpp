@@ -33,7 +33,9 @@ void check_offsets(const char* op, const int64_t* bounds, int64_t chunks, int64_
 // A stream whose arguments were checked.
 struct Coded {
   const uint8_t* bytes;
-  const int64_t* bounds;
+  // A copy: what was checked stays so, whoever writes to the offsets, as a result may that
+  // overlaps.
+  std::vector<int64_t> bounds;
   HuffmanTree tree;
 
   HuffmanFault decode(int64_t chunk, HuffmanScratch& scratch, uint8_t* out, int64_t count,
@@ -51,9 +53,10 @@ Coded coded(const char* op, const Tensor& stream, const Tensor& offsets, const T
   COMPRESSOPS_CHECK(is_vector(offsets, ScalarType::Long) && offsets.numel() == chunks + 1, op,
                     "offsets", "a contiguous CPU int64 tensor [" + std::to_string(chunks + 1) + "]",
                     offsets);
-  const auto* bounds = static_cast<const int64_t*>(offsets.const_data_ptr());
-  check_offsets(op, bounds, chunks, stream.numel());
-  return {static_cast<const uint8_t*>(stream.const_data_ptr()), bounds,
+  const auto* from = static_cast<const int64_t*>(offsets.const_data_ptr());
+  std::vector<int64_t> bounds(from, from + chunks + 1);
+  check_offsets(op, bounds.data(), chunks, stream.numel());
+  return {static_cast<const uint8_t*>(stream.const_data_ptr()), std::move(bounds),
           tree_of(op, lengths, num_symbols)};
 }
 
