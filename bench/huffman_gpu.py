@@ -70,8 +70,8 @@ CASES = {
 
 def row(op: str, backend: str, case: str, seconds: float, traffic: int) -> dict:
     return {
-        **{"op": op, "backend": backend, "case": case, "µs": seconds * 1e6, "TOP/s": 0.0},
-        **{"GB/s": traffic / seconds / 1e9, "× peer": 0.0, "peer": "-"},
+        **{"op": op, "backend": backend, "case": case, "µs": seconds * 1e6, "TOP/s": None},
+        **{"GB/s": traffic / seconds / 1e9, "× peer": None, "peer": "-"},
     }
 
 

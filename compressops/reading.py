@@ -46,8 +46,9 @@ class Contents:
     mapping: mmap.mmap | None = None
 
     def release(self) -> None:
-        """Give back to the system what is in memory of a mapped file and was not written to since:
-        it comes from the file again when it is read. For while nobody else has the tensors."""
+        """Give back to the system what is in memory of a mapped file: it comes from the file again
+        when it is read, and what was written to the tensors is lost. For while nobody else has
+        them."""
         _release(self.mapping)
 
     def settle(self) -> None:

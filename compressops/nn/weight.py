@@ -204,8 +204,8 @@ class PackedWeight(nn.Module):
 
             packed = self.packed()
 
-            # With hooks autograd itself no longer sees what was written to since. Detached, because a
-            # result would hold itself; autograd puts the tensor back into its graph.
+            # With hooks autograd itself no longer sees what was written to since. Detached: a
+            # result would hold itself. Autograd puts the tensor back into its graph.
             def keep(saved: Tensor) -> tuple:
                 if saved.untyped_storage().data_ptr() != address or not saved.numel():
                     return saved.detach(), version(saved)
