@@ -339,7 +339,7 @@ def _carry_over(old: nn.Module, new: nn.Module, memo: dict[int, Any] | None) -> 
     """Hooks, bias, input quantizer and, unless it is packed, the weight of the replaced layer,
     copied where the model is."""
     plain = () if isinstance(new, PackedModule) else ("weight",)
-    for name in (*_HOOKS, "bias", "input_quantizer", *plain):
+    for name in (*_HOOKS, "bias", "input_quantizer", "caller", *plain):
         value = getattr(old, name, None)
         if name == "_forward_pre_hooks":
             # Packed modules quantize their inputs themselves, because a file holds no hooks.

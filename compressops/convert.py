@@ -31,6 +31,7 @@ def convert(
     residency: str = "decoded",
     inplace: bool = False,
     calibration: Calibrate | None = None,
+    fuse: bool = True,
 ) -> nn.Module:
     """Replace layers by drop-in modules that hold their weights packed.
 
@@ -50,9 +51,9 @@ def convert(
             activations too (`Int8Linear`, `Int4Linear`, `TernaryLinear`): so does a layer that was
             trained with the number, if the config names it again. A ReLU or exact GELU module that
             is called right after a layer that runs on integers or stored blocks is computed by it,
-            and `Fused` stands in its place, where nothing else uses what is between them. A mapping
-            gives one of these per glob on layer names (first match wins; ``None`` leaves a layer as
-            it is).
+            and `Fused` stands in its place, where nothing else uses what is between them (see
+            ``fuse``). A mapping gives one of these per glob on layer names (first match wins;
+            ``None`` leaves a layer as it is).
         filter_fn: ``filter_fn(module, name)`` false: the layer stays.
         example_inputs: a tensor, or a tuple or dict of arguments of ``model``, to measure on.
         prefer: ``"speed"``: no layer ends slower than the dense layer that it replaces. With
@@ -72,6 +73,12 @@ def convert(
             optimizer) go on naming the old ones.
         calibration: how integers (`Int`) are fitted to the weights and to data; ``None``: to the
             range of each row or group, activations to each row's.
+        fuse: let layers compute the ReLU or GELU after them. What calls what is found by runs of a
+            module's ``forward`` on stand-ins of its children and copies of its own attributes: in
+            training and in evaluation, on zeros of several shapes. A ``forward`` that uses a
+            layer's output otherwise on what none of these shows (values, a switch, a state outside
+            the module) needs ``False``. A layer that is called from elsewhere, alone, gives what it
+            gave.
 
     Returns:
         The converted model, with the reasons for `report`. Unless ``inplace``, ``model`` is
@@ -104,8 +111,9 @@ def convert(
     job.build(example_inputs)
     if example_inputs is not None and prefer == "speed":
         job.choose_kernels(example_inputs, inplace)
-    fusion.fuse(job)
+    fused = fusion.fuse(job) if fuse else {}
     result = job.finish(inplace)
+    fusion.link(result, fused)
     kernels.prepare(result)
     return result
 
@@ -149,8 +157,9 @@ def from_packed(
                 raise ValueError(f"unknown module type {kind!r}; known: {', '.join(sorted(known))}")
             job.load(name, layers[name], known[kind], dict(entry["config"]), dict(entry["packed"]))
         after_each()
-    fusion.settle_loaded(job)
+    fused = fusion.settle_loaded(job)
     result = job.finish(inplace)
+    fusion.link(result, fused)
     for name, quantizer in rounding.items():
         attention.attach(result.get_submodule(name.rpartition(".")[0]), quantizer)
     if rounding:

@@ -192,6 +192,41 @@ def also_out(block: Block, x: Tensor) -> Tensor:
     return block.out(block.act(y)) + block.out(y)
 
 
+def by_dimensions(wanted: int) -> Callable[[], nn.Module]:
+    def use(block: Block, x: Tensor) -> Tensor:
+        y = block.dense(x)
+        return y if x.dim() == wanted else block.act(y)
+
+    return lambda: Block(use)
+
+
+def in_training(block: Block, x: Tensor) -> Tensor:
+    y = block.dense(x)
+    return y if block.training else block.act(y)
+
+
+def fails_in_training(block: Block, x: Tensor) -> Tensor:
+    if block.training:
+        raise RuntimeError("not so")
+    return block.act(block.dense(x))
+
+
+def endless(block: Block, x: Tensor) -> Tensor:
+    while float(x.sum()) <= 0:
+        x = block.act(block.dense(x))
+    return x
+
+
+def endless_alone(block: Block, x: Tensor) -> Tensor:
+    y = block.act(block.dense(x))
+    while True:
+        try:
+            if float(y.sum()) > 0:
+                return y
+        except Exception:
+            y = y + 0
+
+
 class TwoInputs(Block):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.act(self.dense(x)) * mask
@@ -225,6 +260,13 @@ NOT_FUSED = {
     "dropout between": lambda: Block(lambda b, x: b.act(b.drop(b.dense(x)))),
     "twice": lambda: Block(lambda b, x: b.act(b.dense(x)) + b.act(b.dense(-x))),
     "not called": lambda: Block(lambda b, x: b.dense(x)),
+    "of 2 dimensions": by_dimensions(2),
+    "of 3 dimensions": by_dimensions(3),
+    "of 4 dimensions": by_dimensions(4),
+    "in training": lambda: Block(in_training),
+    "fails in training": lambda: Block(fails_in_training),
+    "endless": lambda: Block(endless),
+    "endless alone": lambda: Block(endless_alone),
     "two inputs": lambda: TwoInputs(mlp),
     "tanh": lambda: Block(mlp, nn.GELU(approximate="tanh")),
     "SiLU": lambda: Block(mlp, nn.SiLU()),

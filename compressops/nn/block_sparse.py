@@ -165,7 +165,7 @@ class BlockSparseLinear(_BlockSparse, KernelLinear):
     layout = BlockSparse()
 
     def forward(self, input: Tensor) -> Tensor:
-        options = self.out_features, self.bias, self.activation or "none"
+        options = self.out_features, self.bias, self.computed()
         return self.with_blocks(ops.bsr_linear, self.taken(input), *options)
 
 
@@ -192,7 +192,7 @@ class BlockSparseInt8Linear(_BlockSparse, KernelLinear):
 
     def forward(self, input: Tensor) -> Tensor:
         quantization = None, None, True
-        options = self.bias, self.activation or "none", *quantization
+        options = self.bias, self.computed(), *quantization
         return self.with_blocks(ops.bsr_int8_linear, self.taken(input), *options)
 
 
@@ -238,7 +238,7 @@ class BlockSparseConv2d(_BlockSparse, ConvModule):
             images.contiguous(memory_format=wanted),
             *(self.out_channels, self.kernel_size, self.bias),
             *(self.stride, padding, self.dilation),
-            self.activation or "none",
+            self.computed(),
         )
         # Of one channel, the input is in both formats.
         output = output.contiguous(memory_format=wanted)

@@ -65,7 +65,7 @@ class Int8Conv2d(Activating, ConvModule):
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(self.taken(input))
         batched = input if input.dim() == 4 else input.unsqueeze(0)
-        options = self.stride, padding, self.dilation, self.groups, self.activation or "none"
+        options = self.stride, padding, self.dilation, self.groups, self.computed()
         output = self.with_weight(ops.int8_conv2d, batched, self.bias, *options)
         return output if input.dim() == 4 else output.squeeze(0)
 

@@ -107,7 +107,7 @@ class Int8Linear(Activating, KernelLinear):
         # Not through Module's __getattr__, which takes half a microsecond for each.
         held = self._buffers
         quantization = (held["x_scale"], held["x_zero"], self.symmetric or self.static)
-        activation = self.activation or "none"
+        activation = self.computed()
         options = self.bias, activation, *quantization
         return self.with_weight(ops.int8_linear, self.taken(input), *options)
 
@@ -152,7 +152,7 @@ class Int4Linear(Activating, KernelLinear):
             self.out_features,
             self.packed_weight.group_size,
             self.bias,
-            self.activation or "none",
+            self.computed(),
             input.device.type == "cpu" if quantize_x is None else quantize_x,
         )
 
@@ -180,7 +180,7 @@ class TernaryLinear(Activating, KernelLinear):
     def forward(self, input: Tensor) -> Tensor:
         options = self.out_features, self.packed_weight.group_size, self.bias
         input = self.taken(input)
-        return self.with_weight(ops.ternary_linear, input, *options, self.activation or "none")
+        return self.with_weight(ops.ternary_linear, input, *options, self.computed())
 
 
 def flag(name: str, value: Any, default: bool | None) -> bool | None:
