@@ -6,7 +6,8 @@
 The package has the 50,000 reviews of Maas et al. 2011, half of them positive. Every n-th is taken,
 and of each the first tokens. The models know single sentences of at most 64 tokens: this is how
 they transfer, and no accuracy of a model that was trained for such texts. "agree" are the percent
-of reviews that have the label of the float model.
+of reviews that have the label of the float model. Where glibc 2.36 is,
+MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps it from growing with every batch.
 """
 
 from __future__ import annotations

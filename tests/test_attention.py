@@ -116,7 +116,10 @@ def test_matches_float64(number: co.Int, ranges: str, case: tuple, masked: bool)
 @pytest.mark.parametrize("masks", [None, (1, 1), (3, 1), (3, 4)], ids=str)
 @pytest.mark.parametrize("ranges", ["rows", "running"])
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_without_gradients_sequences_go_one_by_one(count: int, ranges: str, masks: tuple) -> None:
+def test_without_gradients_a_few_sequences_go_at_a_time(
+    count: int, ranges: str, masks: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compressops.nn.attention._BYTES_AT_ONCE", 2 * 4 * 4 * 9 * 9 + 1)
     torch.manual_seed(0)
     query, key, value = (torch.randn(count, heads, 9, 8) for heads in (4, 2, 2))
     mask = None
@@ -132,7 +135,7 @@ def test_without_gradients_sequences_go_one_by_one(count: int, ranges: str, mask
     parts[2].register_forward_hook(lambda _, args, __: calls.append(tuple(args[0].shape)))
     with torch.no_grad():
         found = attention(module, query, key, value, mask)
-    assert calls == [(1, 4, 9, 9)] * count
+    assert calls == [(part, 4, 9, 9) for part in {0: (), 1: (1,), 3: (2, 1)}[count]]
     for one, other in zip(found, expected, strict=True):
         assert one.is_contiguous()
         torch.testing.assert_close(one, other)

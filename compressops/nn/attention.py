@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 # Of transformers' attention implementations, beside "eager" and "sdpa".
 IMPLEMENTATION = "compressops"
+# Of scores that are computed together where no gradient is taken.
+_BYTES_AT_ONCE = 2**21
 # Arguments of attention functions that change what is computed, and that this one does not know.
 _UNKNOWN = ("position_bias", "s_aux", "sinks", "softcap")
 
@@ -152,16 +154,16 @@ def attention(
 
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return tuple(attend(query, key, value, attention_mask))
-    # A sequence at a time: what is between the steps stays in the cache, and is small enough for
-    # glibc to use its memory again, which it does not do for aligned blocks of megabytes.
+    # A few sequences at a time, so that what is between the steps stays in the cache.
     N, heads, L, _ = query.shape
     y = query.new_empty(N, L, heads, value.shape[3])
     p = query.new_empty(N, heads, L, key.shape[2])
     mask = None if attention_mask is None else attention_mask.expand(N, -1, -1, -1)
-    for n in range(N):
-        one = slice(n, n + 1)
-        parts = (query[one], key[one], value[one], None if mask is None else mask[one])
-        y[one], p[one] = attend(*parts)
+    step = max(1, N * _BYTES_AT_ONCE // max(1, p.nbytes))
+    for first in range(0, N, step):
+        some = slice(first, first + step)
+        parts = (query[some], key[some], value[some], None if mask is None else mask[some])
+        y[some], p[some] = attend(*parts)
     return y, p
 
 
