@@ -57,7 +57,8 @@ def test_compiles_to_one_graph(dynamic: bool) -> None:
     grad = torch.randn_like(y)
     expected = torch.autograd.grad(layer(x, weight), (x, weight), grad)
     for a, b in zip(torch.autograd.grad(y, (x, weight), grad), expected, strict=True):
-        assert torch.allclose(a, b, atol=1e-4)
+        # Threads add up in any order.
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def test_one_graph_serves_all_sizes() -> None:
