@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import type_before_parametrizations as _kind
 
 from compressops import calibration, kernels
 from compressops import plan as plans
@@ -360,10 +361,6 @@ def _check_options(stored: dict[str, Any], module: nn.Module) -> None:
         here = here is not None if option == "bias" else here
         if there != here:
             raise ValueError(f"the file has {option}={there}, the model {option}={here}")
-
-
-def _kind(module: nn.Module) -> type[nn.Module]:
-    return parametrize.type_before_parametrizations(module)
 
 
 def _weight_of(module: nn.Module) -> Any:

@@ -69,7 +69,7 @@ def pairs(model: nn.Module) -> dict[str, tuple[str, str]]:
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     found = {}
     for name, parent in model.named_modules():
-        # Both in one place, so that nobody else calls the one without the other.
+        # Of one module alone: with several, it would depend on which of them calls.
         alone = {k: m for k, m in parent._modules.items() if places[id(m)] == 1}
         layers = {k for k, m in alone.items() if _source(m) and not _watched(m, *_AFTER)}
         activations = {

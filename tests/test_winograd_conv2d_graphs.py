@@ -58,7 +58,7 @@ def test_compiles_to_one_graph(dynamic: bool) -> None:
     expected = torch.autograd.grad(layer(x, weight), (x, weight), grad)
     for a, b in zip(torch.autograd.grad(y, (x, weight), grad), expected, strict=True):
         # Threads add up in any order.
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+        assert (a - b).abs().max() <= 2e-6 * b.abs().max()
 
 
 def test_one_graph_serves_all_sizes() -> None:

@@ -64,6 +64,24 @@ def scaling_of(
 
 
 @triton.jit
+def range_of(x, K, ASYMMETRIC: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the row of K values at ``x``: the largest magnitude's bits and, where they are asked for,
+    the least value and the largest, or 0."""
+    columns = tl.arange(0, BLOCK_K)
+    # As bit patterns, magnitudes order like integers, with NaN above infinity: no NaN gets lost.
+    amax_bits = tl.zeros([BLOCK_K], tl.int32)
+    low = tl.zeros([BLOCK_K], tl.float32)
+    high = tl.zeros([BLOCK_K], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        k = start + columns
+        values = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+        amax_bits = tl.maximum(amax_bits, tl.abs(values).to(tl.int32, bitcast=True))
+        if ASYMMETRIC:
+            low, high = tl.minimum(low, values), tl.maximum(high, values)
+    return tl.max(amax_bits, 0), tl.min(low, 0), tl.max(high, 0)
+
+
+@triton.jit
 def codes_of(values, finite, inverse, zero, SHIFTED: tl.constexpr):
     """float32 ``values`` as int8 codes. SHIFTED: static or asymmetric."""
     scaled = tl.where(finite, values, 0.0) * inverse
@@ -94,25 +112,9 @@ def quantize_rows_kernel(
     points (ASYMMETRIC or HAS_ZERO), x_zeros [M] int32. STATIC reads x_scale [] and x_zero []."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
-    # As bit patterns, magnitudes order like integers, with NaN above infinity: no NaN gets lost.
-    amax_bits = tl.zeros([BLOCK_K], tl.int32)
-    low = tl.zeros([BLOCK_K], tl.float32)
-    high = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        amax_bits = tl.maximum(amax_bits, tl.abs(values).to(tl.int32, bitcast=True))
-        if ASYMMETRIC:
-            low, high = tl.minimum(low, values), tl.maximum(high, values)
+    top_bits, low, high = range_of(x + row * x_stride, K, ASYMMETRIC, BLOCK_K)
     finite, inverse, scale, zero = scaling_of(
-        tl.max(amax_bits, 0),
-        tl.min(low, 0),
-        tl.max(high, 0),
-        x_scale,
-        x_zero,
-        STATIC,
-        ASYMMETRIC,
-        HAS_ZERO,
+        top_bits, low, high, x_scale, x_zero, STATIC, ASYMMETRIC, HAS_ZERO
     )
     tl.store(x_scales + row, scale)
     if ASYMMETRIC or HAS_ZERO:

@@ -1,4 +1,4 @@
-"""Rows of activations rounded to 8 bits: a program reads a row twice, and makes no codes.
+"""Rows of activations rounded to 8 bits: a program reads a row twice, and stores no codes.
 
 Semantics: :func:`compressops.ops.round_rows`.
 """
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .checks import require
-from .quantize_rows import codes_of, scaling_of
+from .quantize_rows import codes_of, range_of, scaling_of
 from .rounding import cast
 from .tiles import rows_of
 
@@ -23,19 +23,8 @@ def round_rows_kernel(x, y, x_stride, K, ASYMMETRIC: tl.constexpr, BLOCK_K: tl.c
     """One program per row of x [M, K] -> y [M, K]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
-    # As bit patterns, magnitudes order like integers, with NaN above infinity: no NaN gets lost.
-    amax_bits = tl.zeros([BLOCK_K], tl.int32)
-    low = tl.zeros([BLOCK_K], tl.float32)
-    high = tl.zeros([BLOCK_K], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        k = start + columns
-        values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
-        amax_bits = tl.maximum(amax_bits, tl.abs(values).to(tl.int32, bitcast=True))
-        low, high = tl.minimum(low, values), tl.maximum(high, values)
-    finite, inverse, scale, zero = scaling_of(
-        *(tl.max(amax_bits, 0), tl.min(low, 0), tl.max(high, 0)),
-        *(x, x, False, ASYMMETRIC, False),
-    )
+    top_bits, low, high = range_of(x + row * x_stride, K, ASYMMETRIC, BLOCK_K)
+    finite, inverse, scale, zero = scaling_of(top_bits, low, high, x, x, False, ASYMMETRIC, False)
     for start in range(0, K, BLOCK_K):
         k = start + columns
         values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)

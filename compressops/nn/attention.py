@@ -141,7 +141,9 @@ def attention(
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> list[Tensor]:
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         # [N, heads, L, d] @ [N, heads, d, L]: one name, so that each is freed after the next.
         p = (query @ key.transpose(2, 3)).mul_(scaling)
         if mask is not None:
@@ -150,10 +152,10 @@ def attention(
         p = nn.functional.dropout(p, p=dropout, training=module.training)
         if rounds is not None:
             p = rounds.probabilities(p)
-        return [(p @ value).transpose(1, 2).contiguous(), p]
+        return (p @ value).transpose(1, 2).contiguous(), p
 
     if module.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return tuple(attend(query, key, value, attention_mask))
+        return attend(query, key, value, attention_mask)
     # A few sequences at a time, so that what is between the steps stays in the cache.
     N, heads, L, _ = query.shape
     y = query.new_empty(N, L, heads, value.shape[3])

@@ -16,7 +16,7 @@ from .int8_conv2d import int8_conv2d, int8_conv2d_pack
 from .int8_linear import int8_linear, int8_linear_pack, quantize_rows
 from .merge_planes import merge_planes
 from .pack_panels import pack_panels
-from .round_rows import round_rows, round_rows_reference
+from .round_rows import round_rows
 from .ternary_linear import ternary_linear, ternary_linear_pack, ternary_linear_rows
 from .winograd_conv2d import (
     winograd_conv1d,
@@ -60,7 +60,6 @@ __all__ = [
     "pack_panels",
     "quantize_rows",
     "round_rows",
-    "round_rows_reference",
     "ternary_linear",
     "ternary_linear_pack",
     "ternary_linear_rows",

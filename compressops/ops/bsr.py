@@ -247,9 +247,13 @@ def check_index_values(
 ) -> None:
     """As `check_indices`, with the columns of the grid."""
     nnz = len(col_indices)
-    counts = crow_indices.long().diff()
-    fits = crow_indices[0] == 0 and crow_indices[-1] == nnz and bool((counts >= 0).all())
-    require(fits, op, "crow_indices", f"ascending from 0 to {nnz}", crow_indices.tolist())
+    first, last = int(crow_indices[0]), int(crow_indices[-1])
+    form = f"ascending from 0 to {nnz}"
+    require(first == 0 and last == nnz, op, "crow_indices", form, f"{first} to {last}")
+    falls = (crow_indices.diff() < 0).nonzero().flatten()
+    if len(falls):
+        at = int(falls[0])
+        require(False, op, "crow_indices", form, f"{crow_indices[at : at + 2].tolist()} at {at}")
     if nnz == 0:
         return
     least, most = (int(value) for value in torch.aminmax(col_indices))
