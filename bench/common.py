@@ -109,14 +109,23 @@ def context(arguments: argparse.Namespace) -> dict:
     return {
         "commit": git("rev-parse", "HEAD") + ("+changes" if changes else ""),
         "date": time.strftime("%Y-%m-%d"),
-        # Folders of the machine that it ran on mean nothing elsewhere.
-        "command": "python bench/" + shlex.join(Path(word).name for word in sys.argv),
+        "command": " && ".join(_commands(arguments)),
         "cpu": cpu,
         "cores": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "rounds": arguments.rounds,
     }
+
+
+def _commands(arguments: argparse.Namespace) -> list[str]:
+    """The command that runs now, after those whose rows ``--merge`` keeps."""
+    # Folders of the machine that it runs on mean nothing elsewhere.
+    now = "python bench/" + shlex.join(Path(word).name for word in sys.argv)
+    if not getattr(arguments, "merge", False) or not arguments.out.exists():
+        return [now]
+    before = json.loads(arguments.out.read_text())["command"].split(" && ")
+    return [*(command for command in before if command != now), now]
 
 
 def merged(rows: list[dict], arguments: argparse.Namespace, keys: tuple[str, ...]) -> list[dict]:

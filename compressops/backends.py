@@ -290,6 +290,8 @@ def register(
         # The dispatcher's way through a Python op with a gradient takes 10 µs, more than a small
         # layer's kernel. Nobody who has no gradient to take and nothing to record needs it.
         if torch.compiler.is_compiling() or _is_watched(args):
+            if forward_ad._current_level >= 0:
+                _refuse_tangents(op, args)
             return public(*args)
         try:
             # The device takes a quarter of a microsecond to name its type.
@@ -309,6 +311,16 @@ def _require_tensors(op: str, args: tuple) -> None:
             raise ValueError(
                 f"{op}: argument '{argument.name}' must be a tensor, got {value!r}"
             ) from None
+
+
+def _refuse_tangents(op: str, args: tuple) -> None:
+    """No op has a formula for forward-mode differentiation, and torch would drop the tangent."""
+    for argument, value in zip(schema.public_op(op)._schema.arguments, args, strict=False):
+        if isinstance(value, torch.Tensor) and forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: argument '{argument.name}' has a tangent, and forward-mode differentiation "
+                "is not supported; use reverse mode"
+            )
 
 
 def _is_watched(args: tuple) -> bool:

@@ -175,6 +175,20 @@ def test_calls_that_somebody_watches_take_the_dispatchers_way() -> None:
     assert any(node.target is schema.public_op("int8_linear") for node in graph.graph.nodes)
 
 
+def test_forward_mode_is_refused_where_it_would_lose_a_tangent() -> None:
+    """torch's own registration of gradients answers with a tangent of zeros."""
+    x, *rest = arguments()
+    match = r"int8_linear: argument 'x' has a tangent"
+    with pytest.raises(NotImplementedError, match=match):
+        torch.func.jvp(lambda x: co.ops.int8_linear(x, *rest), (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=match):
+            co.ops.int8_linear(dual, *rest)
+        result = co.ops.int8_linear(x, *rest)  # what has none goes on
+    assert torch.equal(result, co.ops.int8_linear(x, *rest))
+
+
 def test_fx_records_a_call() -> None:
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -51,3 +53,18 @@ def test_the_table_shows_every_row() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n| ") == 7
     assert done.stdout in README.read_text(encoding="utf-8")
+
+
+def test_a_merged_result_names_the_commands_of_all_its_rows(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import common
+
+    arguments = argparse.Namespace(merge=True, out=tmp_path / "result.json", rounds=15)
+    for case, value in (("a", 1), ("b", 2), ("a", 3)):
+        monkeypatch.setattr(sys, "argv", ["/a/folder/bench_op.py", "--merge", "--only", case])
+        rows = common.merged([{"case": case, "value": value}], arguments, ("case",))
+        common.write("op", rows, arguments)
+    result = json.loads(arguments.out.read_text())
+    assert result["rows"] == [{"case": "b", "value": 2}, {"case": "a", "value": 3}]
+    command = "python bench/bench_op.py --merge --only"
+    assert result["command"] == f"{command} b && {command} a"
