@@ -4,8 +4,9 @@
     python bench/distill_cifar10.py run ce logits --seeds 0 1 2
     python bench/distill_cifar10.py show                 # the table in Markdown, and the curves
 
-The teacher is recipes/cifarnet.safetensors. All rows of a kind share one schedule; rows that differ
-in it do not go into one table, so another schedule wants another --out.
+The teacher is recipes/cifarnet.safetensors; that of the rows `wide_…` is the network of row `wide`,
+which begins as a widened copy of it (Net2WiderNet) and is trained on. All rows of a kind share one
+schedule; rows that differ in it do not go into one table, so another schedule wants another --out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors.torch import load_file
 import compressops as co
 from compressops.train.memory import keep_freed_memory
 from compressops.zoo import cifar10
-from compressops.zoo.cifarnet import CifarNet
+from compressops.zoo.cifarnet import CifarNet, widen
 
 # The last block of each image size, after its ReLU.
 LAYERS = "features.[147]"
@@ -46,7 +47,11 @@ COMPRESSED = {
     "pruned10": (),
     "pruned10_distilled": (LOGITS, MAPS[2.0]),
 }
-ROWS = {**STUDENT, **COMPRESSED}
+WIDTH = 1.5
+WIDE = {f"wide_{name}": STUDENT[name] for name in ("logits", "attention_m2", "all")}
+EPOCHS = ("epochs", "quantized_epochs", "pruned_epochs", "wide_epochs")
+STUDENTS = {**STUDENT, **WIDE}
+ROWS = {**STUDENT, **COMPRESSED, "wide": (), **WIDE}
 
 
 def stages(row: str, arguments: argparse.Namespace) -> tuple[torch.nn.Module, list]:
@@ -54,7 +59,7 @@ def stages(row: str, arguments: argparse.Namespace) -> tuple[torch.nn.Module, li
     schedule = {"optimizer": "muon", "momentum": 0.85, "schedule": "linear", "warmup": 0.05}
     schedule |= {"batch_size": arguments.batch_size, "weight_decay": 5e-4}
     schedule |= {"convolutions": "winograd", "checkpoint_seconds": 30.0}
-    if row in STUDENT:
+    if row in STUDENTS:
         student = CifarNet(dropout=0.0, width=0.5)
         return student, [
             co.Retrain(
@@ -62,7 +67,19 @@ def stages(row: str, arguments: argparse.Namespace) -> tuple[torch.nn.Module, li
                 lr=0.1,
                 other_lr=0.05,
                 image_sizes=((20, 0.6), (28, 0.2), (32, 0.2)),
-                distill=STUDENT[row],
+                distill=STUDENTS[row],
+                **schedule,
+            )
+        ]
+    if row == "wide":
+        # A short cycle at a small rate; other rates were not tried.
+        return widen(teacher(), WIDTH, noise=0.05), [
+            co.Retrain(
+                epochs=arguments.wide_epochs,
+                lr=0.02,
+                other_lr=0.01,
+                label_smoothing=0.1,
+                image_sizes=((24, 0.3), (28, 0.3), (32, 0.4)),
                 **schedule,
             )
         ]
@@ -91,12 +108,21 @@ def teacher() -> CifarNet:
     return model.eval()
 
 
+def compressed(
+    row: str, seed: int, data: tuple, arguments: argparse.Namespace
+) -> tuple[co.Result, list]:
+    """What a row's stages make of its network, or have made of it, and these stages."""
+    torch.manual_seed(seed)
+    model, chain = stages(row, arguments)
+    # One wide teacher serves all seeds.
+    taught_by = compressed("wide", 0, data, arguments)[0].model if row in WIDE else teacher()
+    recipe = co.Recipe(chain)
+    return co.compress(model, recipe, *data, taught_by, arguments.workdir, seed), chain
+
+
 def run(arguments: argparse.Namespace) -> None:
-    train, test = cifar10.datasets(test_images=arguments.test_images)
-    schedule = {
-        name: getattr(arguments, name)
-        for name in ("epochs", "quantized_epochs", "pruned_epochs", "batch_size", "test_images")
-    }
+    data = cifar10.datasets(test_images=arguments.test_images)
+    schedule = {name: getattr(arguments, name) for name in (*EPOCHS, "batch_size", "test_images")}
     found = {**context(arguments), "schedule": schedule, "rows": []}
     if arguments.out.exists():
         before = json.loads(arguments.out.read_text())
@@ -105,17 +131,13 @@ def run(arguments: argparse.Namespace) -> None:
             raise SystemExit(
                 f"{arguments.out} holds rows of the schedule {before['schedule']}, not {schedule}"
             )
-        found["rows"] = before["rows"]
+        found |= {key: before[key] for key in ("rows", "remarks") if key in before}
     done = {(row["row"], row["seed"]) for row in found["rows"]}
     for seed in arguments.seeds:
         for name in arguments.rows or ROWS:
             if (name, seed) in done:
                 continue
-            torch.manual_seed(seed)
-            model, chain = stages(name, arguments)
-            result = co.compress(
-                model, co.Recipe(chain), train, test, teacher(), arguments.workdir, seed
-            )
+            result, chain = compressed(name, seed, data, arguments)
             last = result.table[-1]
             found["rows"].append(
                 {
@@ -155,7 +177,7 @@ def draw(rows: list[dict], means: dict[str, float], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4))
     for row in rows:
-        if row["row"] in STUDENT and row["seed"] == rows[0]["seed"]:
+        if row["row"] in STUDENTS and row["seed"] == rows[0]["seed"]:
             key = "cross_entropy" if row["losses"] else "loss"
             epochs = [entry["epoch"] for entry in row["history"]]
             left.plot(epochs, [entry[key] for entry in row["history"]], ".-", label=row["row"])
@@ -178,6 +200,7 @@ def main() -> None:
     runner.add_argument("--epochs", type=float, default=16.0, help="of the student")
     runner.add_argument("--quantized-epochs", type=float, default=3.0)
     runner.add_argument("--pruned-epochs", type=float, default=3.0)
+    runner.add_argument("--wide-epochs", type=float, default=3.0, help="of the wider teacher")
     runner.add_argument("--batch-size", type=int, default=250)
     runner.add_argument("--test-images", type=int, default=None, help="default: all 10,000")
     runner.add_argument("--workdir", type=Path, default=ROOT / "runs" / "distill")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from compressops.zoo import cifar10
-from compressops.zoo.cifarnet import CifarNet
+from compressops.zoo.cifarnet import CifarNet, widen
 from compressops.zoo.images import Images, resize, shift_and_flip
 from compressops.zoo.registry import build_data, build_model
 
@@ -26,6 +26,31 @@ def test_cifarnet_is_the_published_network() -> None:
     assert CifarNet(num_classes=7, width=0.1)(x).shape == (2, 7)
     with pytest.raises(ValueError, match="width must be > 0, got 0"):
         CifarNet(width=0)
+
+
+def test_a_widened_network_computes_the_same() -> None:
+    torch.manual_seed(0)
+    model = CifarNet(num_classes=7, dropout=0.25, width=0.2).double()
+    for _ in range(3):
+        model(torch.randn(8, 3, 32, 32, dtype=torch.float64) + 1)
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    wide = widen(model, 0.5, seed=1)
+    assert [m.p for m in wide.modules() if isinstance(m, torch.nn.Dropout)] == [0.25, 0.25]
+    assert [block[0].out_channels for block in wide.features] == [32, 32, 64, 64, 64, 96, 96, 96]
+    expected = model.eval()(x)
+    torch.testing.assert_close(wide.eval()(x), expected, rtol=1e-10, atol=1e-10)
+    # Other draws choose other channels, and noise is small and only on the copies.
+    assert not torch.equal(widen(model, 0.5).features[0][0].weight, wide.features[0][0].weight)
+    noisy = widen(model, 0.5, noise=1e-3, seed=1)
+    before, after = (w.features[3][0].weight for w in (wide, noisy))
+    assert torch.equal(before[:26], after[:26])
+    assert 0.9e-3 < (after - before)[26:].std() / before[:26].std() < 1.1e-3
+    assert 0 < (noisy.eval()(x) - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert torch.equal(widen(model, 0.2).eval()(x), expected)
+    with pytest.raises(ValueError, match=r"keep 13 channels of features\.0, got 0\.1: 6"):
+        widen(model, 0.1)
+    with pytest.raises(ValueError, match="noise must be >= 0, got -1"):
+        widen(model, 0.5, noise=-1)
 
 
 @pytest.fixture

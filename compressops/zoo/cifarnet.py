@@ -56,3 +56,54 @@ class CifarNet(nn.Module):
         x = self.features(x)
         x = x.mean((2, 3), keepdim=True)
         return self.classifier(x).flatten(1)
+
+
+@torch.no_grad()
+def widen(model: CifarNet, width: float, noise: float = 0.0, seed: int = 0) -> CifarNet:
+    """A wider network that computes what ``model`` computes, to be trained on: Net2WiderNet.
+
+    The channels that a layer gains are copies of some of its own, drawn at random, and weights that
+    read a channel of which there are n now are divided by n.
+
+    Source: Chen, Goodfellow & Shlens 2016 (Net2Net), arXiv 1511.05641, Net2WiderNet.
+
+    Args:
+        model: is left as it is.
+        width: as of `CifarNet`; no layer may lose channels.
+        noise: standard deviation of what is added to the weights of the copies, relative to that of
+            their layer. With none, copies have equal gradients and stay copies.
+        seed: of the draws and the noise.
+
+    Returns:
+        A model in training mode, of ``model``'s dtype.
+
+    Raises:
+        ValueError: ``width`` is too small for a layer, or ``noise`` is negative.
+    """
+    if noise < 0:
+        raise ValueError(f"noise must be >= 0, got {noise}")
+    dropout = next(m.p for m in model.modules() if isinstance(m, nn.Dropout))
+    wide = CifarNet(model.classifier.out_channels, dropout, width).to(model.classifier.weight)
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.arange(3)
+    for i, (block, wide_block) in enumerate(zip(model.features, wide.features, strict=True)):
+        old, new = block[0].out_channels, wide_block[0].out_channels
+        if new < old:
+            raise ValueError(f"width must keep {old} channels of features.{i}, got {width}: {new}")
+        weight = _reading(inputs, block[0].weight)
+        drawn = torch.randint(old, (new - old,), generator=generator)
+        inputs = torch.cat([torch.arange(old), drawn])
+        copies = weight[drawn]
+        copies += noise * weight.std() * torch.randn(copies.shape, generator=generator)
+        wide_block[0].weight.copy_(torch.cat([weight, copies]))
+        state = block[1].state_dict()
+        wide_block[1].load_state_dict({k: v[inputs] if v.dim() else v for k, v in state.items()})
+    wide.classifier.weight.copy_(_reading(inputs, model.classifier.weight))
+    wide.classifier.bias.copy_(model.classifier.bias)
+    return wide
+
+
+def _reading(inputs: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` for inputs that are these of its own, in shares where one comes repeatedly."""
+    shares = 1 / torch.bincount(inputs, minlength=weight.shape[1]).to(weight)
+    return weight[:, inputs] * shares[inputs].view(1, -1, 1, 1)
