@@ -1,11 +1,12 @@
-"""Self-contained HTML pages: one file, no scripts, light and dark, readable when printed."""
+"""Self-contained HTML pages: one file, no scripts, light and dark, readable when printed; and how
+sizes and formats are written for people."""
 
 from __future__ import annotations
 
 import html
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _CSS = """
 :root { color-scheme: light dark;
@@ -236,6 +237,24 @@ def heatmap(labels: Sequence[str], values: Sequence[Sequence[float]]) -> str:
         f'<svg viewBox="0 0 {width} {height}" style="max-width:620px" role="img">'
         f"{heads}{''.join(cells)}</svg>"
     )
+
+
+def axis(choice: Any) -> str:
+    """``DynamicFixedPoint(bits=6, overflow=0.0)`` as ``DynamicFixedPoint(6)`` and the like."""
+    spec = choice.to_spec()
+    if spec == {"type": "Float", "dtype": spec.get("dtype")}:
+        return spec["dtype"]
+    fields = {k: v for k, v in spec.items() if k != "type"}
+    short = [str(fields.pop("bits"))] if "bits" in fields else []
+    try:
+        defaults = type(choice)(**({"bits": choice.bits} if short else {})).to_spec()
+    except TypeError:
+        defaults = {}
+    for key, value in fields.items():
+        if key not in defaults or defaults[key] != value:
+            # A choice that is a word says by itself what it is a choice of.
+            short.append(value if isinstance(value, str) else f"{key}={value}")
+    return f"{spec['type']}({', '.join(short)})" if short else spec["type"]
 
 
 def nbytes(count: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Console, Group
@@ -21,7 +21,7 @@ from compressops.formats import Raw, pools
 from compressops.formats.coding import is_coded
 from compressops.model_state import join
 from compressops.nn import PackedModule
-from compressops.page import nbytes
+from compressops.page import axis, nbytes
 from compressops.registry import is_layer
 
 STAYS_RAW = "stored raw: {} coding would gain too little"
@@ -164,21 +164,24 @@ def report(model: nn.Module, file: str | os.PathLike[str] | None = None) -> Repo
             counted |= {id(t) for t in _weight_tensors(module)}
     named = [*model.named_parameters(), *model.named_buffers()]
     others = {name: t for name, t in named if id(t) not in counted}
+    layers, other_stored = _stored(model, layers, others)
     totals = Totals(
         dense=sum(layer.dense for layer in layers),
         ideal=sum(layer.ideal for layer in layers),
         stored=sum(layer.stored for layer in layers),
         memory=sum(layer.memory for layer in layers),
         other=sum(t.nbytes for t in others.values()),
-        other_stored=_stored(model, others),
+        other_stored=other_stored,
         file=None if file is None else os.stat(file).st_size,
     )
     return Report(type(model).__name__, tuple(layers), totals)
 
 
-def _stored(model: nn.Module, others: dict[str, Tensor]) -> int:
-    """Bytes of ``others`` in the model's file, where they may share a pool with small weights of
-    layers that stayed as they are."""
+def _stored(
+    model: nn.Module, layers: list[Layer], others: dict[str, Tensor]
+) -> tuple[list[Layer], int]:
+    """The ``layers`` with what the file spends on those that stayed as they are, and the bytes of
+    ``others`` there, which may share a pool with small weights of such layers."""
     plain: dict[int, tuple[str, Tensor]] = {}
     codings = []
     for name, module in model.named_modules():
@@ -190,9 +193,17 @@ def _stored(model: nn.Module, others: dict[str, Tensor]) -> int:
             plain.setdefault(id(module.weight), (join(name, "weight"), module.weight))
     weights = dict(plain.values())
     kept = set(map(id, model.state_dict(keep_vars=True).values()))
-    state = {name: t for name, t in others.items() if id(t) in kept}
-    together = pools.stored_nbytes(weights | state, pools.common_coding(codings))
-    return together - sum(t.nbytes for t in weights.values())
+    together = weights | {name: t for name, t in others.items() if id(t) in kept}
+    coding = pools.common_coding(codings)
+    built = pools.build(together, coding)
+    alone = {name: pool.tensor.nbytes for name, pool in built.items() if name in weights}
+    spent = sum(alone.get(name, weight.nbytes) for name, weight in weights.items())
+    return [
+        replace(layer, stored=alone[name], coding=axis(coding))
+        if (name := join(layer.name, "weight")) in alone
+        else layer
+        for layer in layers
+    ], pools.stored_nbytes(together, built) - spent
 
 
 def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[int]) -> Layer:
@@ -205,13 +216,13 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
     if isinstance(module, PackedModule):
         packed = module.packed_weight.packed()
         shape, density = tuple(packed.shape), packed.density
-        axes = (_axis(packed.layout), _axis(packed.number), _axis(packed.coding))
+        axes = (axis(packed.layout), axis(packed.number), axis(packed.coding))
         ideal, stored = packed.ideal_nbytes, packed.nbytes
         dense = packed.dtype.itemsize * module.packed_weight.shape.numel()
         kernel, backend = module.op or "dense", module.backend()
         residency = module.residency
         if packed.coding != Raw() and not is_coded(packed.parts):
-            why = "; ".join(filter(None, [why, STAYS_RAW.format(_axis(packed.coding))]))
+            why = "; ".join(filter(None, [why, STAYS_RAW.format(axis(packed.coding))]))
     else:
         weight = module.weight.detach()
         shape, dense = tuple(weight.shape), weight.nbytes
@@ -222,7 +233,7 @@ def _layer(name: str, module: nn.Module, why: str, was: str | None, seen: set[in
         axes = ("–", "–", "–")
         done = record(module)
         if done is not None:
-            axes = (_axis(done.layout), _axis(done.number), _axis(done.coding))
+            axes = (axis(done.layout), axis(done.number), axis(done.coding))
             held = entries(module)
             density = sum(kept for _, kept, _ in held) / max(1, weight.numel())
             ideal = sum(kept * bits for _, kept, bits in held) / 8
@@ -307,24 +318,6 @@ def _weight_tensors(module: nn.Module) -> list[Tensor]:
     return [module.weight, *transformed]
 
 
-def _axis(choice: Any) -> str:
-    """``DynamicFixedPoint(bits=6, overflow=0.0)`` as ``DynamicFixedPoint(6)`` and the like."""
-    spec = choice.to_spec()
-    if spec == {"type": "Float", "dtype": spec.get("dtype")}:
-        return spec["dtype"]
-    fields = {k: v for k, v in spec.items() if k != "type"}
-    short = [str(fields.pop("bits"))] if "bits" in fields else []
-    try:
-        defaults = type(choice)(**({"bits": choice.bits} if short else {})).to_spec()
-    except TypeError:
-        defaults = {}
-    for key, value in fields.items():
-        if key not in defaults or defaults[key] != value:
-            # A choice that is a word says by itself what it is a choice of.
-            short.append(value if isinstance(value, str) else f"{key}={value}")
-    return f"{spec['type']}({', '.join(short)})" if short else spec["type"]
-
-
 _HEADERS = ("layer", "shape", "density", "ideal", "stored", "memory", "packed as", "runs as", "why")
 _NUMERIC = ("density", "ideal", "stored", "memory")
 
@@ -341,7 +334,7 @@ def _cells(layer: Layer) -> list[str]:
         nbytes(layer.ideal),
         nbytes(layer.stored),
         nbytes(layer.memory),
-        " · ".join(axis for axis in axes if axis not in ("Dense", "Raw", "–")) or "–",
+        " · ".join(a for a in axes if a not in ("Dense", "Raw", "–")) or "–",
         f"{layer.became}: {runs}",
         layer.why,
     ]

@@ -65,7 +65,8 @@ def write(
         path: of the file; its folder exists.
         tensors: by name, plain or packed. A tensor that is there under two names is stored once.
         modules: configs to keep beside them, by module name: JSON objects with a ``type``.
-        coding: of small plain tensors, which are pooled, where it saves 5 %. ``None`` is ``Raw()``.
+        coding: of plain tensors of floats, small ones together, where it saves 5 %. ``None`` is
+            ``Raw()``.
 
     Returns:
         the file's bytes.
@@ -96,10 +97,9 @@ def write(
         else:
             plain[name] = tensor
     members: dict[str, dict[str, list[int]]] = {}
-    for pool, names in pools.members(plain).items():
-        built = pools.build(pool, [plain[name] for name in names], coding or Raw())
-        (packed if isinstance(built, PackedTensor) else plain)[pool] = built
+    for pool, (built, names) in pools.build(plain, coding or Raw()).items():
         members[pool] = {name: list(plain.pop(name).shape) for name in names}
+        (packed if isinstance(built, PackedTensor) else plain)[pool] = built
     return _write(path, plain, packed, members, aliases, modules or {})
 
 
@@ -156,8 +156,8 @@ def _decoded_hash(name: str, packed: PackedTensor) -> str:
 def save(model: nn.Module, path: Path) -> int:
     """Save a model, atomically: packed modules packed, everything else of its state bit for bit.
 
-    Small tensors of that (biases, batch norms) stand together in the file, Huffman-coded where a
-    packed weight is and it saves 5 %.
+    Small tensors of that (biases, batch norms) stand together in the file. Where a packed weight is
+    Huffman-coded, so are floats of everything else, if it saves 5 %.
 
     Args:
         model: its packed modules have ``packed_tensors()`` and ``get_config()``, as those of

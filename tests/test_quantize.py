@@ -328,13 +328,17 @@ def test_equalize_must_come_before_quantize() -> None:
         Equalize(layers="3").validate(_trained_network(), [])
 
 
+def stored_raw(tensors: dict[str, torch.Tensor]) -> int:
+    return pools.stored_nbytes(tensors, pools.build(tensors, Raw()))
+
+
 def test_sizes() -> None:
     model = network()
     plain = sizes(model)
     total = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     assert (plain.density, plain.bits, plain.ideal_rate) == (1.0, 32.0, 1.0)
     # A fresh batch norm's ones and zeros are floats of 16 bits.
-    stored = pools.stored_nbytes(model.state_dict(), Raw())
+    stored = stored_raw(model.state_dict())
     assert 0.95 * total < stored < total
     assert (plain.stored_bytes, plain.stored_rate) == (stored, total / stored)
     weights = {n: m.weight.numel() for n, m in weight_layers(model).items()}
@@ -348,4 +352,4 @@ def test_sizes() -> None:
     coded = sum(packed(m).nbytes for m in weight_layers(model).values())
     rest = other_tensors(model)
     assert sum(t.nbytes for t in rest.values()) == total - 4 * sum(weights.values())
-    assert found.stored_bytes == coded + pools.stored_nbytes(rest, Raw())
+    assert found.stored_bytes == coded + stored_raw(rest)

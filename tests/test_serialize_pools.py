@@ -7,6 +7,7 @@ import zlib
 import pytest
 import torch
 
+import compressops as co
 from compressops.formats import (
     Huffman,
     Raw,
@@ -42,9 +43,71 @@ def test_small_tensors_are_pooled_and_coded(tmp_path):
         assert set(by_name) == {"large", "__F32__", "__I64__"}
         assert by_name["__F32__"].coding == (coding and "Huffman")
         assert by_name["__I64__"].coding is None
-        bytes_of = pools.stored_nbytes(tensors, coding or Raw())
+        bytes_of = pools.stored_nbytes(tensors, pools.build(tensors, coding or Raw()))
         assert bytes_of == sum(t.stored_nbytes for t in by_name.values())
     assert sizes[Huffman()] < 0.95 * sizes[None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mmap", [False, True])
+def test_large_floats_are_coded_alone_bit_for_bit(tmp_path, dtype, mmap):
+    large = torch.randn(3, 200, 256).mul(0.02).to(dtype)
+    integers = {torch.float32: torch.int32}.get(dtype, torch.int16)
+    large[0, 0, :4] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
+    large.view(integers)[0, 0, 4] = torch.iinfo(integers).max - 1  # a NaN with a payload
+    tensors = {"experts": large, "steps": torch.arange(2**14), "turned": large.mT}
+    tensors["tied"] = large
+    write(tmp_path / "file", tensors, coding=Huffman())
+    contents = read(tmp_path / "file", mmap=mmap)
+    assert contents.aliases == {"tied": "experts"}
+    assert not contents.packed
+    for name, tensor in contents.tensors.items():
+        bits = torch.int64 if name == "steps" else integers
+        assert tensor.shape == tensors[name].shape
+        assert torch.equal(tensor.view(bits), tensors[name].contiguous().view(bits))
+    info = inspect(tmp_path / "file")
+    by_name = {t.name: t for t in info.tensors}
+    assert by_name["experts"].pooled == {"experts": (3, 200, 256)}
+    # Of the sixteen bits of a float16, eight are coded: three of them are of the mantissa.
+    worth = 0.95 if dtype == torch.float16 else 0.9 if dtype == torch.float32 else 0.75
+    assert by_name["experts"].stored_nbytes < worth * large.nbytes
+    assert by_name["steps"].coding is None
+    (line,) = (line for line in str(info).splitlines() if "experts" in line)
+    assert "3×200×256" in line
+    assert "small tensors" not in str(info)
+
+
+def test_what_no_module_packs_is_coded_beside_what_one_does(tmp_path):
+    """Experts of a mixture are parameters without a layer of their own."""
+
+    class Mixture(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.left = torch.nn.Linear(64, 300)
+            self.gate = torch.nn.Linear(300, 300)
+            self.experts = torch.nn.Parameter(torch.randn(300, 64, 2) * 0.02)
+
+        def forward(self, x):
+            return self.gate(self.left(x)).softmax(-1) @ (x @ self.experts).sum(1)
+
+    model, x = Mixture(), torch.randn(5, 64)
+    packed = co.convert(model, {"gate": co.Huffman()})
+    size = co.save(packed, tmp_path / "file")
+    assert size < 0.9 * sum(p.nbytes for p in model.parameters())
+    stored = sum(t.stored_nbytes for t in inspect(tmp_path / "file").tensors)
+    left, gate = co.report(packed).layers
+    totals = co.report(packed).totals
+    assert totals.stored + totals.other_stored == stored
+    assert (left.coding, gate.coding) == ("Huffman", "Huffman")
+    assert (left.residency, gate.residency) == ("plain", "decoded")
+    assert left.stored < 0.9 * left.dense
+    assert totals.other_stored < 0.9 * totals.other
+    for mmap in (False, True):
+        loaded = co.load(tmp_path / "file", Mixture, mmap=mmap)
+        assert torch.equal(loaded(x), model(x))
+    # Without a coding it is stored as it is.
+    co.save(model, tmp_path / "file")
+    assert {t.name for t in inspect(tmp_path / "file").tensors if t.coding} == set()
 
 
 def test_noise_is_not_coded(tmp_path):

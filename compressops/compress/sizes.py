@@ -62,7 +62,7 @@ def sizes(model: nn.Module) -> Sizes:
             codings.append(done.coding)
             stored += packed(module).nbytes
     whole += sum(tensor.nbytes for tensor in plain.values())
-    stored += pools.stored_nbytes(plain, pools.common_coding(codings))
+    stored += pools.stored_nbytes(plain, pools.build(plain, pools.common_coding(codings)))
     return Sizes(
         density=kept / max(1, weights),
         bits=code_bits / max(1, coded),

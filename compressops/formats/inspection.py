@@ -19,7 +19,7 @@ class TensorInfo:
     """One tensor of a file. ``layout``, ``number`` and ``coding`` are None where it is stored as
     it is, and ``coded`` says whether the coding gained enough to be used for any part of it;
     ``ideal_nbytes`` is the accounting of papers, ``stored_nbytes`` what the file spends.
-    ``pooled`` are the shapes of the small tensors that a pool holds, by name; else empty."""
+    ``pooled`` are the shapes of the tensors of the model that a pool holds, by name; else empty."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,10 +54,14 @@ class FileInfo:
             coding = t.coding if t.coded or t.coding == "Raw" else f"{t.coding} (raw)"
             how = " × ".join((t.layout, t.number, coding)) if t.layout else "plain"
             dtype = str(t.dtype).removeprefix("torch.")
-            name = f"{len(t.pooled)} small tensors" if t.pooled else t.name
+            # A large tensor that is coded is a pool of its own, under its name.
+            alone = t.pooled.get(t.name)
+            together = {} if alone else t.pooled
+            name = f"{len(together)} small tensors" if together else t.name
             ideal, stored = f"{t.ideal_nbytes:,.0f}", f"{t.stored_nbytes:,}"
-            rows.append((name, _shape(t.shape), dtype, how, f"{t.density:.4f}", ideal, stored))
-            rows += [(f"  {n}", _shape(shape), "", "", "", "", "") for n, shape in t.pooled.items()]
+            shape = _shape(alone or t.shape)
+            rows.append((name, shape, dtype, how, f"{t.density:.4f}", ideal, stored))
+            rows += [(f"  {n}", _shape(s), "", "", "", "", "") for n, s in together.items()]
         ideal = sum(t.ideal_nbytes for t in self.tensors)
         rows.append(("header and manifest", "", "", "", "", "", f"{self.header_bytes:,}"))
         rows.append(("file", "", "", "", "", f"{ideal:,.0f}", f"{self.file_bytes:,}"))

@@ -1,10 +1,12 @@
-"""Pools: the small tensors of a model that are not packed, those of one dtype as one tensor of the
-file. Each alone takes more bytes to describe than many of them hold."""
+"""Pools: the tensors of a model that no module packs. Small ones of one dtype are one tensor of the
+file, because each alone takes more bytes to describe than many of them hold; a larger one is a pool
+of its own where it is coded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from compressops.formats.layout import Dense
 from compressops.formats.number import FLOAT_DTYPES, Float
 from compressops.formats.packed import PackedTensor
 
-# Of a tensor that is pooled. Larger ones stay tensors of their own, which any reader sees by name.
+# Of a tensor that is pooled with others.
 MAX_BYTES = 1 << 16
 # A pool is packed if that saves so much of it, as with a plane of wide codes.
 WORTH = 0.95
@@ -39,10 +41,41 @@ NUMBERS = {_name(torch.float32, number): number for number in _SHORTER}
 RESERVED = {*map(_name, DTYPE_NAMES), *NUMBERS}
 
 
-def members(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """Which of the plain ``tensors`` belong in which pool, by its name in the file: those of a
-    dtype, in the order of their names, if there are at least two. Of float32, those that a shorter
-    float holds bit for bit go apart."""
+class Pool(NamedTuple):
+    """A tensor of the file, ``[total]``, and the names of the tensors whose entries it has, one
+    after the other."""
+
+    tensor: Tensor | PackedTensor
+    names: list[str]
+
+
+def build(tensors: Mapping[str, Tensor], coding: Coding) -> dict[str, Pool]:
+    """The pools of the plain ``tensors`` (of any shapes and devices), by their names in the file.
+    What is in none is stored as it is.
+
+    Small tensors of one dtype stand together, in the order of their names, if there are at least
+    two; of float32, those that a shorter float holds bit for bit go apart. Such a pool is packed
+    with ``coding`` where that saves 5 %. A larger tensor of floats that ``coding`` makes 5 %
+    smaller is a pool of its own, under its own name. Tensors on the meta device have no values that
+    could be coded: with any of them there are no pools.
+    """
+    if any(tensor.is_meta for tensor in tensors.values()):
+        return {}
+    pools = {
+        pool: Pool(_packed(_together(tensors, names), NUMBERS.get(pool), coding), names)
+        for pool, names in _members(tensors).items()
+    }
+    if coding != Raw():
+        for name, tensor in tensors.items():
+            if tensor.nbytes > MAX_BYTES:
+                alone = _packed(_flat(tensor), None, coding)
+                if isinstance(alone, PackedTensor):
+                    pools[name] = Pool(alone, [name])
+    return pools
+
+
+def _members(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """The names of the small ``tensors`` that stand together, by pool."""
     small = sorted(name for name, tensor in tensors.items() if tensor.nbytes <= MAX_BYTES)
     found: dict[str, list[str]] = {}
     for pool, number in NUMBERS.items():
@@ -55,15 +88,13 @@ def members(tensors: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return {pool: names for pool, names in found.items() if len(names) > 1}
 
 
-def build(pool: str, tensors: Iterable[Tensor], coding: Coding) -> Tensor | PackedTensor:
-    """The pool of ``tensors`` (of one dtype, any shapes and devices), on the CPU.
+def _together(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    return torch.cat([_flat(tensors[name]) for name in names])
 
-    Returns:
-        their entries one after the other, ``[total]``: packed with ``coding`` (and in the shorter
-        float of this pool) where that saves 5 %, else as they are.
-    """
-    flat = torch.cat([_flat(tensor) for tensor in tensors])
-    number = NUMBERS.get(pool, _FLOATS.get(flat.dtype))
+
+def _packed(flat: Tensor, number: Float | None, coding: Coding) -> Tensor | PackedTensor:
+    """``flat``, packed in this float or its own where that saves 5 %."""
+    number = number or _FLOATS.get(flat.dtype)
     if number is None:
         return flat
     packed = PackedTensor.pack(flat, Dense(), number, coding)
@@ -71,7 +102,9 @@ def build(pool: str, tensors: Iterable[Tensor], coding: Coding) -> Tensor | Pack
 
 
 def split(pool: Tensor, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
-    """The members of a pool, each with memory of its own."""
+    """The members of a pool; each of several has memory of its own."""
+    if len(shapes) == 1:
+        return {name: pool.view(shape) for name, shape in shapes.items()}
     parts = pool.split([math.prod(shape) for shape in shapes.values()])
     return {
         name: part.clone().view(shape)
@@ -79,16 +112,11 @@ def split(pool: Tensor, shapes: Mapping[str, list[int]]) -> dict[str, Tensor]:
     }
 
 
-def stored_nbytes(tensors: Mapping[str, Tensor], coding: Coding) -> int:
-    """Bytes that the plain ``tensors`` of a model take in its file."""
-    if any(tensor.is_meta for tensor in tensors.values()):
-        # They have no values that could be coded.
-        return sum(tensor.nbytes for tensor in tensors.values())
-    pools = members(tensors)
-    pooled = {name for names in pools.values() for name in names}
+def stored_nbytes(tensors: Mapping[str, Tensor], pools: Mapping[str, Pool]) -> int:
+    """Bytes that a model's plain ``tensors`` take in a file, where some are in these ``pools``."""
+    pooled = {name for pool in pools.values() for name in pool.names}
     own = sum(tensor.nbytes for name, tensor in tensors.items() if name not in pooled)
-    built = (build(pool, [tensors[n] for n in names], coding) for pool, names in pools.items())
-    return own + sum(pool.nbytes for pool in built)
+    return own + sum(pool.tensor.nbytes for pool in pools.values())
 
 
 def common_coding(codings: Iterable[Coding]) -> Coding:
