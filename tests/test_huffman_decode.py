@@ -22,6 +22,10 @@ ALL_KERNELS = pytest.mark.parametrize("kernel", PARAMS, indirect=True)
 FAST_KERNELS = pytest.mark.parametrize(
     "kernel", [p for p in PARAMS if p.values[0][:2] != ("cpu", "triton")], indirect=True
 )
+# What a result's size decides is decided in kernels.
+NATIVE_KERNELS = pytest.mark.parametrize(
+    "kernel", [p for p in PARAMS if p.values[0][1] not in ("eager", "triton")], indirect=True
+)
 
 
 def make(symbols: torch.Tensor, chunk_size: int, max_length: int = 12, device="cpu"):
@@ -68,6 +72,28 @@ def test_code_length_limits(kernel: torch.device, max_length: int) -> None:
     args = make(symbols, 512, max_length, kernel)
     assert args[2].max() <= max_length
     assert torch.equal(co.ops.huffman_decode(*args).cpu(), symbols)
+
+
+@NATIVE_KERNELS
+@pytest.mark.parametrize("alphabet", [4, 200])
+@pytest.mark.parametrize("chunk_size", [4096, 5000])
+def test_what_is_larger_than_the_caches(kernel, alphabet: int, chunk_size: int) -> None:
+    # 2^24 bytes are written another way, where a chunk's symbols are aligned. Four symbols that are
+    # equally frequent have no node to merge.
+    copies = 420
+    count = copies * 10 * chunk_size
+    assert count >= 1 << 24
+    block = (
+        torch.arange(10 * chunk_size).byte() % 4 if alphabet == 4 else skewed(10 * chunk_size, 200)
+    )
+    stream, offsets, lengths, *_ = make(block, chunk_size, device=kernel)
+    offsets = torch.nn.functional.pad(offsets.diff().repeat(copies).cumsum(0), (1, 0))
+    whole = torch.full((count + 65,), 255, dtype=torch.uint8, device=kernel)
+    for start in (0, 1):
+        out = whole[start : start + count]
+        co.ops.huffman_decode(stream.repeat(copies), offsets, lengths, count, chunk_size, out)
+        assert torch.equal(out.view(copies, -1).cpu(), block.expand(copies, -1))
+    assert bool((whole[1 + count :] == 255).all())
 
 
 @given(st.binary(max_size=300), st.integers(1, 70))

@@ -20,6 +20,9 @@ namespace {
 
 constexpr const char* kOp = "huffman_decode";
 constexpr const char* kPlanesOp = "huffman_decode_planes";
+// A result that no cache holds is written past the caches: it would be fetched only to be
+// overwritten, and what is wanted again would make room for it. A smaller one may be used at once.
+constexpr int64_t kPastCaches = int64_t{1} << 24;
 
 void check_offsets(const char* op, const int64_t* bounds, int64_t chunks, int64_t bytes) {
   COMPRESSOPS_CHECK(bounds[0] == 0, op, "offsets", "0 at its start", bounds[0]);
@@ -39,9 +42,9 @@ struct Coded {
   HuffmanTree tree;
 
   HuffmanFault decode(int64_t chunk, HuffmanScratch& scratch, uint8_t* out, int64_t count,
-                      const uint8_t* next) const {
+                      bool past_caches) const {
     return huffman_decode_chunk(tree, scratch, bytes + bounds[chunk], bytes + bounds[chunk + 1],
-                                out, count, next);
+                                out, count, past_caches);
   }
 };
 
@@ -94,8 +97,9 @@ void huffman_decode_out(const Tensor& stream, const Tensor& offsets, const Tenso
   auto* symbols = static_cast<uint8_t*>(out.mutable_data_ptr());
   const auto worker = [&] {
     return [&, scratch = std::make_unique<HuffmanScratch>()](int64_t c) {
-      uint8_t* to = symbols + c * chunk_size;
-      return from.decode(c, *scratch, to, std::min(chunk_size, num_symbols - c * chunk_size), to);
+      const int64_t begin = c * chunk_size;
+      return from.decode(c, *scratch, symbols + begin, std::min(chunk_size, num_symbols - begin),
+                         num_symbols >= kPastCaches);
     };
   };
   for_chunks(kOp, offsets.numel() - 1, chunk_size, worker);
@@ -113,10 +117,6 @@ Tensor huffman_decode(const Tensor& stream, const Tensor& offsets, const Tensor&
   huffman_decode_out(stream, offsets, lengths, chunk_size, out);
   return out;
 }
-
-// A result that no cache holds is written past the caches: it would be fetched only to be
-// overwritten, and what is wanted again would make room for it. A smaller one may be used at once.
-constexpr int64_t kPastCaches = int64_t{1} << 24;
 
 // One plane of a result: as it is, or coded.
 struct Plane {
@@ -162,15 +162,12 @@ void huffman_decode_planes(Tensor out, std::vector<Tensor> planes, std::vector<T
     return [&, buffers = std::unique_ptr<Buffers>(new Buffers)](int64_t c) {
       const int64_t begin = c * chunk_size, length = std::min(chunk_size, count - begin);
       const uint8_t* parts[4] = {};
-      const uint8_t* next = buffers->decoded[0];  // or what is raw
-      for (int64_t p = 0; p < width; ++p)
-        if (from[p].raw != nullptr) next = parts[p] = from[p].raw + begin;
       for (int64_t p = 0; p < width; ++p) {
+        parts[p] = from[p].raw != nullptr ? from[p].raw + begin : buffers->decoded[p];
         if (from[p].raw != nullptr) continue;
         const HuffmanFault fault =
-            from[p].coded.decode(c, buffers->scratch, buffers->decoded[p], length, next);
+            from[p].coded.decode(c, buffers->scratch, buffers->decoded[p], length, false);
         if (fault != kHuffmanSound) return fault;
-        parts[p] = buffers->decoded[p];
       }
       if (width == 2)
         merge.two(reinterpret_cast<uint16_t*>(codes) + begin, parts, length, turned, past_caches);

@@ -17,28 +17,32 @@ struct HuffmanScratch {
   // The chunk, copied, so that what is checked is what is decoded, whoever writes to the stream.
   uint8_t chunk[kHuffmanHeaderBytes + kHuffmanMaxChunkSize * kHuffmanMaxLength / 8 + kHuffmanSlack];
   uint8_t levels[2][kHuffmanMaxChunkSize + kHuffmanSlack];
-  // Memory that is wanted soon: what is behind the chunk, and what the caller comes to next. It is
-  // fetched, and not read.
-  const uint8_t* behind;
-  const uint8_t* next;
 };
 
+// How symbols are written: with what else is in the last vector, without it, or without it and past
+// the caches, to where vectors are aligned.
+enum class HuffmanStore { kWhole, kExact, kPastCaches };
+// Bytes that any vector is aligned to.
+constexpr int64_t kHuffmanAlignment = 64;
+
 // Decodes `count` symbols of the chunk in the scratch, which has `bytes` bytes of codes. Its bits
-// must not be those of a lone symbol.
+// must not be those of a lone symbol. `store` is not kWhole.
 using HuffmanDecode = HuffmanFault (*)(const HuffmanTree& tree, HuffmanScratch& scratch,
-                                       int64_t bytes, uint8_t* out, int64_t count);
+                                       int64_t bytes, uint8_t* out, int64_t count,
+                                       HuffmanStore store);
 
 HuffmanFault huffman_decode_baseline(const HuffmanTree& tree, HuffmanScratch& scratch,
-                                     int64_t bytes, uint8_t* out, int64_t count);
+                                     int64_t bytes, uint8_t* out, int64_t count,
+                                     HuffmanStore store);
 HuffmanFault huffman_decode_avx2(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
-                                 uint8_t* out, int64_t count);
+                                 uint8_t* out, int64_t count, HuffmanStore store);
 HuffmanFault huffman_decode_avx512(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
-                                   uint8_t* out, int64_t count);
+                                   uint8_t* out, int64_t count, HuffmanStore store);
 
-// Checks and decodes the chunk [begin, end) with the kernel that suits the processor. `next` are as
-// many bytes as there are symbols, which the caller reads or writes behind that: `out`, or others.
+// Checks and decodes the chunk [begin, end) with the kernel that suits the processor. With
+// `past_caches` symbols are written to memory without being fetched, where `out` is aligned.
 HuffmanFault huffman_decode_chunk(const HuffmanTree& tree, HuffmanScratch& scratch,
                                   const uint8_t* begin, const uint8_t* end, uint8_t* out,
-                                  int64_t count, const uint8_t* next);
+                                  int64_t count, bool past_caches);
 
 }  // namespace compressops::cpu

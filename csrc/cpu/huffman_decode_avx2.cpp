@@ -51,12 +51,13 @@ inline __m256i spread(uint32_t bits) {
   return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, its_bit), its_bit);
 }
 
-inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
+inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out,
+                          HuffmanStore store) {
   const __m256i zeros = _mm256_set1_epi8((char)zero), ones = _mm256_set1_epi8((char)one);
   for (; n > 0; n -= 64, out += 64, bits.first += 8) {
     const uint64_t word = bits.word(0);
     uint8_t last[64];
-    uint8_t* to = exact && n < 64 ? last : out;
+    uint8_t* to = store != HuffmanStore::kWhole && n < 64 ? last : out;
     const __m256i low = _mm256_blendv_epi8(zeros, ones, spread((uint32_t)word));
     const __m256i high = _mm256_blendv_epi8(zeros, ones, spread((uint32_t)(word >> 32)));
     _mm256_storeu_si256((__m256i*)to, low);
@@ -98,9 +99,10 @@ struct Numbers {
 
 // vpshufb looks up 16 symbols, and gives 0 for a number whose highest bit is set: what is not among
 // the 16 is made such a one.
-inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out, bool exact) {
-  if (d == 1) return merge_symbols(bits, n, symbols[0], symbols[1], out, exact);
-  if (d > 6) return look_up_each(bits, n, d, symbols, out, exact);
+inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out,
+                    HuffmanStore store) {
+  if (d == 1) return merge_symbols(bits, n, symbols[0], symbols[1], out, store);
+  if (d > 6) return look_up_each(bits, n, d, symbols, out, store);
   const Numbers numbers(d, bits.shift);
   const int tables = d <= 4 ? 1 : 1 << (d - 4);
   __m256i table[4];
@@ -115,7 +117,7 @@ inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t
       found = _mm256_or_si256(found, _mm256_shuffle_epi8(table[t], place));
     }
     uint8_t last[32];
-    uint8_t* to = exact && n < 32 ? last : out;
+    uint8_t* to = store != HuffmanStore::kWhole && n < 32 ? last : out;
     _mm256_storeu_si256((__m256i*)to, found);
     if (to == last) memcpy(out, last, (size_t)n);
   }
@@ -126,8 +128,8 @@ inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t
 }  // namespace
 
 HuffmanFault huffman_decode_avx2(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
-                                 uint8_t* out, int64_t count) {
-  return decode_levels(tree, scratch, bytes, out, count);
+                                 uint8_t* out, int64_t count, HuffmanStore store) {
+  return decode_levels(tree, scratch, bytes, out, count, store);
 }
 
 }  // namespace compressops::cpu

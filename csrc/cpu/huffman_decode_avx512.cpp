@@ -10,6 +10,9 @@
 #pragma GCC target("bmi2,popcnt,avx512f,avx512bw,avx512dq,avx512vbmi,avx512bitalg,avx512vpopcntdq")
 #endif
 
+// GCC 12 warns of its own _mm512_undefined_* (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
@@ -77,25 +80,34 @@ inline Ranks ranks(uint64_t word) {
           _mm512_add_epi8(in_byte, _mm512_shuffle_epi8(in_word, load(kFirstOfEight)))};
 }
 
-inline void store_last(int64_t n, __m512i symbols, uint8_t* out, bool exact) {
-  if (exact) {
-    _mm512_mask_storeu_epi8(out, (__mmask64)low_bits(~uint64_t{0}, n), symbols);
+// n bytes, of which each call of `next` gives the next 64.
+template <class Next>
+inline void put(int64_t n, uint8_t* out, HuffmanStore store, Next next) {
+  if (store == HuffmanStore::kPastCaches)
+    for (; n >= 64; n -= 64, out += 64) _mm512_stream_si512((__m512i*)out, next());
+  for (; n >= 64; n -= 64, out += 64) _mm512_storeu_si512(out, next());
+  if (n <= 0) return;
+  if (store == HuffmanStore::kWhole) {
+    _mm512_storeu_si512(out, next());
   } else {
-    _mm512_storeu_si512(out, symbols);
+    _mm512_mask_storeu_epi8(out, (__mmask64)low_bits(~uint64_t{0}, n), next());
   }
 }
 
 // What `merge` makes of each 64 bits, one after the other, to n bytes.
 template <class Merge>
-inline void merge_words(Bits bits, int64_t n, uint8_t* out, bool exact, Merge merge) {
-  for (; n >= 64; n -= 64, out += 64, bits.first += 8)
-    _mm512_storeu_si512(out, merge(bits.word(0)));
-  if (n > 0) store_last(n, merge(bits.word(0)), out, exact);
+inline void merge_words(Bits bits, int64_t n, uint8_t* out, HuffmanStore store, Merge merge) {
+  put(n, out, store, [&] {
+    const uint64_t word = bits.word(0);
+    bits.first += 8;
+    return merge(word);
+  });
 }
 
 // Of 64 symbols of d bits each, the 8 d bytes: a word for each eight of them, whose fields then go
 // to its bytes. vpermb looks at no more of a byte than it needs, and the symbols are repeated.
-inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out, bool exact) {
+inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out,
+                    HuffmanStore store) {
   if (d == 8) {  // then these are all symbols there are, and stand in their order
     memcpy(out, bits.first, (size_t)n);
     return;
@@ -113,14 +125,13 @@ inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t
     bits.first += 8 * d;
     return _mm512_permutex2var_epi8(low, _mm512_multishift_epi64_epi8(its_field, words), high);
   };
-  for (; n >= 64; n -= 64, out += 64) _mm512_storeu_si512(out, next());
-  if (n > 0) store_last(n, next(), out, exact);
+  put(n, out, store, next);
 }
 
 inline void merge_symbol_node(Bits bits, int64_t n, int zero, const uint8_t* ones, uint8_t* out,
-                              bool exact) {
+                              HuffmanStore store) {
   const __m512i zeros = _mm512_set1_epi8((char)zero);
-  merge_words(bits, n, out, exact, [&](uint64_t word) {
+  merge_words(bits, n, out, store, [&](uint64_t word) {
     const Ranks rank = ranks(word);
     const __m512i there = _mm512_loadu_si512(ones);
     ones += __builtin_popcountll(word);
@@ -129,9 +140,9 @@ inline void merge_symbol_node(Bits bits, int64_t n, int zero, const uint8_t* one
 }
 
 inline void merge_nodes(Bits bits, int64_t n, const uint8_t* zeros, const uint8_t* ones,
-                        uint8_t* out, bool exact) {
+                        uint8_t* out, HuffmanStore store) {
   const __m512i second = _mm512_set1_epi8(64);  // of the two tables that are looked up
-  merge_words(bits, n, out, exact, [&](uint64_t word) {
+  merge_words(bits, n, out, store, [&](uint64_t word) {
     const Ranks rank = ranks(word);
     const __m512i place = _mm512_mask_add_epi8(_mm512_sub_epi8(load(kIndex), rank.before),
                                                rank.chosen, rank.before, second);
@@ -148,8 +159,11 @@ inline void merge_nodes(Bits bits, int64_t n, const uint8_t* zeros, const uint8_
 }  // namespace
 
 HuffmanFault huffman_decode_avx512(const HuffmanTree& tree, HuffmanScratch& scratch, int64_t bytes,
-                                   uint8_t* out, int64_t count) {
-  return decode_levels(tree, scratch, bytes, out, count);
+                                   uint8_t* out, int64_t count, HuffmanStore store) {
+  const HuffmanFault fault = decode_levels(tree, scratch, bytes, out, count, store);
+  // Before all that this thread writes next: others may wait for it to read the symbols.
+  if (store == HuffmanStore::kPastCaches) _mm_sfence();
+  return fault;
 }
 
 }  // namespace compressops::cpu

@@ -27,16 +27,18 @@ inline uint64_t spread(uint64_t bits) {
   return (((each + 0x7f7f7f7f7f7f7f7fu) | each) >> 7 & 0x0101010101010101u) * 255;
 }
 
-inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out, bool exact) {
+inline void merge_symbols(Bits bits, int64_t n, int zero, int one, uint8_t* out,
+                          HuffmanStore store) {
   const uint64_t zeros = (uint64_t)zero * 0x0101010101010101u;
   const uint64_t difference = (uint64_t)(zero ^ one) * 0x0101010101010101u;
-  merge_words(bits, n, out, exact,
+  merge_words(bits, n, out, store,
               [&](unsigned byte) { return zeros ^ (spread(byte) & difference); });
 }
 
-inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out, bool exact) {
-  if (d == 1) return merge_symbols(bits, n, symbols[0], symbols[1], out, exact);
-  look_up_each(bits, n, d, symbols, out, exact);
+inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t* out,
+                    HuffmanStore store) {
+  if (d == 1) return merge_symbols(bits, n, symbols[0], symbols[1], out, store);
+  look_up_each(bits, n, d, symbols, out, store);
 }
 
 #include "huffman_decode_loops.h"
@@ -44,8 +46,9 @@ inline void look_up(Bits bits, int64_t n, int d, const uint8_t* symbols, uint8_t
 }  // namespace
 
 HuffmanFault huffman_decode_baseline(const HuffmanTree& tree, HuffmanScratch& scratch,
-                                     int64_t bytes, uint8_t* out, int64_t count) {
-  return decode_levels(tree, scratch, bytes, out, count);
+                                     int64_t bytes, uint8_t* out, int64_t count,
+                                     HuffmanStore store) {
+  return decode_levels(tree, scratch, bytes, out, count, store);
 }
 
 }  // namespace compressops::cpu

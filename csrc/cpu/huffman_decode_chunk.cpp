@@ -29,13 +29,11 @@ HuffmanFault decode_lone_symbol(int symbol, const uint8_t* data, int64_t bytes, 
 
 HuffmanFault huffman_decode_chunk(const HuffmanTree& tree, HuffmanScratch& scratch,
                                   const uint8_t* begin, const uint8_t* end, uint8_t* out,
-                                  int64_t count, const uint8_t* next) {
+                                  int64_t count, bool past_caches) {
   const int64_t size = end - begin;
   if (size < kHuffmanHeaderBytes) return kHuffmanTruncated;
   if (size > static_cast<int64_t>(sizeof(scratch.chunk)) - kHuffmanSlack) return kHuffmanTooLong;
   uint8_t* chunk = scratch.chunk;
-  scratch.behind = end;
-  scratch.next = next;
   std::memcpy(chunk, begin, static_cast<size_t>(size));
   std::memset(chunk + size, 0, static_cast<size_t>(kHuffmanSlack));
   uint32_t stated;
@@ -44,9 +42,11 @@ HuffmanFault huffman_decode_chunk(const HuffmanTree& tree, HuffmanScratch& scrat
   if (crc32()(chunk + kChecksum, size - kChecksum) != stated) return kHuffmanChecksum;
   if (chunk[kChecksum] != kHuffmanCodec) return kHuffmanUnknownCodec;
   const int64_t bytes = size - kHuffmanHeaderBytes;
-  return tree.lone_symbol >= 0
-             ? decode_lone_symbol(tree.lone_symbol, chunk + kHuffmanHeaderBytes, bytes, out, count)
-             : kernel()(tree, scratch, bytes, out, count);
+  if (tree.lone_symbol >= 0)
+    return decode_lone_symbol(tree.lone_symbol, chunk + kHuffmanHeaderBytes, bytes, out, count);
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % kHuffmanAlignment == 0;
+  return kernel()(tree, scratch, bytes, out, count,
+                  past_caches && aligned ? HuffmanStore::kPastCaches : HuffmanStore::kExact);
 }
 
 }  // namespace compressops::cpu
