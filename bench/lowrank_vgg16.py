@@ -9,7 +9,7 @@ for what the float network gives after each of its five groups of layers (mean s
 each over the mean square), on crops of photographs and on images of CIFAR-10, side by side,
 128×128. Untrained, it is measured at other budgets, too.
 
-Errors are of two other photographs at 224×224, those of `bench_lowrank.py`: relative to the last
+Errors are of eight other photographs at 224×224, those of `bench_lowrank.py`: relative to the last
 output's norm, and of the five groups; "perceptual" is the mean squared difference of their features
 of unit length (Zhang et al. 2018, arXiv 1801.03924, without the learned weights), summed over the
 five. A run that was killed goes on where it stopped.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from bench_lowrank import CALIBRATION, HELD_OUT, multiply_accumulates
+from bench_lowrank import CALIBRATION, HELD_OUT, factorized, multiply_accumulates
 from common import merged, parser, write
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
@@ -93,24 +93,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def calibrated(
-    dense: nn.Sequential, form: str, macs: float, crops: tuple[Tensor, ...], folder: Path
-) -> tuple[nn.Sequential, co.Factorize]:
-    """The factorized network and the stage that has its ranks, kept in the folder."""
-    path, model = folder / f"{form}-{macs}-{len(crops)}.pt", copy.deepcopy(dense)
-    if path.exists():
-        kept = torch.load(path)
-        stage = co.Factorize(ranks=kept["ranks"])
-        stage.attach(model)
-        model.load_state_dict(kept["state"])
-        return model, stage
-    stage = co.Factorize(form, macs=macs, calibration=len(crops)).apply(model, crops)
-    stage = co.Factorize(ranks=stage.ranks)
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save({"ranks": stage.ranks, "state": model.state_dict()}, path)
-    return model, stage
-
-
 def retrain(scales: list[float], steps: int, lr: float, arguments: Namespace) -> co.Retrain:
     return co.Retrain(
         steps=steps,
@@ -147,7 +129,7 @@ def main() -> None:
     arguments = out.parse_args()
     keep_freed_memory()
     torch.set_num_threads(arguments.threads[0])
-    dense, held = vgg16.load(), vgg16.crops(HELD_OUT, 4, seed=2)
+    dense, held = vgg16.load(), vgg16.crops(HELD_OUT, 16, seed=2)
     crops = vgg16.crops(CALIBRATION, arguments.calibration, seed=1).split(4)
     rows, cut = [], {}
 
@@ -158,10 +140,10 @@ def main() -> None:
         write("VGG16 factorized and trained", merged(rows, arguments, tuple(row)), arguments)
 
     for macs in arguments.budgets:
-        model, _ = calibrated(dense, arguments.form, macs, crops, arguments.workdir)
+        model, _ = factorized(dense, arguments.form, macs, crops, arguments.workdir)
         note({"form": arguments.form, "budget": macs, "calibrated": True, "steps": 0}, model)
     for form in arguments.forms:
-        cut[form], stage = calibrated(dense, form, arguments.macs, crops, arguments.workdir)
+        cut[form], stage = factorized(dense, form, arguments.macs, crops, arguments.workdir)
         plain = copy.deepcopy(dense)
         stage.attach(plain)  # the same ranks, and no data
         for fitted, model in ((False, plain), (True, cut[form])):

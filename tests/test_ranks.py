@@ -107,6 +107,17 @@ def test_a_search_needs_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
         Factorize(macs=0.5, search=2, calibration=1).apply(network(), [images()])
 
 
+@pytest.mark.parametrize("form", ["matrix", "spatial", "cp", "tucker"])
+def test_ranks_fill_what_kernels_compute_at_once(form: str) -> None:
+    found = points(form, torch.randn(40, 24, 3, 3), (1, 1))
+    for point in found:
+        rank = point.layout.rank
+        parts = zip(rank, (40, 24), strict=True) if form == "tucker" else [(rank, 0)]
+        # Tucker's end where the channels do.
+        assert all(part < 16 or part % 16 == 0 or part == most for part, most in parts)
+    assert len(found) > 10
+
+
 def test_energy_is_kept() -> None:
     model, before = factorized(energy=0.7), network()
     for name, module in model.named_modules():

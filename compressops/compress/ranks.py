@@ -15,6 +15,8 @@ from compressops.formats.lowrank import LowRank
 
 # Shares of the channels that Tucker's two ranks are tried at.
 _SHARES = 64
+# Kernels compute so many channels at once.
+_CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ def points(
 ) -> list[Point]:
     """The ranks of a form that make a layer smaller and cheaper than it is, lowest first.
 
-    Ranks from 64 on are multiples of 8, which is what vector units like.
+    Ranks from 16 on are multiples of 16: others take as long as the next one.
 
     Args:
         spectrum: see `decompose`; ``None``: of the weight.
@@ -68,7 +70,7 @@ def _errors(
         modes = [Spectrum.of(weight.detach().transpose(0, mode).flatten(1)) for mode in (0, 1)]
         tails = [_padded(mode.errors(), size) for mode, size in zip(modes, largest, strict=True)]
         pairs = {
-            tuple(max(1, math.ceil(size * share / _SHARES)) for size in largest): None
+            tuple(min(size, _step(math.ceil(size * share / _SHARES))) for size in largest): None
             for share in range(1, _SHARES + 1)
         }
         for pair in pairs:
@@ -87,7 +89,12 @@ def _padded(errors: Tensor, largest: int) -> Tensor:
 
 
 def _steps(largest: int) -> list[int]:
-    return [rank for rank in range(1, largest + 1) if rank < 64 or rank % 8 == 0]
+    return [rank for rank in range(1, largest + 1) if rank == _step(rank)]
+
+
+def _step(rank: int) -> int:
+    """The least rank of this at least that is tried."""
+    return rank if rank < _CHANNELS else math.ceil(rank / _CHANNELS) * _CHANNELS
 
 
 def hull(found: Sequence[Point], cost: str) -> list[Point]:
