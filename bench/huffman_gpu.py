@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from gpu_cases import DEVICE, Check
+from huffman_gpu_peers import peers
 
 import compressops as co
 from compressops.formats.huffman import huffman_lengths
@@ -75,25 +77,45 @@ def row(op: str, backend: str, case: str, seconds: float, traffic: int) -> dict:
     }
 
 
+def with_peers(
+    ours: dict, call: Callable[[], object], data: torch.Tensor, seconds: Seconds, rounds: int
+) -> Iterator[dict]:
+    """The row of ``ours``, and one for each peer that decodes ``data``, which ``call`` gives. Both
+    are timed on one stream, and not on the default one, which nvCOMP takes for none."""
+    yield ours
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for name, peer in peers(data, side.cuda_stream).items():
+            mine, other = seconds(call, rounds), seconds(peer.decode, rounds)
+            case = f"{ours['case']}, {name.partition(' (')[0]}"
+            yield {**ours, "case": case, "× peer": other / mine, "peer": name}
+
+
 def figures(event_seconds: Seconds) -> dict[str, Callable[[str, int], Iterator[dict]]]:
     """The figures of each op, for `gpu_verify.FIGURES`; GB/s are of what is read and written."""
 
     def decode_rows(backend: str, rounds: int) -> Iterator[dict]:
         for bits in (4, 6, 8):
             arguments = decode_arguments(32_000_000, co.Huffman().chunk_size, bits)
-            with co.backend(backend):
-                ours = event_seconds(lambda args=arguments: co.ops.huffman_decode(*args), rounds)
             traffic = arguments[0].numel() + arguments[3]
-            yield row("huffman_decode", backend, f"32M symbols of {bits} bits", ours, traffic)
+            with co.backend(backend):
+                call = functools.partial(co.ops.huffman_decode, *arguments)
+                ours = event_seconds(call, rounds)
+                name = f"32M symbols of {bits} bits"
+                first = row("huffman_decode", backend, name, ours, traffic)
+                yield from with_peers(first, call, call(), event_seconds, rounds)
 
     def planes_rows(backend: str, rounds: int) -> Iterator[dict]:
         chunk_size = co.Huffman().chunk_size
         arguments = planes_arguments(1 << 27, chunk_size, torch.bfloat16, {1})
         out, planes, *_ = arguments
-        with co.backend(backend):
-            ours = event_seconds(lambda: co.ops.huffman_decode_planes(*arguments), rounds)
         traffic = sum(plane.numel() for plane in planes) + out.nbytes
-        yield row("huffman_decode_planes", backend, "bf16 of 256 MB", ours, traffic)
+        with co.backend(backend):
+            call = functools.partial(co.ops.huffman_decode_planes, *arguments)
+            ours = event_seconds(call, rounds)
+            first = row("huffman_decode_planes", backend, "bf16 of 256 MB", ours, traffic)
+            yield from with_peers(first, call, out, event_seconds, rounds)
 
     def merge_rows(backend: str, rounds: int) -> Iterator[dict]:
         out, planes, *_ = planes_arguments(1 << 27, 1, torch.bfloat16, set())
