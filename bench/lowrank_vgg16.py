@@ -99,11 +99,11 @@ def retrain(scales: list[float], steps: int, lr: float, arguments: Namespace) ->
         batch_size=arguments.batch_size,
         optimizer=arguments.optimizer,
         lr=lr,
-        schedule="linear",
-        warmup=0.2,
+        schedule=arguments.schedule,
+        warmup=0.1,
         ce_weight=0.0,
         convolutions="winograd",
-        checkpoint_seconds=1e9,
+        checkpoint_seconds=120.0,
         distill=tuple(
             co.ActivationKD(name, weight=1 / scale)
             for name, scale in zip(GROUPS, scales, strict=True)
@@ -120,10 +120,11 @@ def main() -> None:
     out.add_argument("--calibration", type=int, default=24, help="crops of 224×224")
     out.add_argument("--photographs", type=int, default=1600, help="crops of 128×128")
     out.add_argument("--others", type=int, default=800, help="images of CIFAR-10")
-    out.add_argument("--steps", type=int, nargs="*", default=[50] * 6, help="of each --lr")
+    out.add_argument("--steps", type=int, nargs="*", default=[300], help="of each --lr, in turn")
     out.add_argument("--batch-size", type=int, default=4)
     out.add_argument("--optimizer", default="adamw")
-    out.add_argument("--lr", type=float, nargs="*", default=[2e-5] * 6)
+    out.add_argument("--lr", type=float, nargs="*", default=[5e-5])
+    out.add_argument("--schedule", default="cosine", help="of each --lr, from its warmup to 0")
     out.add_argument("--merge", action="store_true", help="keep the rows that the file has")
     out.add_argument("--workdir", type=Path, required=True)
     arguments = out.parse_args()
