@@ -21,7 +21,7 @@ import statistics
 from pathlib import Path
 
 import torch
-from common import interleaved, median_ratio, parser, report
+from common import interleaved, median_ratio, merged, parser, report
 from torch import Tensor, nn
 
 import compressops as co
@@ -113,6 +113,7 @@ def main() -> None:
     out.add_argument("--forms", nargs="+", default=["matrix", "spatial"])
     out.add_argument("--macs", type=float, nargs="+", default=[0.5, 0.45, 0.4])
     out.add_argument("--models", type=Path)
+    out.add_argument("--merge", action="store_true", help="keep the rows that the file has")
     arguments = out.parse_args()
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -175,6 +176,7 @@ def main() -> None:
             }
             for name, row in rows
         ]
+    table = merged(table, arguments, ("threads", "form", "budget"))
     report("VGG16 factorized, × = times faster than the dense network", table, arguments)
 
 
