@@ -58,34 +58,40 @@ def logits(model: nn.Module, dev: Sentences, size: int = 32) -> Tensor:
 def run(name: str, workdir: Path) -> dict:
     """Train one row, or go on with it."""
     path = ROOT / "recipes" / f"{name}.yaml"
-    recipe = co.Recipe.from_yaml(path)
-    model, _, dev, _ = recipe.load()
+    dev = co.Recipe.from_yaml(path).load()[2]
     result = run_recipe(path, workdir)
+    measured = deployed(name, result.model, dev, workdir)
+    stages = [asdict(stage) for stage in result.table]
+    return {"row": name, "recipe": f"recipes/{path.name}"} | measured | {"stages": stages}
+
+
+def deployed(name: str, model: nn.Module, dev: Sentences, workdir: Path) -> dict:
+    """Save a row's model, and measure what its file is like in a model without weights."""
     file = workdir / f"{name}.safetensors"
-    trained = logits(result.model, dev)
+    trained = logits(model, dev)
     if name == TEACHER:
-        tensors = {key: value.contiguous() for key, value in result.model.state_dict().items()}
+        tensors = {key: value.contiguous() for key, value in model.state_dict().items()}
         save_file(tensors, file)
         loaded = trained
     else:
         # What training rounded is run as integers without being asked for; look-ups in 2 bits take
         # less memory and more time, and are taken with prefer="size" alone.
-        co.save(co.convert(result.model, prefer="size"), file)
+        co.save(co.convert(model, prefer="size"), file)
         co.verify(file)
         with init_empty_weights():
             skeleton = type(model)(model.config)
         loaded = logits(co.load(file, skeleton, inplace=True).eval(), dev)
-    right = loaded.argmax(1) == dev.labels
     return {
-        "row": name,
-        "recipe": f"recipes/{path.name}",
-        "top1": 100 * right.double().mean().item(),
-        "top1 of the training's model": result.table[-1].top1,
+        "top1": top1(loaded, dev),
+        "top1 of the training's model": top1(trained, dev),
         "agree": 100 * (loaded.argmax(1) == trained.argmax(1)).double().mean().item(),
         "largest difference of logits": (loaded - trained).abs().max().item(),
         "file_bytes": file.stat().st_size,
-        "stages": [asdict(stage) for stage in result.table],
     }
+
+
+def top1(logits: Tensor, data: Sentences) -> float:
+    return 100 * (logits.argmax(1) == data.labels).double().mean().item()
 
 
 def ablated(recipe: co.Recipe, part: str, epochs: float) -> co.Recipe:
