@@ -260,3 +260,18 @@ def test_mapped_files_whatever_their_offsets(tmp_path: Path) -> None:
             plain = co.load(path, nn.Sequential(*fresh), residency)
             x = torch.randn(2, 64)
             assert torch.equal(mapped(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    ("number", "copied"), [(co.Int(8), True), (co.Int(4, group_size=16), False)], ids=str
+)
+def test_a_scale_a_row_is_not_left_in_a_mapped_file(
+    number: co.Int, copied: bool, tmp_path: Path
+) -> None:
+    model = co.convert(nn.Sequential(table(40, 64)), {"*": number}, prefer="size")
+    co.save(model, tmp_path / "model.safetensors")
+    fresh = nn.Sequential(table(40, 64))
+    held = co.load(tmp_path / "model.safetensors", fresh, mmap=True)[0].packed_weight
+    codes, scales = (held.get_buffer(name).untyped_storage() for name in ("codes", "scales"))
+    assert (codes.data_ptr() != scales.data_ptr()) == copied
+    assert not copied or scales.nbytes() == 40 * 4

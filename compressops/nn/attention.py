@@ -158,10 +158,12 @@ def attention(
         return attend(query, key, value, attention_mask)
     # A few sequences at a time, so that what is between the steps stays in the cache.
     N, heads, L, _ = query.shape
+    step = max(1, _BYTES_AT_ONCE // max(1, heads * L * key.shape[2] * query.element_size()))
+    if step >= N:
+        return attend(query, key, value, attention_mask)
     y = query.new_empty(N, L, heads, value.shape[3])
     p = query.new_empty(N, heads, L, key.shape[2])
     mask = None if attention_mask is None else attention_mask.expand(N, -1, -1, -1)
-    step = max(1, N * _BYTES_AT_ONCE // max(1, p.nbytes))
     for first in range(0, N, step):
         some = slice(first, first + step)
         parts = (query[some], key[some], value[some], None if mask is None else mask[some])

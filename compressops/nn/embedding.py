@@ -105,6 +105,11 @@ class IntegerRows(PackedWeight):
             raise ValueError(f"weight: {why}")
         super()._set_packed(packed)
         self._number, self._names = packed.number, tuple(packed.params)
+        for name in self._names:
+            # Copies where they are few: of a mapped file the system brings up to 2 MB around them
+            # into memory, where nothing else is that a look-up reads.
+            if self._buffers[name].numel() <= self.shape[0]:
+                self._buffers[name] = self._buffers[name].clone()
 
     def _resident(self) -> tuple[str, ...]:
         return ()
