@@ -78,22 +78,24 @@ def test_code_length_limits(kernel: torch.device, max_length: int) -> None:
 @pytest.mark.parametrize("alphabet", [4, 200])
 @pytest.mark.parametrize("chunk_size", [4096, 5000])
 def test_what_is_larger_than_the_caches(kernel, alphabet: int, chunk_size: int) -> None:
-    # 2^24 bytes are written another way, where a chunk's symbols are aligned. Four symbols that are
-    # equally frequent have no node to merge.
-    copies = 420
-    count = copies * 10 * chunk_size
-    assert count >= 1 << 24
-    block = (
-        torch.arange(10 * chunk_size).byte() % 4 if alphabet == 4 else skewed(10 * chunk_size, 200)
-    )
-    stream, offsets, lengths, *_ = make(block, chunk_size, device=kernel)
-    offsets = torch.nn.functional.pad(offsets.diff().repeat(copies).cumsum(0), (1, 0))
-    whole = torch.full((count + 65,), 255, dtype=torch.uint8, device=kernel)
+    # 2^24 bytes are written another way, where a chunk's symbols are aligned, but for the last few.
+    # Four symbols that are equally frequent have no node to merge.
+    copies, size = 420, 10 * chunk_size
+    block = torch.arange(size).byte() % 4 if alphabet == 4 else skewed(size, alphabet)
+    stream, offsets, lengths, *_ = make(block, chunk_size)
+    last, last_offsets = huffman_encode_reference(block[:1000], lengths, chunk_size)
+    stream = torch.cat([stream.repeat(copies), last]).to(kernel)
+    sizes = torch.cat([offsets.diff().repeat(copies), last_offsets.diff()])
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(kernel)
+    count = copies * size + 1000
+    assert count > 1 << 24
+    whole = torch.empty(count + 65, dtype=torch.uint8, device=kernel)
     for start in (0, 1):
-        out = whole[start : start + count]
-        co.ops.huffman_decode(stream.repeat(copies), offsets, lengths, count, chunk_size, out)
-        assert torch.equal(out.view(copies, -1).cpu(), block.expand(copies, -1))
-    assert bool((whole[1 + count :] == 255).all())
+        out, behind = whole.fill_(255)[start:].split([count, 65 - start])
+        co.ops.huffman_decode(stream, offsets, lengths.to(kernel), count, chunk_size, out)
+        assert torch.equal(out[:-1000].view(copies, -1).cpu(), block.expand(copies, -1))
+        assert torch.equal(out[-1000:].cpu(), block[:1000])
+        assert bool((behind == 255).all())
 
 
 @given(st.binary(max_size=300), st.integers(1, 70))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import kernel_params
@@ -11,6 +14,10 @@ from hypothesis import strategies as st
 import compressops as co
 
 ALL_KERNELS = pytest.mark.parametrize("kernel", kernel_params("pack_panels"), indirect=True)
+NATIVE = pytest.mark.skipif(
+    all(p.values[0][1] != "cpu" for p in kernel_params("pack_panels")),
+    reason="PyTorch's own operations serve",
+)
 SHAPES = [
     (0, 0, 1), (0, 5, 2), (3, 0, 1), (4, 4, 0), (1, 1, 1), (16, 64, 1), (17, 63, 1), (15, 65, 1),
     (32, 256, 1), (33, 257, 1), (49, 255, 2), (48, 130, 9), (5, 3, 9), (65, 300, 1), (70, 40, 4),
@@ -64,6 +71,20 @@ def test_is_as_documented(kernel, bits: int, shape: tuple[int, int, int]) -> Non
         assert torch.equal(sums.cpu(), codes.sum((1, 2), dtype=torch.int32))
 
 
+@ALL_KERNELS
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("shape", [(530, 1111, 1), (197, 300, 9), (40, 70_001, 1)], ids=str)
+def test_more_than_a_thread_takes(kernel, bits: int, shape: tuple[int, int, int]) -> None:
+    codes = torch.randint(-128, 128, shape, dtype=torch.int8)
+    zero = {2: 3, 4: 5, 8: 0}[bits]
+    with co.backend("eager"):
+        reference = packed(codes, bits, zero)
+    sums = torch.full((shape[0],), 5, dtype=torch.int32, device=kernel) if bits == 8 else None
+    assert torch.equal(packed(codes.to(kernel), bits, zero, sums).cpu(), reference)
+    if sums is not None:
+        assert torch.equal(sums.cpu(), codes.sum((1, 2), dtype=torch.int32))
+
+
 @given(
     st.integers(0, 70),
     st.integers(0, 400),
@@ -78,6 +99,42 @@ def test_random_shapes(n: int, k: int, taps: int, bits: int, seed: int) -> None:
     with co.backend("eager"):
         reference = packed(codes, bits, zero)
     assert torch.equal(packed(codes, bits, zero), reference)
+
+
+BESIDE_GUARDS = """
+import ctypes, mmap, torch
+import compressops as co
+from compressops import _C
+
+def guarded(count, dtype):
+    size, page = count * dtype.itemsize, mmap.PAGESIZE
+    end = -(-size // page) * page
+    memory = mmap.mmap(-1, end + page)
+    first = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(first + end), page, 0) == 0
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=end - size)
+
+for n, k, taps in ((17, 63, 1), (15, 64, 1), (33, 257, 2), (16, 3, 9), (1, 1, 1)):
+    codes = guarded(n * k * taps, torch.int8).view(n, k, taps).random_(-128, 128)
+    for bits in (2, 4, 8):
+        size = -(-n // 16) * 64 * taps * -(-k // (32 // bits))
+        with co.backend("eager"):
+            expected = torch.empty(size, dtype=torch.uint8)
+            co.ops.pack_panels(expected, codes, bits)
+        for isa in ("baseline", "avx2", "native"):
+            _C.limit_isa(isa)
+            out, sums = guarded(size, torch.uint8), guarded(n, torch.int32) if bits == 8 else None
+            co.ops.pack_panels(out, codes, bits, 0, sums)
+            assert torch.equal(out, expected)
+            assert sums is None or torch.equal(sums, codes.sum((1, 2), dtype=torch.int32))
+"""
+
+
+@NATIVE
+def test_touches_nothing_behind_its_tensors() -> None:
+    """Behind codes, panels and sums is memory that nobody may read or write."""
+    done = subprocess.run([sys.executable, "-c", BESIDE_GUARDS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 CODES, OUT = torch.zeros(3, 8, 1, dtype=torch.int8), torch.zeros(128, dtype=torch.uint8)
