@@ -99,6 +99,16 @@ def int8_cases(small: bool) -> Iterator[Check]:
             yield Check("int8_linear", (*arguments, *quantization), bound=0.0)
 
 
+def round_cases(small: bool) -> Iterator[Check]:
+    for rows, columns in itertools.product((1, 17) if small else SIZES, (1, 17, 32, 64, 129, 1040)):
+        for dtype, symmetric in itertools.product(FLOATS, (True, False)):
+            # As attention's heads lie, at addresses of any alignment.
+            wide = torch.randn(2, rows, 3 * columns + 1, device=DEVICE).to(dtype)
+            heads = wide[..., 1:].unflatten(2, (3, columns)).transpose(1, 2)
+            for x in (heads, heads.contiguous()):
+                yield Check("round_rows", (x, symmetric), bound=0.0)
+
+
 def conv_arguments(
     shape: tuple[int, int, int, int],
     out_channels: int,
@@ -246,6 +256,7 @@ INTEGER_CASES: Cases = {
     "ternary_linear": functools.partial(packed_cases, "ternary_linear"),
     "int8_linear": int8_cases,
     "int8_conv2d": conv_cases,
+    "round_rows": round_cases,
 }
 OTHER_CASES: Cases = {
     "winograd_conv2d": winograd_cases,

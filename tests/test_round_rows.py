@@ -38,7 +38,8 @@ def exact(x: torch.Tensor, symmetric: bool) -> torch.Tensor:
         scaled = (row.float() * inverse).nan_to_num(nan=0.0)
         codes = (scaled.round() + zero).clamp(least, most)
         scale = torch.tensor(reach).float() / torch.tensor(levels)
-        rows.append(((codes - zero) * scale).double())
+        most = torch.finfo(x.dtype).max
+        rows.append(((codes - zero) * scale).clamp(-most, most).double())
     return torch.stack(rows).view(x.shape).to(x.dtype)
 
 
@@ -66,6 +67,19 @@ def test_special_values(kernel, symmetric: bool) -> None:
     assert torch.equal(y.isnan(), (~x.isfinite().all(1, keepdim=True)).expand_as(x))
     expected = round_rows_reference(x, symmetric)
     assert torch.equal(y.nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
+
+
+@ALL_KERNELS
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_at_the_end_of_the_dtype_stay_finite(kernel, dtype: torch.dtype, symmetric: bool):
+    most = torch.finfo(dtype).max
+    ends = torch.tensor([most, -most, most / 1.001, -most / 1.004, most / 3, -1.0, 0.0]).to(dtype)
+    x = torch.cartesian_prod(ends, ends)
+    y = co.ops.round_rows(x.to(kernel), symmetric).cpu()
+    assert y.isfinite().all()
+    assert torch.equal(y, exact(x, symmetric))
+    assert y.abs().max() == most
 
 
 @ALL_KERNELS

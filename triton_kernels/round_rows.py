@@ -19,8 +19,16 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
-def round_rows_kernel(x, y, x_stride, K, ASYMMETRIC: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One program per row of x [M, K] -> y [M, K]."""
+def round_rows_kernel(
+    x,
+    y,
+    x_stride,
+    K,
+    LARGEST: tl.constexpr,
+    ASYMMETRIC: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program per row of x [M, K] -> y [M, K], within ±LARGEST."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     top_bits, low, high = range_of(x + row * x_stride, K, ASYMMETRIC, BLOCK_K)
@@ -30,6 +38,9 @@ def round_rows_kernel(x, y, x_stride, K, ASYMMETRIC: tl.constexpr, BLOCK_K: tl.c
         values = tl.load(x + row * x_stride + k, mask=k < K, other=0.0).to(tl.float32)
         codes = codes_of(values, finite, inverse, zero, ASYMMETRIC)
         rounded = (codes.to(tl.float32) - zero) * scale
+        # NaN stays.
+        rounded = tl.where(rounded > LARGEST, LARGEST, rounded)
+        rounded = tl.where(rounded < -LARGEST, -LARGEST, rounded)
         tl.store(y + row * K + k, cast(rounded, y.dtype.element_ty), mask=k < K)
 
 
@@ -56,6 +67,7 @@ def round_rows(x: torch.Tensor, symmetric: bool = True) -> torch.Tensor:
     with torch.cuda.device_of(x):
         round_rows_kernel[(M,)](
             *(rows, y, rows.stride(0), K),
+            LARGEST=torch.finfo(x.dtype).max,
             ASYMMETRIC=not symmetric,
             BLOCK_K=min(4096, triton.next_power_of_2(max(K, 16))),
             enable_fp_fusion=False,

@@ -26,7 +26,8 @@ def round_rows(x: torch.Tensor, symmetric: bool = True) -> torch.Tensor:
             to the largest and 0.
 
     Returns:
-        ``[..., K]`` in the dtype of ``x``, contiguous. A row that holds NaN or Inf is NaN.
+        ``[..., K]`` in the dtype of ``x``, contiguous. A row that holds NaN or Inf is NaN. All
+        others are finite: a value past the dtype's largest number becomes that.
 
     Raises:
         ValueError: ``x`` is not of that form.
@@ -37,7 +38,9 @@ def round_rows(x: torch.Tensor, symmetric: bool = True) -> torch.Tensor:
 def round_rows_reference(x: torch.Tensor, symmetric: bool = True) -> torch.Tensor:
     """:func:`round_rows` in plain PyTorch, of any float dtype."""
     q, scales, zeros = quantize_x(x, symmetric=symmetric)
-    return ((q.float() - zeros) * scales).to(x.dtype).contiguous()
+    # Zero point and scale are rounded: a range's end may come to lie past the dtype's.
+    most = min(torch.finfo(x.dtype).max, torch.finfo(torch.float32).max)
+    return ((q.float() - zeros) * scales).clamp(-most, most).to(x.dtype).contiguous()
 
 
 def _check(x, symmetric=True) -> None:

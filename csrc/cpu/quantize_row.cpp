@@ -31,7 +31,7 @@ void round(const float* x, float* y, int64_t K, const Quantization& how) {
   float scale;
   const RowCodes codes =
       row_codes(isa.range(x, K, how.kind == Quantization::kAsymmetric), how, &scale);
-  isa.values(x, y, K, codes, scale);
+  isa.values(x, y, K, codes, scale, how.largest);
 }
 
 }  // namespace

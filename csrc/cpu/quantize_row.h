@@ -10,9 +10,10 @@ namespace compressops::cpu {
 // How: each row by its own largest magnitude, by its own range, or all by the same scale.
 struct Quantization {
   enum Kind { kSymmetric, kAsymmetric, kStatic } kind = kSymmetric;
-  int offset = 0;      // added to each code, modulo 256: 0 for int8, 128 for uint8
-  float scale = 1.0f;  // where it is static
-  int zero = 0;        // where it is static: the int8 code of 0.0
+  int offset = 0;                   // added to each code, modulo 256: 0 for int8, 128 for uint8
+  float scale = 1.0f;               // where it is static
+  int zero = 0;                     // where it is static: the int8 code of 0.0
+  float largest = 3.402823466e38f;  // of rounded values, which may lie past the range's end
 };
 
 // A row's x[k] is about scale * (q[k] - zero), of codes with their offset. NaN where x holds NaN or
@@ -50,9 +51,10 @@ struct QuantizeRowKernels {
   RowRange (*range)(const float* x, int64_t K, bool low_and_high);
   // q[k] = rint(clip(x[k] * inverse)) + zero, with NaN of 0 * Inf as 0; `zero` up to `padded`.
   void (*codes)(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes& how);
-  // y[k] = rint(clip(x[k] * inverse)) * scale, with NaN of 0 * Inf as 0, and no zero negative. x
-  // may be y.
-  void (*values)(const float* x, float* y, int64_t K, const RowCodes& how, float scale);
+  // y[k] = rint(clip(x[k] * inverse)) * scale within ±largest, with NaN of 0 * Inf as 0, and no
+  // zero negative. x may be y.
+  void (*values)(const float* x, float* y, int64_t K, const RowCodes& how, float scale,
+                 float largest);
 };
 const QuantizeRowKernels& quantize_row_baseline();
 const QuantizeRowKernels& quantize_row_avx2();

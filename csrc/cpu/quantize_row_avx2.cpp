@@ -73,7 +73,8 @@ void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes
   memset(q + K, how.zero, padded - K);
 }
 
-void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale) {
+void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale, float largest) {
+  const __m256 most = _mm256_set1_ps(largest), least = _mm256_set1_ps(-largest);
   const __m256 inverse = _mm256_set1_ps(how.inverse), scales = _mm256_set1_ps(scale);
   const __m256 high = _mm256_set1_ps(how.most), low = _mm256_set1_ps(how.least);
   for (int64_t k = 0; k < K; k += 8) {
@@ -84,7 +85,9 @@ void values(const float* x, float* y, int64_t K, const RowCodes& how, float scal
     scaled = _mm256_max_ps(low, _mm256_min_ps(high, scaled));
     const __m256 whole = _mm256_round_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     // -0 + 0 is 0.
-    const __m256 rounded = _mm256_mul_ps(_mm256_add_ps(whole, _mm256_setzero_ps()), scales);
+    __m256 rounded = _mm256_mul_ps(_mm256_add_ps(whole, _mm256_setzero_ps()), scales);
+    // Of NaN and a number these give the second.
+    rounded = _mm256_max_ps(least, _mm256_min_ps(most, rounded));
     _mm256_maskstore_ps(y + k, lanes, rounded);
   }
 }

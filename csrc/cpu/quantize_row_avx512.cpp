@@ -90,7 +90,8 @@ void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes
   memset(q + K, how.zero, padded - K);
 }
 
-void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale) {
+void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale, float largest) {
+  const __m512 most = _mm512_set1_ps(largest), least = _mm512_set1_ps(-largest);
   const __m512 inverse = _mm512_set1_ps(how.inverse), scales = _mm512_set1_ps(scale);
   const __m512 high = _mm512_set1_ps(how.most), low = _mm512_set1_ps(how.least);
   for (int64_t k = 0; k < K; k += 16) {
@@ -102,7 +103,9 @@ void values(const float* x, float* y, int64_t K, const RowCodes& how, float scal
     const __m512 whole =
         _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     // -0 + 0 is 0.
-    const __m512 rounded = _mm512_mul_ps(_mm512_add_ps(whole, _mm512_setzero_ps()), scales);
+    __m512 rounded = _mm512_mul_ps(_mm512_add_ps(whole, _mm512_setzero_ps()), scales);
+    // Of NaN and a number these give the second.
+    rounded = _mm512_max_ps(least, _mm512_min_ps(most, rounded));
     _mm512_mask_storeu_ps(y + k, lanes, rounded);
   }
 }

@@ -29,11 +29,12 @@ void codes(const float* x, uint8_t* q, int64_t K, int64_t padded, const RowCodes
   memset(q + K, how.zero, padded - K);
 }
 
-void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale) {
+void values(const float* x, float* y, int64_t K, const RowCodes& how, float scale, float largest) {
   for (int64_t k = 0; k < K; ++k) {
     float scaled = how.finite ? x[k] * how.inverse : 0.0f;
     scaled = scaled < how.least ? how.least : scaled > how.most ? how.most : scaled;
-    y[k] = (scaled == scaled ? nearbyintf(scaled) + 0.0f : 0.0f) * scale;
+    const float rounded = (scaled == scaled ? nearbyintf(scaled) + 0.0f : 0.0f) * scale;
+    y[k] = rounded > largest ? largest : rounded < -largest ? -largest : rounded;  // NaN stays
   }
 }
 

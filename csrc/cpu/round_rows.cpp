@@ -9,6 +9,14 @@ namespace {
 
 constexpr const char* kOp = "round_rows";
 
+// The largest number of the type.
+template <class T>
+constexpr float kLargest = std::numeric_limits<float>::max();
+template <>
+constexpr float kLargest<torch::headeronly::Half> = 65504.0f;
+template <>
+constexpr float kLargest<torch::headeronly::BFloat16> = 0x1.fep127f;
+
 // Where the rows of a tensor begin, one after the other: those of attention's heads are parts of
 // wider rows, and are read there.
 class Rows {
@@ -52,6 +60,7 @@ Tensor round_rows(Tensor x, bool symmetric) {
     const T* input = static_cast<const T*>(from.const_data_ptr());
     T* output = static_cast<T*>(out.mutable_data_ptr());
     const RoundRow round = round_row();
+    how.largest = kLargest<T>;
     // A thread is worth starting for about 16 K elements.
     const int64_t grain = std::max<int64_t>(1, 16384 / K);
     torch::stable::parallel_for(0, out.numel() / K, grain, [&](int64_t begin, int64_t end) {

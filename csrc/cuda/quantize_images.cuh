@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kQuantizeImagesThreads, 8)
   for (int64_t item = blockIdx.x; item < args.codes.N * args.parts; item += gridDim.x) {
     const int64_t image = item / args.parts, first = item % args.parts * span;
     unsigned bits[2] = {0, 0};
-    widen_range<T, kQuantizeImagesThreads, kSides>(args.x + image * args.image_stride, first,
+    widen_range<T, kQuantizeImagesThreads, kSides>(static_cast<int>(threadIdx.x),
+                                                   args.x + image * args.image_stride, first,
                                                    min(first + span, count), aligned, bits);
     block_range<kWarps, kSides>(warp_bits, bits);
     if (threadIdx.x == 0) {

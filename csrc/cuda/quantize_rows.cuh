@@ -92,13 +92,18 @@ __device__ __forceinline__ RowCodes row_codes(unsigned low_bits, unsigned high_b
   return codes;
 }
 
-// As a byte. NaN (0 · inf, where values are so small that the inverse overflows) counts as 0.
-__device__ __forceinline__ unsigned quantize_byte(float value, const RowCodes& codes) {
+// Less the zero point. NaN (0 · inf, where values are so small that the inverse overflows) counts
+// as 0.
+__device__ __forceinline__ int quantize_int(float value, const RowCodes& codes) {
   const float scaled = __fmul_rn(codes.finite ? value : 0.0f, codes.inverse);
   const float clamped = scaled > codes.most    ? codes.most
                         : scaled < codes.least ? codes.least
                                                : scaled;
-  return static_cast<unsigned>(__float2int_rn(clamped) + codes.zero) & 0xffu;
+  return __float2int_rn(clamped);
+}
+
+__device__ __forceinline__ unsigned quantize_byte(float value, const RowCodes& codes) {
+  return static_cast<unsigned>(quantize_int(value, codes) + codes.zero) & 0xffu;
 }
 
 // Four of the values as bytes of a word.
@@ -111,12 +116,12 @@ __device__ __forceinline__ unsigned quantize_word(const float (&values)[16], int
 }
 
 // Widens `bits`, as row_codes takes them, by those of the elements [first, end) of a row that this
-// thread of a block sees; first is a multiple of 16. Bit patterns of magnitudes order like the
+// thread of kThreads sees; first is a multiple of 16. Bit patterns of magnitudes order like the
 // magnitudes, with NaN above infinity: an integer maximum keeps NaN, which fmaxf would drop.
 template <class T, int kThreads, int kSides>
-__device__ __forceinline__ void widen_range(Global<const T> row, int64_t first, int64_t end,
-                                            bool aligned, unsigned (&bits)[2]) {
-  for (int64_t k = first + 16 * static_cast<int>(threadIdx.x); k < end; k += 16 * kThreads) {
+__device__ __forceinline__ void widen_range(int thread, Global<const T> row, int64_t first,
+                                            int64_t end, bool aligned, unsigned (&bits)[2]) {
+  for (int64_t k = first + 16 * thread; k < end; k += 16 * kThreads) {
     float values[16];
     load_16_floats<T>(row + k, end - k, aligned, values);
 #pragma unroll
@@ -161,7 +166,7 @@ __global__ void __launch_bounds__(kThreads, 8)
 
   for (int64_t row = blockIdx.x; row < M; row += gridDim.x) {
     unsigned bits[2] = {0, 0};
-    widen_range<T, kThreads, kSides>(x + row * row_stride, 0, K, aligned, bits);
+    widen_range<T, kThreads, kSides>(thread, x + row * row_stride, 0, K, aligned, bits);
     block_range<kWarps, kSides>(warp_bits, bits);
     const RowCodes codes = row_codes<kScaling>(bits[0], bits[1], given);
     if (thread == 0) {

@@ -135,6 +135,33 @@ def int8_linear(
     return y
 
 
+def round_rows(
+    library: ctypes.CDLL,
+    x: torch.Tensor,
+    symmetric: bool = True,
+    *,
+    max_blocks: int = 2**31 - 1,
+    order: str = "forward",
+) -> torch.Tensor:
+    """The op on ``x`` of up to four dimensions, whose last is dense."""
+    y = torch.full(x.shape, 77.0, dtype=x.dtype)
+    missing = 4 - x.dim()
+    sizes = (*(1,) * missing, *x.shape)
+    strides = (*(0,) * missing, *x.stride()[:-1])
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    _call(
+        library.run_round_rows,
+        ctypes.c_int(DTYPES[x.dtype]),
+        (c_int64 * 4)(*sizes),
+        (c_int64 * 3)(*strides),
+        *(_pointer(x), c_int64(span if x.numel() else 0), _pointer(y)),
+        ctypes.c_int(symmetric),
+        c_int64(max_blocks),
+        order=order,
+    )
+    return y
+
+
 INT8_CONV2D_KERNELS = {"auto": -1, "tile64": 0, "tile128": 1}
 INT8_CONV2D_FORMS = {(1, 16): 0, (16, 4): 1, (16, 1): 2}  # panel and depth
 
