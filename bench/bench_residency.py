@@ -3,7 +3,8 @@ model, and how far its first forward raises the peak memory of a process.
 
     python bench/bench_residency.py
 
-Floats are packed by `convert(model, Huffman())`, without loss; the others are rounded to integers.
+Floats are packed by `convert(model, Huffman())`, without loss; the others are rounded to integers,
+and "cifarnet 34x" is the file that the whole chain gave (`recipes/cifarnet_honest34x.yaml`).
 "forward MB" is what the peak grows by (Linux's VmHWM, in a process of its own) from the converted
 model on: activations, and with packed residency one layer. "÷ allowed" is the packed model and that
 in units of 1.2 times its bytes, the activations (what decoded residency grows by), and the largest
@@ -72,14 +73,18 @@ def minilm_bfloat16(smoke: bool) -> tuple[nn.Module, dict]:
 
 @dataclass(frozen=True)
 class Case:
+    """A float model with an input, and how it is packed: by a config, or long ago to a file."""
+
     make: Callable[[bool], tuple[nn.Module, Any]]
     config: Any = field(default_factory=co.Huffman)
+    file: Path | None = None
 
 
 CASES = {
     "chain": Case(chain),
     "vgg16": Case(vgg),
     "cifarnet": Case(cifarnet),
+    "cifarnet 34x": Case(cifarnet, file=ROOT / "bench/results/cifarnet_honest34x.safetensors"),
     "minilm": Case(minilm),
     "minilm bfloat16": Case(minilm_bfloat16),
     "minilm int8": Case(minilm, (co.Int(8), co.Huffman())),
@@ -88,7 +93,10 @@ CASES = {
 
 
 def packed(name: str, model: nn.Module, residency: str) -> nn.Module:
-    return co.convert(model, CASES[name].config, residency=residency, prefer="size")
+    case = CASES[name]
+    if case.file is not None:
+        return co.load(case.file, model, residency=residency)
+    return co.convert(model, case.config, residency=residency, prefer="size")
 
 
 def largest(model: nn.Module) -> int:

@@ -119,7 +119,7 @@ def read(
                     else:
                         _check_hash("stored", data, manifest.encoded[name])
                         found = PackedTensor.from_blob(
-                            manifest.packed[name], _tensor(data, entry), limits.get(name), not mmap
+                            manifest.packed[name], _tensor(data, entry), limits.get(name)
                         )
                         if name in decoded or pool is not None:
                             dense = found.unpack(ops.DECODER)

@@ -387,3 +387,39 @@ def test_a_forward_takes_the_memory_of_one_layer(config: str) -> None:
     grown, stored, layer = map(int, done.stdout.split())
     assert stored < 0.7 * 16 * layer
     assert grown < 0.2 * stored + layer + (2 << 20)
+
+
+LOADING = """
+import ctypes
+import sys
+import torch
+from torch import nn
+import compressops as co
+
+def peak():
+    lines = open("/proc/self/status").read().split("\\n")
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+
+def net(*sizes):
+    return nn.Sequential(*(nn.Linear(size, size, bias=False) for size in sizes)).bfloat16()
+
+path, small = sys.argv[1:]
+size = co.save(co.convert(net(2048, 64), co.Huffman(), prefer="size"), path)
+co.save(co.convert(net(64, 64), co.Huffman(), prefer="size"), small)
+co.load(small, net(64, 64), "packed")
+dense = net(2048, 64)
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+co.load(path, dense, "packed")
+print(peak() - before, size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for the peak of a process")
+def test_loading_holds_no_weight_twice(tmp_path) -> None:
+    files = [str(tmp_path / name) for name in ("large", "small")]
+    command = [sys.executable, "-c", LOADING, *files]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, size = map(int, done.stdout.split())
+    assert grown < size + (1 << 20)

@@ -121,7 +121,6 @@ def parts_of_blob(
     blob: Tensor,
     sizes: dict[str, int],
     expected: dict[str, tuple[torch.dtype, tuple[int, ...] | None]],
-    copy: bool = True,
 ) -> dict[str, Tensor]:
     """The parts that stand in a blob one after the other, of these ``sizes`` in bytes, and of the
     ``expected`` dtypes and shapes (None: a vector).
@@ -134,10 +133,18 @@ def parts_of_blob(
     for (name, (dtype, shape)), chunk in zip(expected.items(), chunks, strict=True):
         if chunk.numel() % dtype.itemsize:
             raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
-        # Cloned, so that it is aligned and does not keep the whole file in memory.
+        # In place, so that no weight is in memory twice, wherever it is aligned.
         aligned = not (chunk.data_ptr() | chunk.storage_offset()) % dtype.itemsize
-        part = (chunk if aligned and not copy else chunk.clone()).view(dtype)
+        part = (chunk if aligned else chunk.clone()).view(dtype)
         if shape is not None and part.numel() != math.prod(shape):
             raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")
         parts[name] = part if shape is None else part.view(shape)
     return parts
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether none of them is NaN or infinite; `torch.isfinite` takes three times their memory."""
+    if not values.numel():
+        return True
+    # Extremes are NaN where any value is.
+    return all(math.isfinite(extreme) for extreme in values.aminmax())

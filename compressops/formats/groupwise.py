@@ -14,7 +14,7 @@ from compressops.formats.registry import check_int
 
 MAX_GROUP_SIZE = 2**31 - 1
 # Entries that are dequantized together: no fewer, because each time kernels are launched.
-_AT_ONCE = 1 << 20
+_AT_ONCE = 1 << 18
 
 
 def groups(shape: tuple[int, ...], group_size: int | None) -> tuple[int, int, int]:

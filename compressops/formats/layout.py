@@ -103,11 +103,12 @@ def _encode_mask(keep: Tensor, coding: Coding, encoder: Encoder) -> Parts:
 def _decode_mask(
     parts: Parts, positions: int, count: int, coding: Coding, decoder: Decoder
 ) -> Tensor:
+    """Positions that the mask marks, int64."""
     data = coding.decode(parts, "index", -(-positions // 8), 8, decoder).view(torch.uint8)
-    mask = unpack_bits(data, positions, 1).view(torch.bool)
-    if (found := int(mask.sum())) != count:
-        raise ValueError(f"index marks {found} entries, count says {count}")
-    return mask
+    marked = unpack_bits(data, positions, 1).view(torch.bool).nonzero().flatten()
+    if len(marked) != count:
+        raise ValueError(f"index marks {len(marked)} entries, count says {count}")
+    return marked
 
 
 def _gaps(keep: Tensor) -> Tensor:
@@ -132,11 +133,13 @@ def _decode_gaps(parts: Parts, meta: Meta, numel: int, coding: Coding, decoder: 
     """Positions of the stored entries, int64."""
     symbols = coding.decode(parts, "index", meta["gaps"], 8, decoder).view(torch.uint8)
     entry = symbols != SKIP
-    ends = (symbols.to(torch.int64) + entry).cumsum(0)
+    # In place: of int64, each takes more than the codes.
+    ends = symbols.to(torch.int64).add_(entry)
+    torch.cumsum(ends, 0, out=ends)
     end = int(ends[-1]) if len(ends) else 0
     if not 0 <= numel - end < SKIP:
         raise ValueError(f"index runs over {end} positions of a weight of {numel}")
-    positions = ends[entry] - 1
+    positions = ends[entry].sub_(1)
     if positions.numel() != meta["count"]:
         raise ValueError(f"index holds {positions.numel()} entries, count says {meta['count']}")
     return positions
@@ -197,8 +200,7 @@ class Sparse(_EntryLayout):
         self, parts: Parts, meta: Meta, zero: Tensor, bits: int, coding: Coding, decoder: Decoder
     ) -> Tensor:
         if self.index == "bitmask":
-            mask = _decode_mask(parts, zero.numel(), meta["count"], coding, decoder)
-            where = mask.nonzero().flatten()
+            where = _decode_mask(parts, zero.numel(), meta["count"], coding, decoder)
         else:
             where = _decode_gaps(parts, meta, zero.numel(), coding, decoder)
         codes = zero.flatten()
@@ -266,7 +268,7 @@ class BlockSparse(_EntryLayout):
         kept = _decode_mask(parts, grid_rows * grid_columns, meta["count"], coding, decoder)
         blocks = self._blocks(zero)
         codes = coding.decode(parts, "codes", meta["count"] * r * c, bits, decoder)
-        blocks[kept.nonzero().flatten()] = codes.view(-1, r, c)
+        blocks[kept] = codes.view(-1, r, c)
         matrix = blocks.view(grid_rows, grid_columns, r, c).transpose(1, 2)
         return matrix.reshape(grid_rows * r, grid_columns * c)[:rows, :columns].reshape(zero.shape)
 

@@ -172,19 +172,25 @@ class Float(Number):
         return self._round(weight, params).to(weight.dtype)
 
 
-def _times_power_of_two(x: Tensor, exponent: Tensor | int) -> Tensor:
-    """``x · 2**exponent`` in float32, rounded once; |exponent| ≤ 250.
+def _powers_of_two(exponent: Tensor | int) -> tuple[Tensor | float, Tensor | float]:
+    """Two factors whose product is ``2**exponent``; |exponent| ≤ 250.
 
-    The power is put together from its bits, in two halves that are both normal numbers:
-    ``torch.exp2`` is not exact on every device, and 2**exponent alone may leave float32's range.
+    Put together from their bits, both are normal numbers: ``torch.exp2`` is not exact on every
+    device, and 2**exponent alone may leave float32's range.
     """
     if isinstance(exponent, int):
         half = exponent // 2
-        return x * 2.0**half * 2.0 ** (exponent - half)
+        return 2.0**half, 2.0 ** (exponent - half)
     exponent = exponent.to(torch.int32)
     half = torch.div(exponent, 2, rounding_mode="floor")
-    for part in (half, exponent - half):
-        x = x * ((part + 127) << 23).view(torch.float32)
+    first, second = (((part + 127) << 23).view(torch.float32) for part in (half, exponent - half))
+    return first, second
+
+
+def _times_power_of_two(x: Tensor, exponent: Tensor | int) -> Tensor:
+    """``x · 2**exponent`` in float32, rounded once; |exponent| ≤ 250."""
+    for power in _powers_of_two(exponent):
+        x = x * power
     return x
 
 
@@ -232,6 +238,17 @@ class _BinaryPoint(Number):
         x = _times_power_of_two(codes.float(), self._integer_bits(params) - self.bits)
         # Adding zero after the cast turns −0.0, however it came about, into 0.0.
         return x.to(dtype) + 0.0
+
+    def dequantize_into(
+        self, out: Tensor | None, codes: Tensor, params: dict[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        if out is None or not out.dtype == dtype == torch.float32:
+            return super().dequantize_into(out, codes, params, dtype)
+        # In place: floats take more than all else that decoding does.
+        out.copy_(codes)
+        for power in _powers_of_two(self._integer_bits(params) - self.bits):
+            out.mul_(power)
+        return out.add_(0.0)
 
 
 @dataclass(frozen=True)

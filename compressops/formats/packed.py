@@ -299,10 +299,9 @@ class PackedTensor:
         spec: dict[str, Any],
         blob: Tensor,
         max_entries: int | None = None,
-        copy: bool = True,
     ) -> PackedTensor:
-        """The inverse of ``to_blob``: ``blob`` is uint8 ``[nbytes]``; see :meth:`from_spec`.
-        Without ``copy`` aligned parts stay in its memory."""
+        """The inverse of ``to_blob``: ``blob`` is uint8 ``[nbytes]``, and aligned parts stay in its
+        memory; see :meth:`from_spec`."""
         packed = _from_spec_unchecked(spec, {})
         sizes = spec["parts"]
         for name, size in sizes.items():
@@ -312,7 +311,7 @@ class PackedTensor:
         expected = packed._part_shapes(set(sizes))
         if list(sizes) != list(expected):
             raise ValueError(f"parts must be {', '.join(expected)}, got {', '.join(sizes)}")
-        parts = checks.parts_of_blob(blob, sizes, expected, copy)
+        parts = checks.parts_of_blob(blob, sizes, expected)
         return cls.from_spec(spec, parts, max_entries)
 
     @classmethod
@@ -381,7 +380,7 @@ class PackedTensor:
         self.number.check_params(self.params, self.shape)
         if not self.number.is_float:
             for name, param in self.params.items():
-                if param.is_floating_point() and not bool(torch.isfinite(param).all()):
+                if param.is_floating_point() and not checks.all_finite(param):
                     raise ValueError(f"{name} holds NaN or infinite values")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -130,33 +131,27 @@ def unpack_rows(packed: PackedTensor, rows: Tensor, decoder: Decoder | None = No
 
 
 def _rows_of_plane(packed: PackedTensor, name: str, rows: Tensor, decoder: Decoder) -> Tensor:
-    """uint8 ``[n, C]``."""
+    """uint8 ``[n, C]``; of a coded plane one chunk after the other, each once, because together
+    they are many times the rows."""
     columns, parts = packed.shape[1], packed.parts
     if f"{name}_lengths" not in parts:
         return parts[name].view(packed.shape)[rows]
     size, count = packed.coding.chunk_size, math.prod(packed.shape)
-    first, last = rows * columns // size, ((rows + 1) * columns - 1) // size
-    sizes = parts[f"{name}_sizes"].to(torch.int64)
-    is_wanted = torch.zeros(sizes.numel() + 1, dtype=torch.int64, device=rows.device)
-    ones = torch.ones_like(rows)
-    is_wanted.index_add_(0, first, ones).index_add_(0, last + 1, -ones)
-    chunks = is_wanted.cumsum(0)[:-1].nonzero().flatten()
-    if not columns or not len(chunks):
-        return torch.empty((len(rows), columns), dtype=torch.uint8, device=rows.device)
-    ends = sizes.cumsum(0)
-    pieces = [
-        parts[name][end - length : end]
-        for end, length in zip(ends[chunks].tolist(), sizes[chunks].tolist(), strict=True)
-    ]
-    offsets = torch.nn.functional.pad(sizes[chunks].cumsum(0), (1, 0))
-    # Only the last chunk of all may be shorter, and it stays the last.
-    symbols = len(chunks) * size - max(0, (int(chunks[-1]) + 1) * size - count)
+    wanted: dict[int, list[tuple[int, int]]] = {}
+    for place, row in enumerate(rows.tolist()):
+        for chunk in range(row * columns // size, -(-(row + 1) * columns // size)):
+            wanted.setdefault(chunk, []).append((place, row * columns))
+    ends = [0, *itertools.accumulate(parts[f"{name}_sizes"].tolist())]
     table = parts[f"{name}_lengths"]
     lengths = unpack_bits(table, 2 * table.numel(), 4)
-    decoded = decoder.symbols(torch.cat(pieces), offsets, lengths, symbols, size)
-    # A row's chunks stand side by side among those that were decoded, as all between them are.
-    starts = (
-        rows * columns
-        - (chunks - torch.arange(len(chunks)).to(chunks))[torch.searchsorted(chunks, first)] * size
-    )
-    return decoded[starts[:, None] + torch.arange(columns, device=rows.device)]
+    found = torch.empty((len(rows), columns), dtype=torch.uint8, device=rows.device)
+    for chunk, places in wanted.items():
+        stream = parts[name][ends[chunk] : ends[chunk + 1]]
+        offsets = torch.tensor([0, len(stream)], device=rows.device)
+        first = chunk * size
+        last = min(first + size, count)
+        decoded = decoder.symbols(stream, offsets, lengths, last - first, size)
+        for place, begin in places:
+            low, high = max(begin, first), min(begin + columns, last)
+            found[place, low - begin : high - begin] = decoded[low - first : high - first]
+    return found

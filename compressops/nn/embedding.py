@@ -49,7 +49,7 @@ class PackedEmbedding(PackedModule):
             if input.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"input must be int32 or int64, got {input.dtype}")
             wanted, places = input.unique(return_inverse=True)
-            for row in (wanted.min(), wanted.max()) if wanted.numel() else ():
+            for row in (wanted[0], wanted[-1]) if wanted.numel() else ():
                 if not 0 <= row < self.num_embeddings:
                     raise IndexError(
                         f"input must be from 0 to {self.num_embeddings - 1}, got {int(row)}"
