@@ -131,23 +131,25 @@ void huffman_decode_planes(Tensor out, std::vector<Tensor> planes, std::vector<T
                     "a contiguous CPU vector of 2 or 4 bytes an element", out);
   check_chunk_size(kPlanesOp, chunk_size);
   const int64_t count = out.numel();
-  const auto check_each = [&](const char* name, const std::vector<Tensor>& tensors) {
+  const auto check_each = [&](const char* name, const std::vector<Tensor>& tensors,
+                              ScalarType dtype, const char* dtype_name) {
     COMPRESSOPS_CHECK(static_cast<int64_t>(tensors.size()) == width, kPlanesOp, name,
                       std::to_string(width) + " tensors, as out has bytes an element",
                       static_cast<int64_t>(tensors.size()));
+    for (const Tensor& tensor : tensors)
+      COMPRESSOPS_CHECK(is_vector(tensor, dtype), kPlanesOp, name,
+                        std::string("contiguous CPU ") + dtype_name + " vectors", tensor);
   };
-  check_each("planes", planes);
-  check_each("offsets", offsets);
-  check_each("lengths", lengths);
+  check_each("planes", planes, ScalarType::Byte, "uint8");
+  check_each("offsets", offsets, ScalarType::Long, "int64");
+  check_each("lengths", lengths, ScalarType::Byte, "uint8");
   Plane from[4] = {};
   for (int64_t p = 0; p < width; ++p) {
     if (lengths[p].numel() != 0) {
       from[p].coded = coded(kPlanesOp, planes[p], offsets[p], lengths[p], chunk_size, count);
     } else {
-      COMPRESSOPS_CHECK(
-          is_vector(planes[p], ScalarType::Byte) && planes[p].numel() == count, kPlanesOp, "planes",
-          "contiguous CPU uint8 tensors [" + std::to_string(count) + "] where they are not coded",
-          planes[p]);
+      COMPRESSOPS_CHECK(planes[p].numel() == count, kPlanesOp, "planes",
+                        "[" + std::to_string(count) + "] where they are not coded", planes[p]);
       from[p].raw = static_cast<const uint8_t*>(planes[p].const_data_ptr());
     }
   }

@@ -23,6 +23,8 @@ void decode(const Tensor& out, const std::vector<Tensor>& planes,
   unsigned which = 0;
   for (int p = 0; p < kPlanes; ++p) {
     const auto at = static_cast<size_t>(p);
+    check_huffman_vector(kOp, offsets[at], "offsets", "int64", ScalarType::Long, out);
+    check_huffman_vector(kOp, lengths[at], "lengths", "uint8", ScalarType::Byte, out);
     if (lengths[at].numel() == 0) {
       codes.planes[p] = raw_plane(kOp, planes[at], out);
       codes.raw |= 1u << p;
