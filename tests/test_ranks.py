@@ -170,6 +170,22 @@ def test_calibration_keeps_outputs_and_not_weights() -> None:
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_calibration_says_how_many_batches() -> None:
+    batches, models, taken = images(6).split(2), [network() for _ in range(3)], []
+    cases = zip(models, (2, 2, 3), (batches, batches[:2], batches), strict=True)
+    for model, calibration, given in cases:
+        one_by_one = (taken.append(calibration) or batch for batch in given)
+        Factorize("matrix", rank=2, calibration=calibration).apply(model, one_by_one)
+    assert taken == [2, 2, 2, 2, 3, 3, 3]
+    x = images(5)
+    assert torch.equal(models[0](x), models[1](x))
+    assert not torch.equal(models[0](x), models[2](x))
+    uncalibrated = network(), network()
+    Factorize("matrix", rank=2).apply(uncalibrated[0], batches)
+    Factorize("matrix", rank=2).attach(uncalibrated[1])
+    assert torch.equal(uncalibrated[0](x), uncalibrated[1](x))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("inputs", "outputs"), [(20, 12), (12, 20)])
 def test_calibrated_layers_are_optimal(bias: bool, inputs: int, outputs: int) -> None:
@@ -177,7 +193,7 @@ def test_calibrated_layers_are_optimal(bias: bool, inputs: int, outputs: int) ->
     linear = nn.Linear(inputs, outputs, bias=bias).double()
     x = torch.randn(200, inputs).double() @ torch.randn(inputs, inputs).double() + 3
     model = nn.Sequential(copy.deepcopy(linear))
-    Factorize(rank=4, calibration=1).apply(model, [x[:120], x[120:]])
+    Factorize(rank=4, calibration=2).apply(model, [x[:120], x[120:]])
     y = x @ linear.weight.T
     centred = y - y.mean(0) if bias else y
     best = torch.linalg.svdvals(centred)[4:].norm()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -119,8 +120,8 @@ class Factorize(Stage):
         self.apply(model, ())
 
     def apply(self, model: nn.Module, batches: Iterable[Any]) -> Factorize:
-        """Factorize ``model`` in place, calibrated on ``batches``: each a tensor, or a tuple or
-        dict of the model's arguments.
+        """Factorize ``model`` in place, calibrated on the first ``calibration`` of ``batches``,
+        each a tensor, or a tuple or dict of the model's arguments.
 
         Returns:
             the stage with the ``ranks`` that were found, which `attach` repeats without data.
@@ -132,7 +133,7 @@ class Factorize(Stage):
         """
         groups = self._selected(model)
         layers = {name: group[0] for name, group in groups.items()}
-        batches = list(batches)
+        batches = list(itertools.islice(batches, self.calibration))
         forms = {(n, form): m for n, m in layers.items() for form in self._forms(n, m)}
         seen = watch(model, forms, batches) if batches else {}
         spectra = {
