@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from compressops import backend, convert, load, save
 from compressops.compress import Encode, Factorize, Quantize, Recipe, compress
 from compressops.formats import FixedPoint, Huffman, Int, LowRank, Number, PackedTensor, Ternary
-from compressops.nn import LowRankIntegerLinear, LowRankLinear
+from compressops.nn import LowRankIntegerLinear, LowRankLinear, scratch
 
 INT8 = Int(bits=8)
 NUMBERS = [
@@ -176,3 +177,31 @@ def test_convert_measures_it() -> None:
     assert "LowRankLinear" in why
     assert "LowRankIntegerLinear" in why
     assert why.count("measured") >= 2
+
+
+def test_packed_factors_are_made_in_shared_memory() -> None:
+    linear = nn.Linear(96, 80)
+    layer = layer_of(linear, 32, (INT8, Int(bits=4)), "packed")
+    held, x = layer.packed_weight, torch.randn(3, 96, requires_grad=True)
+    with torch.no_grad():
+        y = layer(x)
+    assert scratch.held() > 0
+    made = held._holders[1]
+    kept = copy.deepcopy(layer)
+    kept.packed_weight.set_residency("decoded")
+    assert torch.equal(kept(x), y)
+    # With a gradient too; another layer writes over the buffer before the backward pass.
+    results = [layer(x), kept(x)]
+    layer_of(linear, 32, (INT8, Int(bits=4)), "packed")(x)
+    (first,), (second,) = (torch.autograd.grad(y.square().sum(), x) for y in results)
+    assert torch.equal(results[0], y)
+    assert torch.equal(first, second)
+    # Made once, and again only of another weight.
+    assert held._holders[1] is made
+    held.load_state_dict(
+        layer_of(linear, 32, (INT8, Int(bits=4)), "packed").packed_weight.state_dict()
+    )
+    assert not torch.equal(layer(x), y)
+    del layer, kept, held, made
+    gc.collect()
+    assert scratch.held() == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -93,6 +93,8 @@ class LowRankIntegerWeight(LowRankWeight):
         )
 
     def _materialize(self) -> None:
+        # Of a residency or of parts that there were before.
+        self._holders: tuple[PackedTensor, list[KernelWeight]] | None = None
         for name in [name for name in self._buffers if "_kernel_" in name]:
             # Of a weight that was loaded: it may have other arguments than the one before.
             self._buffers.pop(name)
@@ -124,6 +126,24 @@ class LowRankIntegerWeight(LowRankWeight):
 
     def factors(self) -> dict[str, Tensor]:
         return self._decode_factors()
+
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x`` times the transposes of v and u, and the bias. Kernels that are not kept are made
+        one after the other in the memory that all packed weights share."""
+        u, v = self.operands
+        if not self.keeps_none():
+            kernels = self.kernels()
+            return u.product(v.product(x, kernels[1]), kernels[0], bias)
+        packed = self.packed()
+        if self._holders is None or self._holders[0] is not packed:
+            factors = zip(self.operands, packed.factors(), strict=True)
+            self._holders = packed, [one.kind(factor, "packed") for one, factor in factors]
+        first, second = reversed(self._holders[1])
+        inner = first.run(lambda x, *kernel: v.product(x, kernel), x)
+        return second.run(lambda x, *kernel: u.product(x, kernel, bias), inner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_holders": None}
 
     def kernels(self) -> list[tuple[Tensor | None, ...]]:
         """Of u and v: the weight as its op takes it."""
@@ -163,9 +183,7 @@ class LowRankIntegerLinear(LowRankLinear):
         return None if self.backend() == "eager" else super().assumed_faster()
 
     def forward(self, input: Tensor) -> Tensor:
-        held = self.packed_weight
-        (u, v), kernels = held.operands, held.kernels()
-        return u.product(v.product(self.taken(input), kernels[1]), kernels[0], self.bias)
+        return self.packed_weight.multiply(self.taken(input), self.bias)
 
 
 def kind_of(number: Number) -> type[KernelWeight] | None:
