@@ -185,7 +185,7 @@ def draw(rows: list[dict], means: dict[str, float], path: Path) -> None:
     bars = right.bar(list(means), list(means.values()))
     right.bar_label(bars, fmt="%.2f")
     right.set(ylim=(min(means.values()) - 5, 100), ylabel="top-1 on the test images, %")
-    right.tick_params(axis="x", rotation=45)
+    right.tick_params(axis="x", rotation=90)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
