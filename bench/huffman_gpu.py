@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import torch
 from gpu_cases import DEVICE, Check
 from huffman_gpu_peers import peers
+from torch import nn
 
 import compressops as co
 from compressops.formats.huffman import huffman_lengths
@@ -116,6 +119,27 @@ def figures(event_seconds: Seconds) -> dict[str, Callable[[str, int], Iterator[d
             ours = event_seconds(call, rounds)
             first = row("huffman_decode_planes", backend, "bf16 of 256 MB", ours, traffic)
             yield from with_peers(first, call, out, event_seconds, rounds)
+            yield from layers_rows(backend, rounds)
+
+    def layers_rows(backend: str, rounds: int) -> Iterator[dict]:
+        """Layers that are decoded in each call, one after the other and ahead, beside decoded ones:
+        with 256 rows the products take about as long as the decoding."""
+        layers = nn.Sequential(*(nn.Linear(4096, 4096, dtype=torch.bfloat16) for _ in range(8)))
+        x = torch.randn(256, 4096, dtype=torch.bfloat16, device=DEVICE)
+        decoded = layers.to(DEVICE).eval()
+        packed = co.convert(decoded, co.Huffman(), residency="packed")
+        with torch.no_grad():
+            expected, plain = decoded(x), event_seconds(lambda: decoded(x), rounds)
+            for ahead in ("0", "1"):
+                with mock.patch.dict(os.environ, {"COMPRESSOPS_DECODE_AHEAD": ahead}):
+                    for _ in range(3):  # the second run knows the order
+                        if not torch.equal(packed(x), expected):
+                            raise AssertionError(f"packed layers differ, decode ahead {ahead}")
+                    ours = event_seconds(lambda: packed(x), rounds)
+                case = "8 packed layers of 4096² bf16, M = 256" + ", ahead" * (ahead == "1")
+                traffic = sum(layer.weight.nbytes for layer in decoded)
+                found = row("huffman_decode_planes", backend, case, ours, traffic)
+                yield {**found, "× peer": plain / ours, "peer": "decoded layers"}
 
     def merge_rows(backend: str, rounds: int) -> Iterator[dict]:
         out, planes, *_ = planes_arguments(1 << 27, 1, torch.bfloat16, set())

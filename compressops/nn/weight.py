@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import _len_torch_dispatch_stack
 from compressops import ops
 from compressops.formats import Coding, Layout, Number, PackedTensor
 from compressops.formats.rows import has_rows, unpack_rows
-from compressops.nn import scratch
+from compressops.nn import ahead, scratch
 from compressops.ops.checks import version
 from compressops.ops.huge_pages import empty_to_keep
 
@@ -196,6 +196,10 @@ class PackedWeight(nn.Module):
         nbytes = self._shared_nbytes() if self.keeps_none() else 0
         if not nbytes:
             return function(input, *self.kernel(), *args)
+        if not torch.is_grad_enabled() and ahead.enabled(self.device):
+            with scratch.lease_ahead(self, self.device) as turns:
+                if turns is not None:
+                    return turns.run(self, lambda kernel: function(input, *kernel, *args))
         with scratch.lease(self, self._probe.device, nbytes) as buffer:
             kernel = self._decode_into(buffer)
             if not torch.is_grad_enabled():
