@@ -205,3 +205,16 @@ def test_packed_factors_are_made_in_shared_memory() -> None:
     del layer, kept, held, made
     gc.collect()
     assert scratch.held() == 0
+
+
+def test_holders_follow_parts_that_are_moved_and_written_to() -> None:
+    layer = layer_of(nn.Linear(96, 80), 32, (INT8, Int(bits=4)), "packed")
+    held, x = layer.packed_weight, torch.randn(3, 96)
+    with torch.no_grad():
+        before = layer(x)
+        layer._apply(torch.clone)  # as another device of the same type would be taken
+        next(part for name, part in held.named_buffers() if name == "u_scales").mul_(2)
+        after = layer(x)
+        held.set_residency("decoded")
+        assert torch.equal(after, layer(x))
+    assert not torch.equal(after, before)
