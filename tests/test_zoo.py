@@ -50,6 +50,7 @@ def test_a_widened_network_computes_the_same() -> None:
     assert 0.9e-3 < (after - before)[26:].std() / before[:26].std() < 1.1e-3
     assert 0 < (noisy.eval()(x) - expected).abs().max() < 1e-2 * expected.abs().max()
     assert torch.equal(widen(model, 0.2).eval()(x), expected)
+    assert widen(model.to("meta"), 0.5, noise=1e-3).classifier.weight.is_meta
     with pytest.raises(ValueError, match=r"keep 13 channels of features\.0, got 0\.1: 6"):
         widen(model, 0.1)
     with pytest.raises(ValueError, match="noise must be >= 0, got -1"):

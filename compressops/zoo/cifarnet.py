@@ -75,7 +75,7 @@ def widen(model: CifarNet, width: float, noise: float = 0.0, seed: int = 0) -> C
         seed: of the draws and the noise.
 
     Returns:
-        A model in training mode, of ``model``'s dtype.
+        A model in training mode, of ``model``'s dtype and on its device.
 
     Raises:
         ValueError: ``width`` is too small for a layer, or ``noise`` is negative.
@@ -94,7 +94,7 @@ def widen(model: CifarNet, width: float, noise: float = 0.0, seed: int = 0) -> C
         drawn = torch.randint(old, (new - old,), generator=generator)
         inputs = torch.cat([torch.arange(old), drawn])
         copies = weight[drawn]
-        copies += noise * weight.std() * torch.randn(copies.shape, generator=generator)
+        copies += noise * weight.std() * torch.randn(copies.shape, generator=generator).to(copies)
         wide_block[0].weight.copy_(torch.cat([weight, copies]))
         state = block[1].state_dict()
         wide_block[1].load_state_dict({k: v[inputs] if v.dim() else v for k, v in state.items()})
