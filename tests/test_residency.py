@@ -247,6 +247,35 @@ def test_rows_of_integers(number, coding, columns: int) -> None:
             assert torch.equal(unpack_rows(packed, index), packed.unpack()[index])
 
 
+@pytest.mark.parametrize("at_once", [None, 1, 500], ids=str)
+@pytest.mark.parametrize("columns", [8, 77, 350])
+def test_rows_are_decoded_some_chunks_at_a_time(at_once, columns: int, monkeypatch) -> None:
+    coding, calls = co.Huffman(chunk_size=100), []
+    weight = torch.randn(42, columns) * (torch.rand(42, columns) < 0.2)
+    packed = PackedTensor.pack(weight, None, co.Int(8), coding, lossy=True)
+    dense = packed.unpack()
+
+    def symbols(stream, offsets, lengths, count, chunk_size, out=None):
+        calls.append(count)
+        return co.ops.huffman_decode(stream, offsets, lengths, count, chunk_size, out)
+
+    if at_once is not None:
+        monkeypatch.setattr("compressops.formats.rows._SYMBOLS_AT_ONCE", at_once)
+    decoder = co.formats.coding.Decoder(symbols, co.ops.merge_planes)
+    for rows in ([5], [41, 0, 17, 0, 41], list(range(42)), torch.randperm(42).tolist()):
+        calls.clear()
+        index = torch.tensor(rows)
+        assert torch.equal(unpack_rows(packed, index, decoder), dense[index])
+        needed = {at // 100 for row in rows for at in range(columns * row, columns * (row + 1))}
+        assert len(needed) * 100 <= sum(calls) + 99 <= 100 * (len(needed) + len(calls))
+        if at_once is None:
+            assert len(calls) == 1
+        else:
+            # Of a row all, and the chunk that it shares.
+            assert max(calls) <= max(at_once, columns) + 300
+            assert len(calls) >= len(needed) * 100 // (max(at_once, columns) + 300)
+
+
 def test_corrupt_rows_of_an_embedding_are_errors() -> None:
     table = nn.Embedding(42, 77)
     coding = co.Huffman(chunk_size=100)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from compressops.formats.bits import sign_extend
@@ -20,6 +21,8 @@ from compressops.formats.ternary import Ternary
 # Entries whose rows are decoded together, and no more: the allocator keeps larger pieces of memory
 # when they are given back.
 _AT_ONCE = 1 << 16
+# Symbols of coded rows that are decoded at once, for each call costs as much as decoding a chunk.
+_SYMBOLS_AT_ONCE = 1 << 20
 
 
 def has_rows(packed: PackedTensor) -> bool:
@@ -131,27 +134,37 @@ def unpack_rows(packed: PackedTensor, rows: Tensor, decoder: Decoder | None = No
 
 
 def _rows_of_plane(packed: PackedTensor, name: str, rows: Tensor, decoder: Decoder) -> Tensor:
-    """uint8 ``[n, C]``; of a coded plane one chunk after the other, each once, because together
-    they are many times the rows."""
+    """uint8 ``[n, C]``; of a coded plane some chunks at a time, because together they are many
+    times the rows."""
     columns, parts = packed.shape[1], packed.parts
     if f"{name}_lengths" not in parts:
         return parts[name].view(packed.shape)[rows]
+    found = torch.empty((len(rows), columns), dtype=torch.uint8, device=rows.device)
+    if not found.numel():
+        return found
     size, count = packed.coding.chunk_size, math.prod(packed.shape)
-    wanted: dict[int, list[tuple[int, int]]] = {}
-    for place, row in enumerate(rows.tolist()):
-        for chunk in range(row * columns // size, -(-(row + 1) * columns // size)):
-            wanted.setdefault(chunk, []).append((place, row * columns))
+    ordered, places = rows.sort()
+    begins = ordered * columns
+    first, last = begins // size, (begins + columns - 1) // size
+    # How many chunks the rows up to each need. One that rows of two parts share is decoded twice.
+    needed = (last - torch.maximum(first - 1, F.pad(last[:-1], (1, 0), value=-1))).cumsum(0)
+    part = (needed - 1) * size // _SYMBOLS_AT_ONCE
+    counts = part.unique_consecutive(return_counts=True)[1].tolist()
     ends = [0, *itertools.accumulate(parts[f"{name}_sizes"].tolist())]
     table = parts[f"{name}_lengths"]
     lengths = unpack_bits(table, 2 * table.numel(), 4)
-    found = torch.empty((len(rows), columns), dtype=torch.uint8, device=rows.device)
-    for chunk, places in wanted.items():
-        stream = parts[name][ends[chunk] : ends[chunk + 1]]
-        offsets = torch.tensor([0, len(stream)], device=rows.device)
-        first = chunk * size
-        last = min(first + size, count)
-        decoded = decoder.symbols(stream, offsets, lengths, last - first, size)
-        for place, begin in places:
-            low, high = max(begin, first), min(begin + columns, last)
-            found[place, low - begin : high - begin] = decoded[low - first : high - first]
+    for where, begin, low, high in zip(
+        *(x.split(counts) for x in (places, begins, first, last)), strict=True
+    ):
+        spans = zip(low.tolist(), high.tolist(), strict=True)
+        chunks = sorted({chunk for a, b in spans for chunk in range(a, b + 1)})
+        stream = torch.cat([parts[name][ends[chunk] : ends[chunk + 1]] for chunk in chunks])
+        offsets = [0, *itertools.accumulate(ends[chunk + 1] - ends[chunk] for chunk in chunks)]
+        # Only the last chunk of all may be shorter, and it stays the last.
+        symbols = len(chunks) * size - max(0, (chunks[-1] + 1) * size - count)
+        offsets = torch.tensor(offsets, device=rows.device)
+        decoded = decoder.symbols(stream, offsets, lengths, symbols, size)
+        # A row's chunks stand side by side among those that were decoded, as all between them are.
+        place = torch.searchsorted(torch.tensor(chunks, device=rows.device), low)
+        found[where] = decoded.unfold(0, columns, 1)[begin - (low - place) * size]
     return found
