@@ -130,7 +130,8 @@ def _commands(arguments: argparse.Namespace) -> list[str]:
 
 def merged(rows: list[dict], arguments: argparse.Namespace, keys: tuple[str, ...]) -> list[dict]:
     """With ``--merge``, ``rows`` after those of the existing result file that are about other
-    cases, so that a long benchmark can be run in parts. Two rows of equal ``keys`` are of one case.
+    cases, so that a long benchmark can be run in parts. Two rows of equal ``keys`` are of one case;
+    they may lack some.
     """
     if not arguments.merge or not arguments.out.exists():
         return rows
@@ -138,8 +139,8 @@ def merged(rows: list[dict], arguments: argparse.Namespace, keys: tuple[str, ...
     for key in ("commit", "cpu", "torch"):
         if before[key] != now[key]:
             raise SystemExit(f"--merge: {arguments.out} has {key} {before[key]}, not {now[key]}")
-    new = {tuple(row[key] for key in keys) for row in rows}
-    return [row for row in before["rows"] if tuple(row[key] for key in keys) not in new] + rows
+    new = {tuple(row.get(key) for key in keys) for row in rows}
+    return [row for row in before["rows"] if tuple(row.get(key) for key in keys) not in new] + rows
 
 
 def report(title: str, rows: list[dict], arguments: argparse.Namespace) -> None:

@@ -68,3 +68,19 @@ def test_a_merged_result_names_the_commands_of_all_its_rows(tmp_path, monkeypatc
     assert result["rows"] == [{"case": "b", "value": 2}, {"case": "a", "value": 3}]
     command = "python bench/bench_op.py --merge --only"
     assert result["command"] == f"{command} b && {command} a"
+
+
+def test_merged_rows_may_have_other_columns(tmp_path, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import common
+
+    arguments = argparse.Namespace(merge=True, out=tmp_path / "result.json", rounds=15)
+    trained = {"steps": 100, "lr": 0.1, "error": 2}
+    rows = []
+    for row in ({"steps": 0, "error": 1}, trained, {"steps": 100, "lr": 0.2, "error": 3}):
+        rows.append(row)
+        keys = tuple(key for key in row if key != "error")
+        common.write("op", common.merged(rows, arguments, keys), arguments)
+    again = {"steps": 100, "lr": 0.1, "error": 4}
+    found = common.merged([again], arguments, ("steps", "lr"))
+    assert found == [rows[0], rows[2], again]
