@@ -118,6 +118,22 @@ def test_ranks_fill_what_kernels_compute_at_once(form: str) -> None:
     assert len(found) > 10
 
 
+def test_a_budget_of_weights_has_every_rank() -> None:
+    u, v = (torch.linalg.qr(torch.randn(64, 64)).Q for _ in range(2))
+    layer = nn.Linear(64, 64)
+    layer.weight.data = (u * 0.9 ** torch.arange(64)) @ v
+
+    def rank(**budget: float) -> int:
+        return Factorize(**budget).apply(nn.Sequential(copy.deepcopy(layer)), ()).ranks[0][2]
+
+    # 22 · 128 of 4096 weights.
+    assert rank(params=0.7) == 22
+    assert rank(macs=0.7) == 16
+    assert [p.layout.rank for p in points("matrix", layer.weight, (1, 1), None, 1)] == [
+        *range(1, 32)
+    ]
+
+
 def test_energy_is_kept() -> None:
     model, before = factorized(energy=0.7), network()
     for name, module in model.named_modules():

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from compressops.compress import checks
 from compressops.compress.outputs import Columns, Outputs, sensitivities, watch
 from compressops.compress.parametrizations import Factors, register
-from compressops.compress.ranks import Options, Point, allocate, points
+from compressops.compress.ranks import CHANNELS, Options, Point, allocate, points
 from compressops.compress.search import search_ranks
 from compressops.compress.select import select, tied_groups
 from compressops.compress.stage import Stage
@@ -48,7 +48,9 @@ class Factorize(Stage):
         energy: part of the squared singular values that each layer keeps, at least.
         macs: budget: part of the selected layers' multiply-accumulates that may remain. Without
             ``calibration`` every output position counts once, whatever the size of the images.
-        params: budget: part of the selected layers' weights that may remain.
+        params: budget: part of the selected layers' weights that may remain. Ranks are then any;
+            for ``macs`` and ``energy`` those from 16 on are multiples of 16, which kernels compute
+            at once.
         sensitivity: the budget weighs a layer's error by what it does to the model's output,
             measured on the first batch, one layer at a time.
         search: trials of optuna that weigh the layers' errors for the budget, judged by the error
@@ -218,10 +220,12 @@ class Factorize(Stage):
     ) -> list[Point]:
         """Those of all forms that the layer may take."""
         weight, stride = module.weight.detach(), _stride(module)
+        # Who asks for weights and not for time can have every rank.
+        multiple = CHANNELS if self.params is None else 1
         return [
             point
             for form in self._forms(name, module)
-            for point in points(form, weight, stride, spectra.get((name, form)))
+            for point in points(form, weight, stride, spectra.get((name, form)), multiple)
         ]
 
     def _named(

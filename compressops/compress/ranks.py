@@ -16,7 +16,7 @@ from compressops.formats.lowrank import LowRank
 # Shares of the channels that Tucker's two ranks are tried at.
 _SHARES = 64
 # Kernels compute so many channels at once.
-_CHANNELS = 16
+CHANNELS = 16
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,21 @@ class Point:
 
 
 def points(
-    form: str, weight: Tensor, stride: tuple[int, int], spectrum: Spectrum | None = None
+    form: str,
+    weight: Tensor,
+    stride: tuple[int, int],
+    spectrum: Spectrum | None = None,
+    multiple: int = CHANNELS,
 ) -> list[Point]:
     """The ranks of a form that make a layer smaller and cheaper than it is, lowest first.
 
-    Ranks from 16 on are multiples of 16: others take as long as the next one.
-
     Args:
         spectrum: see `decompose`; ``None``: of the weight.
+        multiple: of which ranks from there on are multiples: others take as long as the next one.
     """
     shape, dense = tuple(weight.shape), weight.numel()
     found = []
-    for rank, error in _errors(form, weight, spectrum):
+    for rank, error in _errors(form, weight, spectrum, multiple):
         layout = LowRank(rank, form)
         macs, entries = layout.macs(shape, stride), layout.entries(shape)
         if max(macs, entries) < dense:
@@ -58,19 +61,21 @@ def points(
 
 
 def _errors(
-    form: str, weight: Tensor, spectrum: Spectrum | None
+    form: str, weight: Tensor, spectrum: Spectrum | None, multiple: int
 ) -> Iterator[tuple[int | tuple[int, int], float]]:
     """Every rank that is tried, with its error."""
     if not weight.numel():
         return
     largest = LowRank.largest(form, tuple(weight.shape))
     if form == "cp":
-        yield from ((rank, math.nan) for rank in _steps(largest))
+        yield from ((rank, math.nan) for rank in _steps(largest, multiple))
     elif form == "tucker":
         modes = [Spectrum.of(weight.detach().transpose(0, mode).flatten(1)) for mode in (0, 1)]
         tails = [_padded(mode.errors(), size) for mode, size in zip(modes, largest, strict=True)]
         pairs = {
-            tuple(min(size, _step(math.ceil(size * share / _SHARES))) for size in largest): None
+            tuple(
+                min(size, _step(math.ceil(size * share / _SHARES), multiple)) for size in largest
+            ): None
             for share in range(1, _SHARES + 1)
         }
         for pair in pairs:
@@ -80,7 +85,7 @@ def _errors(
     else:
         spectrum = spectrum or Spectrum.of(unfolded(form, weight))
         errors = _padded(spectrum.errors(), largest)
-        yield from ((rank, errors[rank].item()) for rank in _steps(largest))
+        yield from ((rank, errors[rank].item()) for rank in _steps(largest, multiple))
 
 
 def _padded(errors: Tensor, largest: int) -> Tensor:
@@ -88,13 +93,13 @@ def _padded(errors: Tensor, largest: int) -> Tensor:
     return torch.cat([errors, errors.new_zeros(max(0, largest + 1 - len(errors)))])
 
 
-def _steps(largest: int) -> list[int]:
-    return [rank for rank in range(1, largest + 1) if rank == _step(rank)]
+def _steps(largest: int, multiple: int) -> list[int]:
+    return [rank for rank in range(1, largest + 1) if rank == _step(rank, multiple)]
 
 
-def _step(rank: int) -> int:
+def _step(rank: int, multiple: int) -> int:
     """The least rank of this at least that is tried."""
-    return rank if rank < _CHANNELS else math.ceil(rank / _CHANNELS) * _CHANNELS
+    return rank if rank < multiple else math.ceil(rank / multiple) * multiple
 
 
 def hull(found: Sequence[Point], cost: str) -> list[Point]:
