@@ -107,6 +107,15 @@ def test_integer_length_may_be_negative_and_ignores_pruned_entries():
     assert int(DynamicFixedPoint(6, 0.05).fit(padded)["integer_bits"]) == 2
 
 
+@pytest.mark.parametrize("value", [1e-45, 1e-40, 1e-38, 3e38])
+def test_integer_lengths_end_where_float32_does(value: float):
+    weight = torch.full((3,), value)
+    number = FixedPoint(6).for_network([weight])
+    assert number.integer_bits == int(DynamicFixedPoint(6).fit(weight)["integer_bits"])
+    assert number.integer_bits == (120 if value > 1 else -120)
+    assert torch.isfinite(number.fake_quantize(weight, {})).all()
+
+
 def test_fixed_point_shares_one_integer_length():
     weights = [torch.tensor([0.1]), torch.tensor([5.0, -3.0])]
     number = FixedPoint(8).for_network(weights)

@@ -276,6 +276,13 @@ def test_rows_are_decoded_some_chunks_at_a_time(at_once, columns: int, monkeypat
             assert len(calls) >= len(needed) * 100 // (max(at_once, columns) + 300)
 
 
+@pytest.mark.parametrize("rows", [[], [2, 0]], ids=len)
+def test_rows_of_no_columns(rows) -> None:
+    packed = PackedTensor.pack(torch.randn(4, 0).bfloat16(), coding=co.Huffman())
+    index = torch.tensor(rows, dtype=torch.int64)
+    assert torch.equal(unpack_rows(packed, index), packed.unpack()[index])
+
+
 def test_corrupt_rows_of_an_embedding_are_errors() -> None:
     table = nn.Embedding(42, 77)
     coding = co.Huffman(chunk_size=100)

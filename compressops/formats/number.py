@@ -211,7 +211,7 @@ def _fit_integer_bits(weights: list[Tensor], bits: int, overflow: float) -> int:
         return 0
     largest = max(float(w.abs().max()) for w in flat)
     # |x| < 2**e and p = e + 2 leave |q| < 2**(bits − 2) or so: nothing can clip.
-    best = min(MAX_INTEGER_BITS, math.frexp(largest)[1] + 2)
+    best = max(MIN_INTEGER_BITS, min(MAX_INTEGER_BITS, math.frexp(largest)[1] + 2))
     for p in range(best - 1, MIN_INTEGER_BITS - 1, -1):
         clipped = sum(_overflow_rate(w, bits, p) * int(torch.count_nonzero(w)) for w in flat)
         if clipped > overflow * nonzero + 1e-6:

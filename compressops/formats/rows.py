@@ -130,7 +130,7 @@ def unpack_rows(packed: PackedTensor, rows: Tensor, decoder: Decoder | None = No
         ]
         codes = torch.empty(len(rows) * columns, dtype=code_dtype(bits), device=rows.device)
         decoder.merge(codes, planes, True)
-    return packed.number.dequantize(codes.view(-1, columns), packed.params, packed.dtype)
+    return packed.number.dequantize(codes.view(len(rows), columns), packed.params, packed.dtype)
 
 
 def _rows_of_plane(packed: PackedTensor, name: str, rows: Tensor, decoder: Decoder) -> Tensor:
