@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import threading
 
@@ -351,13 +352,25 @@ def test_copies_of_several_chunks(residency: str) -> None:
             assert parts[name].data_ptr() != part.data_ptr()
 
 
-def test_a_loaded_model_pickles_no_larger_than_its_file(tmp_path) -> None:
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("number", [co.Float("bfloat16"), co.Int(8)], ids=str)
+def test_a_loaded_model_is_written_no_larger_than_its_file(number, mmap, tmp_path) -> None:
+    """By pickle, by torch.save, and as a state dict: of parts of several dtypes."""
     net = nn.Sequential(nn.Linear(300, 200).to(torch.bfloat16))
-    size = co.save(co.convert(net, co.Huffman()), tmp_path / "file")
-    loaded = co.load(tmp_path / "file", net, "packed")
-    data = pickle.dumps(loaded)
-    assert len(data) < size + 12_000
-    assert torch.equal(pickle.loads(data)[0].weight, net[0].weight)
+    size = co.save(co.convert(net, (number, co.Huffman()), prefer="size"), tmp_path / "file")
+    loaded = co.load(tmp_path / "file", net, "packed", mmap=mmap)
+    data, model, state = pickle.dumps(loaded), io.BytesIO(), io.BytesIO()
+    torch.save(loaded, model)
+    torch.save(loaded.state_dict(), state)
+    assert max(map(len, (data, model.getvalue(), state.getvalue()))) < size + 12_000
+    weight = loaded[0].weight
+    assert torch.equal(pickle.loads(data)[0].weight, weight)
+    for file in (model, state):
+        file.seek(0)
+    assert torch.equal(torch.load(model, weights_only=False)[0].weight, weight)
+    loaded[0].packed_weight.get_buffer(next(iter(loaded[0].packed_weight._parts))).zero_()
+    loaded.load_state_dict(torch.load(state))
+    assert torch.equal(loaded[0].weight, weight)
 
 
 def test_loading_packed_decodes_nothing(tmp_path, monkeypatch) -> None:

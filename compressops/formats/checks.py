@@ -134,8 +134,13 @@ def parts_of_blob(
         if chunk.numel() % dtype.itemsize:
             raise ValueError(f"part {name!r}: {chunk.numel()} bytes are no whole {dtype}")
         # In place, so that no weight is in memory twice, wherever it is aligned.
-        aligned = not (chunk.data_ptr() | chunk.storage_offset()) % dtype.itemsize
-        part = (chunk if aligned else chunk.clone()).view(dtype)
+        in_place = chunk.numel() and chunk.is_cpu and not chunk.data_ptr() % dtype.itemsize
+        if in_place:
+            # A storage of its own: torch.save refuses one that tensors of two dtypes share, and
+            # writes all of it for each part.
+            part = torch.frombuffer(chunk.detach().numpy(), dtype=dtype)
+        else:
+            part = chunk.clone().view(dtype)
         if shape is not None and part.numel() != math.prod(shape):
             raise ValueError(f"part {name!r}: {part.numel()} values are no {list(shape)}")
         parts[name] = part if shape is None else part.view(shape)

@@ -342,13 +342,9 @@ class PackedWeight(nn.Module):
         # What can be decoded is not pickled: torch.save(model) stays as small as the parts.
         resident = self._resident()
         buffers = {k: v for k, v in self._buffers.items() if k not in resident}
-        # Plain pickle knows no uint16, so all parts travel as bytes; and of a view it writes all
-        # memory that this is of, which of a weight that was loaded is that of all parts.
+        # Plain pickle knows no uint16: all parts travel as bytes.
         for name in self._parts:
-            part = buffers[name]
-            flat = _flat_bytes(part)
-            whole = flat.untyped_storage().nbytes() == flat.nbytes
-            buffers[name] = (part.dtype, part.shape, flat if whole else flat.clone())
+            buffers[name] = (buffers[name].dtype, buffers[name].shape, _flat_bytes(buffers[name]))
         return {**self.__dict__, "_buffers": buffers, "_checked": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
