@@ -26,6 +26,7 @@ class Clocks:
         self.touched: dict[int, list[tuple[str, int, bool]]] = {}
         self.hazards: list[str] = []
         self.ahead: list[bool] = []  # of each decode ahead: whether it may overlap a layer
+        self.shared: set[int] = set()  # memory that waits for both streams when it is given back
         self.kept: list[torch.Tensor] = []  # addresses stay those of one tensor
 
     def _record(self, stream: str) -> dict[str, int]:
@@ -57,7 +58,7 @@ class Clocks:
             self.current = "compute"
 
     def share(self, tensor: torch.Tensor) -> None:
-        pass
+        self.shared.add(tensor.untyped_storage().data_ptr())
 
     def touch(self, tensor: torch.Tensor, write: bool) -> None:
         self.kept.append(tensor)
@@ -85,6 +86,8 @@ def clocks(monkeypatch):
             found.touch(part, write=False)
         if found.current == "decode":
             reads = [t for a in found.touched.values() for s, t, w in a if s == "compute" and not w]
+            if buffer.untyped_storage().data_ptr() not in found.shared:
+                found.hazards.append("decodes to memory that only the other stream is known to use")
             found.ahead.append(found.known["decode"].get("compute", 0) < max(reads))
         found.touch(buffer, write=True)  # as far as it gets
         return decode(weight, buffer)
@@ -195,6 +198,25 @@ def test_layers_that_share_a_weight_or_change_their_dtype(clocks) -> None:
         assert torch.equal(runs(x.double()), model(x.double()))
     runs[1].packed_weight.set_residency("decoded")
     assert torch.equal(runs(x.double()), model(x.double()))
+
+
+@torch.no_grad()
+def test_without_memory_for_two_buffers_layers_decode_alone(clocks, monkeypatch) -> None:
+    model, x = layers(64, 200, 300, 90), torch.randn(5, 64)
+    runs, of_turn = packed(model), ahead.DecodeAhead._buffer
+
+    def one(turns, weight, turn):
+        if turn != turns._turn:
+            raise torch.OutOfMemoryError
+        return of_turn(turns, weight, turn)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ahead.DecodeAhead, "_buffer", one)
+        for _ in range(3):
+            assert torch.equal(runs(x), model(x))
+    assert clocks.ahead == []
+    assert torch.equal(runs(x), model(x))
+    assert clocks.ahead == [True] * 3
 
 
 def test_with_gradients_and_inside_another_call_it_waits(clocks) -> None:

@@ -127,7 +127,7 @@ class DecodeAhead:
         self._last = weakref.ref(weight)
         following = self._followers.get(weight, lambda: None)()
         # Before the event: memory that is freed while the layer computes may still be read by it.
-        buffer = None if following is None else self._buffer(following, 1 - self._turn)
+        buffer = None if following is None else self._other_buffer(following)
         # Behind all that wrote to weights and read the other buffer, and before this layer.
         begun = self._streams.compute_record()
         result = function(kernel)
@@ -157,6 +157,13 @@ class DecodeAhead:
             self._buffers[turn] = buffer = self._allocate(nbytes)
             self._streams.share(buffer)
         return buffer[:nbytes]
+
+    def _other_buffer(self, following: PackedWeight) -> Tensor | None:
+        """The buffer of the next turn; ``None`` where the device has memory for one alone."""
+        try:
+            return self._buffer(following, 1 - self._turn)
+        except torch.OutOfMemoryError:
+            return None
 
     def _start(self, weight: PackedWeight, buffer: Tensor, begun: Any) -> None:
         """Decode ``weight`` on its stream, which does what it is given after ``begun``."""
