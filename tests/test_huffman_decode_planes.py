@@ -161,6 +161,14 @@ def test_bad_arguments_are_named(case: str, native: bool, backend: str) -> None:
         namespace.huffman_decode_planes(*BAD[case])
 
 
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("kernel", [p for p in PARAMS if p.values[0][1] == "triton"], indirect=True)
+def test_triton_names_bad_arguments_too(case: str, kernel) -> None:
+    out, *rest = BAD[case]
+    with pytest.raises(ValueError, match=r"decode_planes: argument '\w+' must be .*, got "):
+        co.ops.huffman_decode_planes(out.to(kernel), *to(kernel, rest))
+
+
 @ALL_KERNELS
 def test_opcheck(kernel) -> None:
     op = torch.ops.compressops.huffman_decode_planes.default

@@ -37,19 +37,25 @@ def huffman_decode_planes(
     fits = out.dim() == 1 and out.is_contiguous() and out.dtype in DTYPES
     require(fits, OP, "out", "a contiguous vector of 2 or 4 bytes an element", out)
     needed = f"{out.element_size()} tensors for {out.dtype}"
-    for name, tensors in (("planes", planes), ("offsets", offsets), ("lengths", lengths)):
+    for name, tensors, dtype in (
+        ("planes", planes, torch.uint8),
+        ("offsets", offsets, torch.int64),
+        ("lengths", lengths, torch.uint8),
+    ):
         require(len(tensors) == out.element_size(), OP, name, needed, len(tensors))
+        for tensor in tensors:
+            fits = tensor.dtype == dtype and tensor.dim() == 1 and tensor.is_contiguous()
+            form = f"contiguous {dtype} vectors on {out.device}"
+            require(fits and tensor.device == out.device, OP, name, form, tensor)
     coded = [p for p, length in enumerate(lengths) if length.numel()]
     if not coded:
         merge_planes(out, planes, turned)
         return
     raw: list[torch.Tensor | None] = [None] * len(planes)
     for p in set(range(len(planes))).difference(coded):
-        plane = planes[p]
-        fits = plane.dtype == torch.uint8 and plane.shape == out.shape and plane.is_contiguous()
-        form = f"contiguous torch.uint8 {list(out.shape)} on {out.device} where not coded"
-        require(fits and plane.device == out.device, OP, "planes", form, plane)
-        raw[p] = plane
+        fits = planes[p].shape == out.shape
+        require(fits, OP, "planes", f"{list(out.shape)} where not coded", planes[p])
+        raw[p] = planes[p]
     codes = out.view(CODES[len(planes)])
     for p in coded:
         decode_stream(
