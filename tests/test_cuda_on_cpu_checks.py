@@ -137,7 +137,7 @@ INT8_PLANTS = {
         "wrong result",
     ),
     "shuffle over half a warp": (
-        Plant("warp.cuh", "int lanes = kWarpSize / 2;", "int lanes = kWarpSize / 4;"),
+        Plant("warp.cuh", "int lanes = kLanes / 2;", "int lanes = kLanes / 4;"),
         "wrong result",
     ),
 }
