@@ -172,7 +172,7 @@ class DecodeAhead:
             with self._streams.decoding():
                 packed, kernel = weight.packed(), weight._decode_into(buffer)
         except (ValueError, RuntimeError):
-            pass
+            pass  # nobody asked for it yet: its own layer decodes it again, and raises
         else:
             for tensor in kernel[1:]:
                 if tensor is not None:
